@@ -1,0 +1,208 @@
+"""Which implementation runs a scan, and its registration with torch (autograd, torch.compile, export)."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["reference", "chunked", "cpu", "triton"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+ENVIRONMENT = "MAMBAVISION_BACKEND"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_logger = logging.getLogger("mambavision")
+_chosen: list[Backend] = []
+
+
+@contextlib.contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Run every scan in the block on one backend (an explicit ``backend=`` argument still wins)."""
+    _chosen.append(_known(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def describe_backends() -> str:
+    """One line per backend, available or why not, and the versions that a bug report needs."""
+    rows = [f"mambavision scan backends (torch {torch.__version__}, Python {platform.python_version()}):"]
+    for name in BACKENDS:
+        device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+        reason = unavailable(name, device, torch.float32)
+        rows.append(f"  {name:10s} {'available' if reason is None else 'not available: ' + reason}")
+    rows.append(f"  automatic: {automatic('cpu', torch.float32)} on CPU tensors")
+    if torch.cuda.is_available():
+        rows[-1] += f", {automatic('cuda', torch.float32)} on {torch.cuda.get_device_name()}"
+    return "\n".join(rows)
+
+
+def choose(backend: Backend | None, device: str, dtype: torch.dtype) -> Backend:
+    """Argument, then :func:`use_backend`, then $MAMBAVISION_BACKEND, then the first that can serve the call.
+
+    Raises RuntimeError with the reason where a backend was asked for and cannot serve the call.
+    """
+    if backend is not None:
+        asked = _known(backend, "backend")
+    elif _chosen:
+        asked = _chosen[-1]
+    elif name := os.environ.get(ENVIRONMENT):
+        asked = _known(name, f"${ENVIRONMENT}")
+    else:
+        return automatic(device, dtype)
+    reason = unavailable(asked, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"scan backend {asked!r} cannot run this call: {reason}")
+    return asked
+
+
+@torch.compiler.assume_constant_result
+def automatic(device: str, dtype: torch.dtype) -> Backend:
+    """The fast backend of a device where it can serve, else ``chunked``, with the reason logged once."""
+    fast: Backend = "cpu" if device == "cpu" else "triton"
+    reason = unavailable(fast, device, dtype)
+    if reason is None:
+        return fast
+    if dtype in KERNEL_DTYPES:
+        _log_once(f"scan backend {fast!r} is not available, using 'chunked': {reason}")
+    return "chunked"
+
+
+@torch.compiler.assume_constant_result
+def unavailable(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot serve tensors of this device and dtype, or None if it can."""
+    if backend in ("reference", "chunked"):
+        return None
+    if dtype not in KERNEL_DTYPES:
+        return f"it computes in float32 and takes float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if backend == "cpu":
+        return _kernel("cpu").unavailable() if device == "cpu" else f"it needs CPU tensors, not {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs CUDA tensors (or TRITON_INTERPRET=1, for tests)"
+    return None
+
+
+@functools.cache
+def _kernel(backend: Backend):
+    return importlib.import_module(f"mambavision.kernels.{backend}")
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _logger.warning(message)
+
+
+def _known(name: str, where: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: unknown scan backend {name!r}, use one of {', '.join(BACKENDS)}")
+    return name
+
+
+def scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    delta_softplus: bool,
+    merge: bool,
+    backend: Backend | None,
+) -> tuple[Tensor, Tensor]:
+    """K selective scans on the chosen backend; the contract is that of :func:`mambavision.kernels.reference.scan`."""
+    backend = choose(backend, x.device.type, x.dtype)
+    arguments = (x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
+    if backend in ("reference", "chunked"):
+        return _kernel(backend).scan(*arguments)
+    return torch.ops.mambavision.scan(*arguments, backend)
+
+
+@torch.library.custom_op("mambavision::scan", mutates_args=())
+def _scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    delta_softplus: bool,
+    merge: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _kernel(backend).scan(x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
+
+
+@_scan.register_fake
+def _(x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge, backend):
+    batch, length, K, channels = delta.shape
+    y = x.new_empty((batch, length, channels) if merge else (batch, length, K, channels))
+    return y, x.new_empty(batch, *A.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("mambavision::scan_backward", mutates_args=())
+def _scan_backward(
+    grad_y: Tensor | None,
+    grad_state: Tensor | None,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    delta_softplus: bool,
+    merge: bool,
+    backend: str,
+) -> list[Tensor]:
+    inputs = (x, delta, A, B, C, D, delta_bias, initial_state)
+    if grad_y is None:
+        grad_y = x.new_zeros(delta.shape[:2] + delta.shape[3:] if merge else delta.shape)
+    grads = _kernel(backend).scan_backward(grad_y, grad_state, *inputs, order, delta_softplus, merge)
+    return [g.to(v.dtype) for g, v in zip(grads, inputs, strict=True) if v is not None]
+
+
+@_scan_backward.register_fake
+def _(
+    grad_y, grad_state, x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge, backend
+):  # fmt: skip
+    inputs = (x, delta, A, B, C, D, delta_bias, initial_state)
+    return [torch.empty_like(v, memory_format=torch.contiguous_format) for v in inputs if v is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, ctx.merge, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_y, grad_state):
+    tensors = ctx.saved_tensors
+    if grad_y is None and grad_state is None:
+        return (None,) * 12
+    grads = iter(
+        torch.ops.mambavision.scan_backward(
+            grad_y, grad_state, *tensors, ctx.delta_softplus, ctx.merge, ctx.backend
+        )
+    )
+    return *(None if v is None else next(grads) for v in tensors[:-1]), None, None, None, None
+
+
+_scan.register_autograd(_autograd, setup_context=_setup_context)
