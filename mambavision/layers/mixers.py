@@ -1,0 +1,138 @@
+"""Mamba mixers of token sequences. B batch, L tokens, D d_inner, N d_state, R dt_rank."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambavision.layers.ssm import SSMInit, init_mamba, ssm_scan
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+    """Depth-wise convolution of x (B, L, D) with weight (D, 1, d_conv) over this and earlier tokens; (B, L, D).
+
+    With `reverse`, over this and later tokens: the same as flipping x, convolving and flipping back.
+    """
+    past = weight.shape[-1] - 1
+    x = F.pad(x, (0, 0, 0, past) if reverse else (0, 0, past, 0))
+    weight = weight.flip(-1) if reverse else weight
+    image = x.transpose(1, 2).unsqueeze(2)  # (B, D, 1, L + past), channels_last: no copy
+    return F.conv2d(image, weight.unsqueeze(2), bias, groups=len(weight)).squeeze(2).transpose(1, 2)
+
+
+class MambaMixer(nn.Module):
+    """Mamba-1 block: out_proj(ssm(silu(conv1d(x))) * silu(z)) with [x, z] = in_proj(input), causal in its tokens.
+
+    Parameter names are those of state-spaces/mamba, so that its checkpoints load.
+    Source: Gu and Dao, "Mamba", arXiv 2312.00752, figure 3.
+
+    Args:
+        d_model: channels of input and output.
+        d_state: N, states per channel.
+        d_conv: width of the causal convolution.
+        expand: D = expand * d_model.
+        dt_rank: R; None is ceil(d_model / 16).
+        conv_bias, bias: whether the convolution and the two outer projections have a bias.
+        init: sets A_log, D and dt_proj.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | None = None,
+        conv_bias: bool = True,
+        bias: bool = False,
+        init: SSMInit = init_mamba,
+    ) -> None:
+        super().__init__()
+        d_inner = int(expand * d_model)
+        dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=conv_bias)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
+        self.D = nn.Parameter(torch.empty(d_inner))
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
+        init(self.A_log, self.D, self.dt_proj.weight, self.dt_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x (B, L, d_model); same shape."""
+        x, z = self.in_proj(x).chunk(2, -1)
+        y = _direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        return self.out_proj(y * F.silu(z))
+
+
+class BiMambaMixer(MambaMixer):
+    """Vim's bidirectional mixer: a second convolution and SSM run from the last token to the first; same x and z.
+
+    Output: out_proj((forward + backward) / 2 * silu(z)). Parameter names are those of hustvl/Vim's bimamba v2 (a second
+    set with the suffix `_b`). Source: Zhu et al., "Vision Mamba", arXiv 2401.09417, algorithm 1.
+
+    Args: as :class:`MambaMixer`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | None = None,
+        conv_bias: bool = True,
+        bias: bool = False,
+        init: SSMInit = init_mamba,
+    ) -> None:
+        super().__init__(
+            d_model,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            dt_rank=dt_rank,
+            conv_bias=conv_bias,
+            bias=bias,
+            init=init,
+        )
+        d_inner, dt_rank = self.dt_proj.weight.shape
+        self.conv1d_b = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=conv_bias)
+        self.x_proj_b = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj_b = nn.Linear(dt_rank, d_inner)
+        self.A_b_log = nn.Parameter(torch.empty(d_inner, d_state))
+        self.D_b = nn.Parameter(torch.empty(d_inner))
+        init(self.A_b_log, self.D_b, self.dt_proj_b.weight, self.dt_proj_b.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x (B, L, d_model); same shape."""
+        x, z = self.in_proj(x).chunk(2, -1)
+        y = _direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        y_b = _direction(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
+        return self.out_proj((y + y_b) / 2 * F.silu(z))
+
+
+def _direction(
+    x: Tensor,
+    conv1d: nn.Conv1d,
+    x_proj: nn.Linear,
+    dt_proj: nn.Linear,
+    A_log: Tensor,
+    D: Tensor,
+    *,
+    reverse: bool = False,
+) -> Tensor:
+    x = F.silu(causal_conv1d(x, conv1d.weight, conv1d.bias, reverse=reverse))
+    return ssm_scan(
+        x,
+        x_proj.weight[None],
+        dt_proj.weight[None],
+        dt_proj.bias[None],
+        A_log[None],
+        D[None],
+        orders=("row_reverse" if reverse else "row",),
+        grid=(1, x.shape[1]),
+    )
