@@ -1,0 +1,35 @@
+"""Convert an official Mamba-YOLO checkpoint to a weights file that `tools/detect.py --weights` takes."""
+
+import argparse
+from pathlib import Path
+
+from mambavision.detection.cli import run
+from mambavision.detection.convert import from_official, identify, unwrap
+from mambavision.detection.weights import save_weights
+from mambavision.engine import checkpoint
+
+
+def main() -> None:
+    """Read IN, write OUT; wrong input raises ValueError or OSError before anything is written."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("input", metavar="IN", help="official state dict: a .pth or .pt file of plain tensors")
+    parser.add_argument("output", metavar="OUT", help="file to write, *.safetensors")
+    parser.add_argument("--classes", help="text file with one class name a line (default: COCO's for 80 classes)")
+    parser.add_argument("--input-size", type=int, default=640, help="side of the network input in pixels (default 640)")
+    args = parser.parse_args()
+
+    lines = Path(args.classes).read_text().splitlines() if args.classes else []
+    classes = [line.strip() for line in lines if line.strip()] or None
+    state = unwrap(checkpoint.load(args.input))
+    detector = from_official(state, classes=classes)
+    size, variant, count = identify(state)
+    names = detector.dataset_meta["classes"]
+    extra = {"source": f"converted from {Path(args.input).name}"}
+    save_weights(
+        detector, args.output, size=size, variant=variant, classes=names, input_size=args.input_size, extra=extra
+    )
+    print(f"{args.output}: Mamba-YOLO-{size.upper()} ({variant}), {count} classes: {', '.join(names[:3])}, ...")
+
+
+if __name__ == "__main__":
+    run(main)
