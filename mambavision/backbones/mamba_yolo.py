@@ -15,7 +15,7 @@ from mambavision.layers import SS2D, LayerNorm2d, init_mamba_yolo
 
 Size = Literal["t", "b", "l", "debug"]
 Variant = Literal["released", "aaai"]
-"""released: the public code (first version of the paper), with LSBlock; aaai: the AAAI-25 paper, without, other depths."""
+"""released: the public code (the paper's first version), with LSBlock. aaai: the AAAI-25 paper, without."""
 
 
 def set_batch_norm(module: nn.Module) -> None:
@@ -182,7 +182,7 @@ def _on_pixels(mixer: nn.Module, x: Tensor) -> Tensor:
 
 
 class SPPF(nn.Module):
-    """Spatial pyramid pooling, fast: cv2(cat(y, p(y), p(p(y)), p(p(p(y))))), y = cv1(x), p a 5x5 maximum; shape is kept.
+    """Fast spatial pyramid pooling: cv2(cat(y, p(y), p(p(y)), p(p(p(y))))), y = cv1(x), p a 5x5 maximum; shape is kept.
 
     Args:
         channels: of input and output.
