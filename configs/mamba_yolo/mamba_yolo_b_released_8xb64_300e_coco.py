@@ -1,0 +1,4 @@
+_base_ = "./mamba_yolo_b_8xb64_300e_coco.py"
+
+# the form of the published code: LSBlock, repeats 3, 3, 9, 3
+model = dict(backbone=dict(variant="released"), neck=dict(variant="released"))

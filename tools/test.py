@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""Evaluate a checkpoint on a config's test set.
+
+    python tools/test.py configs/mamba_yolo/mamba_yolo_t_bccd.py work_dirs/mamba_yolo_t_bccd/epoch_100.pth
+    python tools/test.py configs/mamba_yolo/mamba_yolo_t_1xb32_voc0712.py x.pth --data-root VOCdevkit --out voc.json
+
+Prints the metrics of the config's evaluator (COCO AP or VOC AP), in 0..1.
+"""
+
+import argparse
+import json
+
+from mmengine.dist import is_main_process
+from rich.console import Console
+from rich.table import Table
+
+from mambavision.detection import cli
+from mambavision.detection.files import atomic_path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cli.add_config_arguments(parser)
+    parser.add_argument("checkpoint", help="checkpoint (.pth) or published weights (.safetensors)")
+    parser.add_argument("--out", help="JSON file to write the metrics to")
+    args = parser.parse_args()
+    metrics = {name: float(value) for name, value in cli.test(cli.load_config(args), args.checkpoint).items()}
+    if not is_main_process():
+        return
+    table = Table("metric", "value", title=args.checkpoint)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+    if args.out:
+        with atomic_path(args.out) as temporary:
+            temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

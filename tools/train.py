@@ -1,0 +1,31 @@
+#!/usr/bin/env python
+"""Train a detector from a config.
+
+    python tools/train.py configs/mamba_yolo/mamba_yolo_debug.py
+    python tools/train.py configs/mamba_yolo/mamba_yolo_t_custom.py \\
+        --data-root photos --train-json train.json --val-json val.json
+    torchrun --nproc-per-node 8 tools/train.py configs/mamba_yolo/mamba_yolo_t_8xb64_300e_coco.py --launcher pytorch
+
+Checkpoints, logs, loss_curve.png and loss_curve.csv go to the work directory.
+"""
+
+import argparse
+
+from mambavision.detection import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cli.add_config_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the work directory")
+    parser.add_argument("--load-from", help="checkpoint (.pth) or published weights (.safetensors) to start from")
+    parser.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision; fp16 needs a GPU")
+    parser.add_argument("--seed", type=int, help="seed of weights, data order and augmentation")
+    args = parser.parse_args()
+    cli.train(cli.load_config(args), resume=args.resume, load_from=args.load_from, amp=args.amp, seed=args.seed)
+
+
+if __name__ == "__main__":
+    cli.run(main)
