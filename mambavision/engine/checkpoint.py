@@ -46,7 +46,7 @@ def _history_statistic(owner: type, name: str) -> Any:
 
 
 def load(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
-    """Load a `.pth` checkpoint, tensors and plain values only.
+    """Load a `.pth` checkpoint: tensors, plain values, and what `allow_mmengine_globals` lists.
 
     Args:
         path: A file that `torch.save` or mmengine wrote.
@@ -60,6 +60,7 @@ def load(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint not found: {path}")
+    allow_mmengine_globals()
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except (PermissionError, MemoryError):

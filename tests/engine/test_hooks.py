@@ -1,0 +1,85 @@
+"""A tiny mmengine Runner trains, resumes, and survives being killed at any write of a checkpoint."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.fileio import LocalBackend
+from mmengine.hooks import Hook
+
+from mambavision.engine.checkpoint import load
+from mambavision.engine.hooks import AtomicLocalBackend
+from tests.engine.tiny_training import build
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class InterruptInEpoch3(Hook):
+    """What Ctrl-C does in the middle of the third epoch."""
+
+    def after_train_iter(self, runner, *args, **kwargs) -> None:
+        if runner.iter == 9:
+            raise KeyboardInterrupt
+
+
+def final(folder: Path, epoch: int) -> dict:
+    return load(folder / f"epoch_{epoch}.pth")
+
+
+def assert_same_training(ours: dict, theirs: dict) -> None:
+    for part in ("state_dict", "ema_state_dict"):
+        for name, tensor in theirs[part].items():
+            torch.testing.assert_close(ours[part][name], tensor, msg=name)
+    assert ours["param_schedulers"] == theirs["param_schedulers"]
+    assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path: Path):
+    build(tmp_path / "whole", 3).train()
+    runner = build(tmp_path / "cut", 3)
+    runner.register_hook(InterruptInEpoch3())
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    assert (tmp_path / "cut/last_checkpoint").read_text() == str(tmp_path / "cut/epoch_2.pth")
+    resumed = build(tmp_path / "cut", 3, resume=True)
+    resumed.train()
+    assert resumed.epoch == 3
+    assert_same_training(final(tmp_path / "cut", 3), final(tmp_path / "whole", 3))
+    losses = final(tmp_path / "cut", 3)["message_hub"]["log_scalars"]["train/loss"]
+    assert len(losses.data[0]) == 12  # 4 batches an epoch, the first 8 from before
+
+
+def test_outdated_checkpoints_are_deleted_but_not_the_best(tmp_path: Path):
+    build(tmp_path, 4, max_keep_ckpts=2, save_best="acc").train()
+    names = sorted(path.name for path in tmp_path.glob("*.pth"))
+    assert names == ["best_acc_epoch_4.pth", "epoch_3.pth", "epoch_4.pth"]
+
+
+def test_kill_at_every_write_leaves_a_loadable_latest(tmp_path: Path):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, REPOSITORY / "tests/engine/tiny_training.py", tmp_path, "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = [line.split() for line in done.stdout.splitlines() if line.startswith(("killed", "ended"))]
+    assert len(steps) > 15 and steps[0] == ["killed", "0"] and steps[-1][0] == "ended"
+    for folder in sorted(tmp_path.glob("killed_at_*")):
+        assert_same_training(final(folder, 2), final(tmp_path / "warm_up", 2))
+        assert (folder / "last_checkpoint").read_text() == str(folder / "epoch_2.pth")
+
+
+@pytest.mark.parametrize("backend, left", [(AtomicLocalBackend, b"old" * 1000), (LocalBackend, b"new" * 333 + b"n")])
+def test_full_disk_keeps_the_old_file(tmp_path: Path, backend: type[LocalBackend], left: bytes):
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"old" * 1000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            backend().put(b"new" * 1000, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == left
