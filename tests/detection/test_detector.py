@@ -1,0 +1,179 @@
+"""The detector whole: construction, mmdet's data flow, training parity, and data-parallel losses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+
+from mambavision.detection import MambaYOLO, build_mamba_yolo
+from mambavision.detection.convert import from_official, to_official
+from tests.parity import load
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def debug() -> MambaYOLO:
+    torch.manual_seed(0)
+    return build_mamba_yolo("debug", classes=["a", "b", "c"])
+
+
+def batch(images: int = 2, boxes: int = 2) -> dict:
+    g = torch.Generator().manual_seed(0)
+    samples = []
+    for _ in range(images):
+        corner = torch.rand(boxes, 2, generator=g) * 30
+        gt = InstanceData(bboxes=torch.cat((corner, corner + 20), 1), labels=torch.randint(0, 3, (boxes,), generator=g))
+        meta = {"img_shape": (64, 60), "ori_shape": (128, 120), "scale_factor": (0.5, 0.5)}
+        samples.append(DetDataSample(gt_instances=gt, metainfo=meta))
+    inputs = [torch.randint(0, 256, (3, 64, 60), dtype=torch.uint8, generator=g) for _ in range(images)]
+    return {"inputs": inputs, "data_samples": samples}
+
+
+def test_every_batch_norm_has_the_constants_of_the_recipe():
+    norms = [m for m in debug().modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) > 20 and all(m.eps == 1e-3 and m.momentum == 0.03 for m in norms)
+
+
+def test_pictures_enter_as_rgb_over_255_padded_with_gray():
+    data = batch(1)
+    seen = debug().data_preprocessor(data, training=False)["inputs"]
+    assert seen.shape == (1, 3, 64, 64)
+    torch.testing.assert_close(seen[0, :, :, :60], data["inputs"][0].flip(0) / 255)
+
+
+def test_a_config_builds_the_same_detector():
+    config = {
+        "_scope_": "mmdet",
+        "type": "MambaYOLO",
+        "backbone": {"type": "MambaYOLOBackbone", "size": "debug", "variant": "released"},
+        "neck": {"type": "MambaYOLOPAFPN", "size": "debug", "variant": "released"},
+        "bbox_head": {
+            "type": "MambaYOLOHead",
+            "num_classes": 3,
+            "in_channels": [16, 24, 32],
+            "assigner": {"type": "TaskAlignedCIoUAssigner", "topk": 10, "alpha": 0.5, "beta": 6.0},
+            "loss_cls": {"type": "SoftTargetBCELoss", "loss_weight": 0.5},
+            "loss_bbox": {"type": "CompleteIoULoss", "loss_weight": 7.5},
+            "loss_dfl": {"type": "SideMeanDistributionFocalLoss", "loss_weight": 1.5},
+        },
+        "data_preprocessor": {"type": "DetDataPreprocessor", "mean": [0] * 3, "std": [255] * 3, "bgr_to_rgb": True},
+        "test_cfg": {"score_thr": 0.2, "nms": {"type": "nms", "iou_threshold": 0.6}},
+    }
+    from_config = MODELS.build(config)
+    built = build_mamba_yolo("debug", variant="released", classes=["a", "b", "c"])
+    assert from_config.state_dict().keys() == built.state_dict().keys()
+    assert from_config.bbox_head.test_cfg["score_thr"] == 0.2
+
+
+def test_unknown_size_variant_and_no_class_are_refused():
+    with pytest.raises(ValueError, match="'x'"):
+        build_mamba_yolo("x", classes=["a"])
+    with pytest.raises(ValueError, match="variant"):
+        build_mamba_yolo("debug", variant="new", classes=["a"])
+    with pytest.raises(ValueError, match="at least one class"):
+        build_mamba_yolo("debug", classes=[])
+
+
+@pytest.mark.parametrize("boxes", [2, 0])
+def test_a_training_step_through_mmdets_data_flow(boxes):
+    detector = debug()
+    losses = detector(**detector.data_preprocessor(batch(boxes=boxes), training=True), mode="loss")
+    assert set(losses) == {"loss_cls", "loss_bbox", "loss_dfl"}
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())
+
+
+def test_predictions_come_in_pixels_of_the_original_picture():
+    detector = debug().eval()
+    detector.bbox_head.test_cfg = {"score_thr": 0.0}
+    with torch.no_grad():
+        for sample in detector.test_step(batch()):
+            found = sample.pred_instances
+            assert 0 < len(found) <= 300 and found.bboxes.shape == (len(found), 4)
+            assert found.bboxes.min() >= 0 and (found.bboxes.amax(0) <= torch.tensor([120.0, 128, 120, 128])).all()
+            assert found.bboxes.max() > 64
+            assert (found.scores.diff() <= 0).all()
+
+
+def test_one_training_step_of_the_published_t():
+    fixture = load("myolo_T_loss")
+    detector = from_official(fixture.weights()).train()
+    names = dict(zip(detector.state_dict(), to_official(detector), strict=False))
+    size = torch.tensor(fixture.meta["input_shape"][:1:-1] * 2)
+    gt = []
+    for i in range(2):
+        rows = torch.tensor([r for r in fixture.meta["boxes_img_cls_xywh_relative"] if r[0] == i])
+        centre, half = rows[:, 2:4].repeat(1, 2), rows[:, 4:].repeat(1, 2) / 2
+        boxes = (centre + half * torch.tensor([-1.0, -1, 1, 1])) * size
+        gt.append(InstanceData(bboxes=boxes, labels=rows[:, 1].long()))
+
+    maps = detector.bbox_head(detector.neck(detector.backbone(fixture.input())))
+    for level, (reg, cls) in enumerate(zip(*maps, strict=True)):
+        fixture.check(f"map_{level}", torch.cat((reg, cls), 1), tol=3e-4)
+    losses = detector.bbox_head.loss_by_feat(*maps, gt, [{}, {}])
+    items = fixture.meta["loss_items"]
+    for key, name in (("loss_bbox", "box"), ("loss_cls", "cls"), ("loss_dfl", "dfl")):
+        assert losses[key].item() / 2 == pytest.approx(items[name], rel=2e-6), name
+    total = sum(losses.values())
+    assert total.item() == pytest.approx(fixture.meta["total_loss"], rel=1e-6)
+
+    total.backward()
+    noise = set(fixture.meta["mathematically_zero_grads"])
+    norms = {names[n]: p.grad.norm().item() for n, p in detector.named_parameters()}
+    assert norms.keys() == fixture.meta["grad_l2"].keys() and len(norms) == 404 and len(noise) == 44
+    expected = fixture.meta["grad_l2"]
+    wrong = {n: (v, expected[n]) for n, v in norms.items() if n not in noise and abs(v / expected[n] - 1) > 1e-4}
+    assert not wrong
+    assert all(norms[n] < 1e-6 * max(expected.values()) for n in noise)
+
+    running = fixture.meta["running_after"]
+    state = {names[n]: b.float().norm().item() for n, b in detector.state_dict().items() if names[n] in running}
+    assert state.keys() == running.keys()
+    assert all(state[n] == pytest.approx(running[n], rel=1e-5) for n in running)
+
+
+WORKER = """
+import sys, torch
+from mmengine.dist import all_reduce, get_rank
+from mmengine.structures import InstanceData
+from mambavision.detection.head import MambaYOLOHead
+
+torch.manual_seed(0)
+head = MambaYOLOHead(3, (8, 16, 24)).eval()
+x = [torch.randn(3, c, n, n) for c, n in ((8, 8), (16, 4), (24, 2))]
+boxes = [[[4., 6, 40, 60], [30, 8, 62, 30]], [], [[10., 10, 50, 50], [0, 0, 20, 20], [8, 8, 30, 40]]]
+gt = [InstanceData(bboxes=torch.tensor(b).view(-1, 4), labels=torch.arange(len(b))) for b in boxes]
+
+def step(start, stop):
+    head.zero_grad()
+    losses = head.loss_by_feat(*head([f[start:stop] for f in x]), gt[start:stop], [{}] * (stop - start))
+    sum(losses.values()).backward()
+    values = torch.cat([*(v.detach().view(1) for v in losses.values()), *(p.grad.flatten() for p in head.parameters())])
+    all_reduce(values, "mean")
+    return values
+
+results = [step(0, 3)]
+torch.distributed.init_process_group("gloo")
+for cut in (2, 1):
+    results.append(step(0, cut) if get_rank() == 0 else step(cut, 3))
+if get_rank() == 0:
+    torch.save(results, sys.argv[1])
+"""
+
+
+def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path: Path):
+    script, out = tmp_path / "worker.py", tmp_path / "results.pt"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, out]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert run.returncode == 0, run.stderr
+    one, *two = torch.load(out)
+    for result in two:
+        torch.testing.assert_close(result, one, rtol=1e-4, atol=1e-5)
