@@ -160,13 +160,16 @@ def expected_of(case: Case) -> dict[str, Tensor]:
 def check(case: Case, backend: str, device: str = "cpu") -> None:
     expected = expected_of(case)
     actual = run(case, backend, device=device)
-    chunked = actual if backend == "chunked" else run(case, "chunked", device=device)
+    paths = [actual if backend == "chunked" else run(case, "chunked", device=device)]
+    if case.decay is not None:
+        # One repeated decay is rounded the same way at every step: step by step in fp32 errs more than a chunk at once.
+        paths.append(run(case, "reference", device=device))
     wrong = {}
     for name, value in expected.items():
         error = relative(actual[name], value)
         limit = (GRADIENT_LIMIT if name.startswith("grad") else FORWARD_LIMIT)[case.dtype]
         if backend != "chunked":
-            limit = min(limit, 2 * relative(chunked[name], value) + SLACK[case.dtype])
+            limit = min(limit, 2 * max(relative(path[name], value) for path in paths) + SLACK[case.dtype])
         if not error <= limit:
             wrong[name] = f"{error:.2e} > {limit:.2e}"
     assert not wrong, f"{backend} on {case}: {wrong}"
@@ -225,6 +228,15 @@ FULL = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors here are tiny: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @lru_cache
 def reason_not_to_run(backend: str) -> str:
     one = torch.ones(1, 1, 1)
@@ -241,8 +253,8 @@ def skip_if_not_built(backend: str) -> None:
         pytest.skip(reason_not_to_run(backend))
 
 
-@pytest.mark.parametrize("case", COVERING + EXTREME, ids=str)
 @pytest.mark.parametrize("backend", ["chunked", "cpu"])
+@pytest.mark.parametrize("case", COVERING + EXTREME, ids=str)
 def test_covering_subset_on_cpu(backend, case):
     skip_if_not_built(backend)
     check(case, backend)
@@ -259,14 +271,9 @@ def test_extreme_decay_is_finite(dtype, backend):
 def test_one_thread_and_two_agree():
     skip_if_not_built("cpu")
     case = Case(63, 4, "fp32", 37, orders=("row", "col", "row_reverse", "col_reverse"))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = run(case, "cpu")
-        torch.set_num_threads(2)
-        two = run(case, "cpu")
-    finally:
-        torch.set_num_threads(threads)
+    one = run(case, "cpu")
+    torch.set_num_threads(2)
+    two = run(case, "cpu")
     errors = {name: relative(two[name], one[name]) for name in one}
     assert max(errors.values()) < 1e-6, errors
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mambavision.ops import ScanOrder, multi_scan, scan_order, selective_scan
+from mambavision.ops import ScanOrder, multi_scan, order_table, scan_order, selective_scan
 
 BACKENDS = ["reference", "chunked", None, "cpu"]
 IMAGE_NAMES = [name for name in get_args(ScanOrder) if not name.startswith("time")]
@@ -232,6 +232,19 @@ def test_the_same_tokens_on_another_grid_are_another_scan(grid, rel):
     assert all(rel(y, multi_scan(**args, orders=["col"], grid=other)) > 0.1 for other in others)
 
 
+def test_a_table_made_once_serves_every_call(check):
+    names = ["zigzag", "window_reverse"]
+    table = order_table(names, (3, 4))
+    for seed in (0, 1):
+        check(make(12, 2, seed=seed), table, (3, 4), perms=[scan_order(name, (3, 4)) for name in names])
+    with pytest.raises(ValueError, match="12.*20|20.*12"):
+        multi_scan(**make(20, 2), orders=table, grid=(4, 5))
+    with pytest.raises(ValueError, match=r"\b3\b"):
+        multi_scan(**make(12, 3), orders=table, grid=(3, 4))
+    with pytest.raises(ValueError, match="11.*12|12.*11"):
+        order_table([np.arange(11)], (3, 4))
+
+
 def call(args, **changes):
     tensors = {name: value.detach() for name, value in args.items()}
     return multi_scan(**{**tensors, "orders": ["row", "col"], "grid": (3, 4), **changes})
@@ -254,11 +267,12 @@ def test_wrong_permutation_is_refused(kind, permutation):
         call(make(12, 2), orders=["row", kind(permutation)])
 
 
-def test_permutation_of_floats_or_of_two_dimensions_is_refused():
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray])
+def test_permutation_of_floats_or_of_two_dimensions_is_refused(kind):
     with pytest.raises((TypeError, ValueError)):
-        call(make(12, 2), orders=["row", torch.arange(12.0)])
+        call(make(12, 2), orders=["row", kind(np.arange(12) + 0.4)])
     with pytest.raises(ValueError):
-        call(make(12, 2), orders=["row", torch.arange(12).view(3, 4)])
+        call(make(12, 2), orders=["row", kind(np.arange(12).reshape(3, 4))])
 
 
 def test_user_permutation_changed_after_a_call_is_read_again(check):
