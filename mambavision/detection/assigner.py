@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from mmdet.registry import TASK_UTILS
 from torch import Tensor
@@ -43,10 +44,9 @@ def pad_ground_truth(boxes: list[Tensor], labels: list[Tensor]) -> GroundTruth:
     Returns:
         :class:`GroundTruth` on the device of the inputs, boxes in float32.
     """
-    counts = torch.tensor([len(b) for b in boxes])
-    width = max(1, int(counts.max()))
-    slots = torch.nonzero(torch.arange(width) < counts[:, None]).unbind(1)
-    slots = slots[0] * width + slots[1]
+    counts = np.array([len(b) for b in boxes])
+    width = max(1, counts.max())
+    slots = torch.from_numpy(np.flatnonzero(np.arange(width) < counts[:, None]))
     flat_boxes, flat_labels = torch.cat(boxes).float(), torch.cat(labels).long()
     if flat_boxes.is_cuda:
         slots = slots.pin_memory().to(flat_boxes.device, non_blocking=True)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from mmengine.structures import InstanceData
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.ops import batched_nms
 
 from mambavision.detection.assigner import TaskAlignedCIoUAssigner, pad_ground_truth
@@ -211,6 +212,17 @@ def test_the_number_of_operations_does_not_grow_with_the_batch():
         return sum(event.name.startswith("aten::") for event in profile.events())
 
     assert operations(8) == operations(2)
+
+
+def test_the_loss_never_asks_for_a_value():
+    """On tensors that have no values, anything that would wait for the GPU (item, nonzero, boolean indices) raises."""
+    h = head()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = [mode.from_tensor(f) for f in features()]
+        gt = [InstanceData(bboxes=mode.from_tensor(g.bboxes), labels=mode.from_tensor(g.labels)) for g in GT]
+        losses = h.loss_by_feat(*h(x), gt, METAS)
+        sum(losses.values()).backward()
+    assert all(isinstance(loss, FakeTensor) and loss.shape == () for loss in losses.values())
 
 
 def test_predictions_of_known_maps_go_back_to_the_original_picture():
