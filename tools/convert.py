@@ -1,4 +1,12 @@
-"""Convert an official Mamba-YOLO checkpoint to a weights file that `tools/detect.py --weights` takes."""
+#!/usr/bin/env python
+"""Convert an official Mamba-YOLO checkpoint to a weights file that `tools/detect.py --weights` takes.
+
+    python tools/convert.py mamba_yolo_t.pth mamba_yolo_t.safetensors
+
+IN holds plain tensors under the official names. A checkpoint that ultralytics saved holds a pickled model instead, which
+could run code and is refused; with the official code installed, write its state dict first:
+torch.save(torch.load("best.pt")["model"].float().state_dict(), "mamba_yolo_t.pth")
+"""
 
 import argparse
 from pathlib import Path
@@ -11,7 +19,7 @@ from mambavision.engine import checkpoint
 
 def main() -> None:
     """Read IN, write OUT; wrong input raises ValueError or OSError before anything is written."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", metavar="IN", help="official state dict: a .pth or .pt file of plain tensors")
     parser.add_argument("output", metavar="OUT", help="file to write, *.safetensors")
     parser.add_argument("--classes", help="text file with one class name a line (default: COCO's for 80 classes)")

@@ -2,6 +2,7 @@
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.layers.ssm import Orders, SelectiveSSM, SSMInit, init_mamba
@@ -59,12 +60,12 @@ class SS2D(SelectiveSSM):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, H, W, C); same shape. The permuted view of a channels_last image is not copied."""
-        z = None
-        if self.gated:
-            x, z = self.in_proj(x).chunk(2, -1)
-        else:
-            x = self.in_proj(x)
+        # one product for x and one for z: a slice of a joint product would be copied for the convolution
+        weights = self.in_proj.weight.split(self.conv2d.in_channels)
+        biases = (None, None) if self.in_proj.bias is None else self.in_proj.bias.split(self.conv2d.in_channels)
+        z = self.act(F.linear(x, weights[1], biases[1])) if self.gated else None
+        x = F.linear(x, weights[0], biases[0])
         x = self.act(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, H, W, D)
         y = super().forward(x.flatten(1, 2), x.shape[1:3]).view_as(x)
         y = self.out_norm(y).to(x.dtype)
-        return self.out_proj(y if z is None else y * self.act(z))
+        return self.out_proj(y if z is None else y * z)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from mambavision.detection.convert import from_official, identify, to_official
 from mambavision.detection.weights import load_detector
 from tests.parity import load
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def official(size="debug", variant="released", classes=3, seed=0):
@@ -19,7 +20,9 @@ def official(size="debug", variant="released", classes=3, seed=0):
 
 
 def convert(*args):
-    return subprocess.run([sys.executable, TOOL, *args], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, ROOT / "tools" / "convert.py", *args]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_names_and_shapes_of_t_are_the_official_ones():

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mambavision.layers import SS2D, BiMambaMixer, MambaMixer, init_mamba_yolo
+from mambavision.layers import SS2D, BiMambaMixer, MambaMixer, SelectiveSSM, init_mamba_yolo
 from mambavision.layers.mixers import causal_conv1d
 from tests.parity import check_module, load
 
@@ -74,6 +74,15 @@ def test_mamba_mixer_is_causal_and_bi_mamba_is_not():
     for mixer, before in ((MambaMixer(16), False), (BiMambaMixer(16), True)):
         moved = (mixer(x) - mixer(changed)).abs().sum((0, 2)) > 1e-7
         assert moved[7:].all() and moved[:7].any() == before
+
+
+def test_ss2d_with_biases_splits_them_as_the_weights():
+    torch.manual_seed(0)
+    ss2d, x = SS2D(8, bias=True), torch.randn(1, 4, 5, 8)
+    u, z = ss2d.in_proj(x).chunk(2, -1)
+    u = F.silu(ss2d.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+    y = SelectiveSSM.forward(ss2d, u.flatten(1, 2), (4, 5)).view_as(u)
+    torch.testing.assert_close(ss2d(x), ss2d.out_proj(ss2d.out_norm(y) * F.silu(z)))
 
 
 @pytest.mark.parametrize("orders", ["unidirectional", "cross", ("row", "hilbert"), (torch.arange(35).flip(0),)])
