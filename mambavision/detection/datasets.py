@@ -59,9 +59,7 @@ class PhotoDataset(BaseDetDataset):
         DatasetError: as the module says.
     """
 
-    def __init__(
-        self, *, cache: Literal["none", "ram"] = "none", photo_side: int | None = None, **kwargs
-    ) -> None:
+    def __init__(self, *, cache: Literal["none", "ram"] = "none", photo_side: int | None = None, **kwargs) -> None:
         if cache not in ("none", "ram"):
             raise ValueError(f'cache must be "none" or "ram", not {cache!r}')
         self.cache = cache

@@ -64,9 +64,7 @@ def class_names(root: str | os.PathLike) -> tuple[str, ...]:
     words = dict(line.split("\t", 1) for line in _lines(Path(root) / "words.txt"))
     synonyms = [[word.strip() for word in words[wnid].split(",")] for wnid in _wnids(Path(root))]
     first = [names[0] for names in synonyms]
-    return tuple(
-        ", ".join(names[:2]) if first.count(names[0]) > 1 else names[0] for names in synonyms
-    )
+    return tuple(", ".join(names[:2]) if first.count(names[0]) > 1 else names[0] for names in synonyms)
 
 
 def shard(root: str | os.PathLike, out: str | os.PathLike, *, max_bytes: int = 45 * 2**20) -> list[Path]:

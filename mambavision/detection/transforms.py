@@ -145,9 +145,7 @@ class RandomScaleTranslate(BaseTransform):
             before = results["gt_bboxes"].tensor.numpy() * scale + np.array(shift * 2, np.float32)
             after = _clip(before, w, h)
             kept = self.keep(before, after)
-            _set_boxes(
-                results, after[kept], results["gt_bboxes_labels"][kept], results["gt_ignore_flags"][kept]
-            )
+            _set_boxes(results, after[kept], results["gt_bboxes_labels"][kept], results["gt_ignore_flags"][kept])
         return results
 
 
