@@ -3,9 +3,10 @@
 
     python tools/convert.py mamba_yolo_t.pth mamba_yolo_t.safetensors
 
-IN holds plain tensors under the official names. A checkpoint that ultralytics saved holds a pickled model instead, which
-could run code and is refused; with the official code installed, write its state dict first:
-torch.save(torch.load("best.pt")["model"].float().state_dict(), "mamba_yolo_t.pth")
+IN holds plain tensors under the official names. A checkpoint of the official trainer holds a pickled model instead,
+which could run code and is refused; where the official code is installed, write its state dict first:
+
+    torch.save(torch.load("best.pt")["model"].float().state_dict(), "mamba_yolo_t.pth")
 """
 
 import argparse
