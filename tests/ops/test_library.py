@@ -253,6 +253,22 @@ def test_export_of_a_module(backend):
     torch.testing.assert_close(program.module()(tokens), block(tokens))
 
 
+class ImageBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList(value.detach() for value in block_args(1, 1)[1:])
+
+    def forward(self, x):
+        return image_block(x, *self.weights)
+
+
+def test_export_of_a_scan_over_an_image():
+    """Exported first, run after: nothing of the trace stays behind."""
+    block, x = ImageBlock().eval(), torch.randn(1, 5, 11, 3)
+    program = torch.export.export(block, (x,))
+    torch.testing.assert_close(program.module()(x), block(x))
+
+
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_export_with_a_dynamic_length(backend):
     torch.manual_seed(0)

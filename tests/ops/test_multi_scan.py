@@ -1,8 +1,10 @@
+import itertools
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mambavision.ops import ScanOrder, multi_scan, order_table, scan_order, selective_scan
 
@@ -243,6 +245,39 @@ def test_a_table_made_once_serves_every_call(check):
         multi_scan(**make(12, 3), orders=table, grid=(3, 4))
     with pytest.raises(ValueError, match="11.*12|12.*11"):
         order_table([np.arange(11)], (3, 4))
+
+
+heights = itertools.count(101)
+
+
+def grid_never_seen(width):
+    """A grid whose order tables no other test has asked for."""
+    return next(heights), width
+
+
+@pytest.mark.parametrize("backend", [None, "chunked"])
+def test_training_after_inference_mode_on_the_same_grid(backend):
+    """A validation pass comes first: what it remembers about the grid must serve training."""
+    grid = grid_never_seen(2)
+    args = make(grid[0] * grid[1], 4)
+    with torch.inference_mode():
+        multi_scan(**args, orders="cross", grid=grid, backend=backend)
+    y = multi_scan(**args, orders="cross", grid=grid, backend=backend)
+    y.sum().backward()
+    assert all(value.grad.isfinite().all() for value in args.values())
+
+
+def test_a_fake_run_does_not_spoil_later_ones(check):
+    """FLOP counters, export and compile run on fake tensors first."""
+    grid = grid_never_seen(1)
+    args = make(grid[0] * grid[1], 2)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fake = {name: mode.from_tensor(value) for name, value in args.items()}
+        y = multi_scan(**fake, orders="bidirectional", grid=grid)
+    assert y.shape == args["x"].shape
+    perms = [scan_order(name, grid) for name in PRESETS["bidirectional"]]
+    check(args, "bidirectional", grid, perms=perms)
 
 
 def call(args, **changes):

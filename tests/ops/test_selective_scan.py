@@ -233,6 +233,46 @@ def test_half_inputs_beside_fp32_delta(backend, scan_oracle, rel):
     assert y.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"])
+def test_nan_comes_through(name, backend):
+    """A GradScaler and a NaN hook see what happened: a bad number is never turned into a plausible one."""
+    args = {k: v.detach() for k, v in make(dtype=torch.float32).items()}
+    args[name].view(-1)[0] = torch.nan
+    y = selective_scan(**args, delta_softplus=True, backend=backend)
+    assert y[0, 0].isnan().any()
+    assert y[1, 1:].isfinite().all() or name in ("A", "D", "delta_bias")
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_overflowed_gradient_comes_through(value, backend):
+    args = make(dtype=torch.float32)
+    y = selective_scan(**args, delta_softplus=True, backend=backend)
+    cotangent = torch.ones_like(y)
+    cotangent[0, 0, -1] = value
+    grads = dict(zip(args, torch.autograd.grad(y, list(args.values()), cotangent), strict=True))
+    assert not any(grads[name].isfinite().all() for name in args)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])
+def test_double_backward_is_right_or_refused(backend, scan_oracle, rel):
+    args = make(dtype=torch.float32, length=5)
+
+    def penalty(y):
+        (grad,) = torch.autograd.grad(y.square().sum(), args["u"], create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), args["A"])[0]
+
+    expected = penalty(scan_oracle(**args, delta_softplus=True)[0])
+    y = selective_scan(**args, delta_softplus=True, backend=backend)
+    try:
+        actual = penalty(y)
+    except RuntimeError:
+        assert backend in (None, "cpu"), "the torch paths differentiate twice"
+        return
+    assert rel(actual, expected) < 1e-5
+
+
 def test_state_is_not_kept_in_half():
     """Adding 1e-3 two thousand times to a state: bf16 would stop growing at 0.25, fp16 lose half."""
     length = 2000
