@@ -119,6 +119,7 @@ def scan_backward(
     ddelta = torch.empty_like(delta, memory_format=torch.preserve_format)
     dB, dC = (A.new_zeros(splits, batch, length, K, N) for _ in range(2))
     dA, dD, dbias, dstate = (A.new_empty(batch, *shape) for shape in (A.shape, A.shape[:2], A.shape[:2], A.shape))
+    scratch = A.new_empty(threads, -(-length // 16), N, 16)
     _library().scan_backward(
         sizes,
         ctypes.c_int(threads),
@@ -126,7 +127,7 @@ def scan_backward(
         ctypes.c_int(splits),
         *(ctypes.byref(_array(v)) for v in (x, delta, B, C, grad_y[:, :, None] if merge else grad_y, dx, ddelta)),
         *(_pointer(v) for v in (A, D, delta_bias, initial_state, order, grad_state)),
-        *(_pointer(v) for v in (dA, dB, dC, dD, dbias, dstate)),
+        *(_pointer(v) for v in (dA, dB, dC, dD, dbias, dstate, scratch)),
     )
     dx = dx.sum(2, keepdim=True) if x.shape[2] == 1 and K > 1 else dx
     return dx, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dbias.sum(0), dstate

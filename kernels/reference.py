@@ -32,7 +32,7 @@ def scan(
     Source: Gu and Dao, "Mamba", arXiv 2312.00752, algorithm 2 (with B-bar = delta B).
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    batch, length, K, _ = delta.shape
+    batch, _, K, _ = delta.shape
     u, dt, A, b, c = (v.to(dtype) for v in (x.expand_as(delta), delta, A, B, C))
     dt = dt if delta_bias is None else dt + delta_bias.to(dtype)
     dt = F.softplus(dt) if delta_softplus else dt
@@ -45,10 +45,9 @@ def scan(
 
     h = A.new_zeros(batch, *A.shape) if initial_state is None else initial_state.to(dtype)
     ys = []
-    for t in range(length):
-        decay = torch.exp(dt[:, :, t, :, None] * A)
-        h = decay * h + (dt[:, :, t] * u[:, :, t])[..., None] * b[:, :, t, None, :]
-        ys.append((h * c[:, :, t, None, :]).sum(-1))
+    for u_t, dt_t, b_t, c_t in zip(*(v.unbind(2) for v in (u, dt, b, c)), strict=True):
+        h = torch.exp(dt_t[..., None] * A) * h + (dt_t * u_t)[..., None] * b_t[..., None, :]
+        ys.append((h * c_t[..., None, :]).sum(-1))
     y = torch.stack(ys, 2)  # (batch, K, L, D)
     y = y if D is None else y + u * D.to(dtype)[:, None]
 

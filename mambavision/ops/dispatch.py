@@ -13,6 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mambavision.ops.compile import constant_result
+
 Backend = Literal["reference", "chunked", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT = "MAMBAVISION_BACKEND"
@@ -64,7 +66,7 @@ def choose(backend: Backend | None, device: str, dtype: torch.dtype) -> Backend:
     return asked
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def automatic(device: str, dtype: torch.dtype) -> Backend:
     """The fast backend of a device where it can serve, else ``chunked``, with the reason logged once."""
     fast: Backend = "cpu" if device == "cpu" else "triton"
@@ -76,7 +78,7 @@ def automatic(device: str, dtype: torch.dtype) -> Backend:
     return "chunked"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def unavailable(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot serve tensors of this device and dtype, or None if it can."""
     if backend in ("reference", "chunked"):

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from mambavision.ops.compile import constant_result
+
 ScanOrder = Literal[
     "row", "row_reverse", "col", "col_reverse", "serpentine", "serpentine_reverse",
     "serpentine_col", "serpentine_col_reverse", "zigzag", "zigzag_reverse", "hilbert", "hilbert_reverse",
@@ -148,9 +150,13 @@ def order_table(
     return OrderTable(torch.stack(rows).to(device=device, dtype=torch.int32))
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=256)
+@constant_result
 def _named_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tensor:
+    return _remembered_table(orders, grid, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _remembered_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tensor:
     return torch.stack([scan_order(name, grid) for name in orders]).to(device=device, dtype=torch.int32)
 
 

@@ -1,0 +1,417 @@
+/* The selective scan on the CPU: forward and backward, any scan order, any strides, float32, bfloat16 and float16.
+ *
+ * A task walks one block of 16 channels through time with the state in registers. Tiles of TILE steps are staged in
+ * local arrays: staging is where the scan order, the strides and the element type are dealt with, so the arithmetic
+ * below sees only float vectors, one lane a channel. Lanes past the last channel hold zeros.
+ *
+ * Needs GCC or Clang (vector extensions); OpenMP is used if enabled. Called by cpu.py through ctypes. */
+
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#define omp_get_thread_num() 0
+#endif
+
+#define LANES 16
+#define TILE 16
+#define INLINE static inline __attribute__((always_inline))
+#define LOG2E 1.44269504088896f
+#define LN2 0.693147180559945f
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)
+#define PER_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define PER_CPU
+#endif
+
+#if defined(__x86_64__)
+#define FLUSH_DENORMALS unsigned saved_csr = __builtin_ia32_stmxcsr(); __builtin_ia32_ldmxcsr(saved_csr | 0x8040)
+#define RESTORE_DENORMALS __builtin_ia32_ldmxcsr(saved_csr)
+#else
+#define FLUSH_DENORMALS
+#define RESTORE_DENORMALS
+#endif
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vint){__VA_ARGS__})
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * LANES)));
+typedef int32_t vint __attribute__((vector_size(4 * LANES)));
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+/* axes: batch, token, scan, channel (or state); strides in elements */
+typedef struct { void *data; int64_t stride[4]; int dtype; } Array;
+typedef struct { int64_t batch, length, scans, channels, states, x_scans; } Sizes;
+
+/* ---------------------------------------------------------------- elements */
+
+INLINE float bits_to_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+INLINE uint32_t float_to_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
+
+INLINE float half_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    if (exponent == 31) return bits_to_float(sign | 0x7f800000 | mantissa << 13);
+    if (exponent == 0) return (sign ? -1.f : 1.f) * (float)mantissa * 0x1p-24f;
+    return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+INLINE uint16_t float_to_half(float f) {
+    uint32_t bits = float_to_bits(f), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+    if (magnitude < 0x38800000) { /* subnormal: let the adder round to multiples of 2^-24 */
+        float rounded = bits_to_float(magnitude) + 0.5f;
+        return (uint16_t)(sign | (float_to_bits(rounded) - 0x3f000000));
+    }
+    return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
+INLINE float load(const Array *a, int64_t i) {
+    if (a->dtype == FLOAT32) return ((const float *)a->data)[i];
+    uint16_t bits = ((const uint16_t *)a->data)[i];
+    return a->dtype == BFLOAT16 ? bits_to_float((uint32_t)bits << 16) : half_to_float(bits);
+}
+
+INLINE void store(const Array *a, int64_t i, float f) {
+    if (a->dtype == FLOAT32) { ((float *)a->data)[i] = f; return; }
+    uint32_t bits = float_to_bits(f);
+    uint16_t bf16 = f != f ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    ((uint16_t *)a->data)[i] = a->dtype == BFLOAT16 ? bf16 : float_to_half(f);
+}
+
+/* ------------------------------------------------------------------- tiles */
+
+/* tile[t][i] = a[base + rows[t] * stride_row + i * stride], zeros for i >= count; width is LANES or the state count */
+INLINE void load_tile(float *tile, int width, const Array *a, int64_t base, const int64_t *rows, int steps, int count,
+                      int axis) {
+    int64_t stride = a->stride[axis], row = a->stride[1];
+    if (a->dtype == FLOAT32 && stride == 1 && count == width) {
+        for (int t = 0; t < steps; t++)
+            memcpy(tile + t * width, (const float *)a->data + base + rows[t] * row, 4 * (size_t)width);
+        return;
+    }
+    for (int t = 0; t < steps; t++)
+        for (int i = count; i < width; i++) tile[t * width + i] = 0;
+    if (stride == 1)
+        for (int t = 0; t < steps; t++)
+            for (int i = 0; i < count; i++) tile[t * width + i] = load(a, base + rows[t] * row + i);
+    else
+        for (int i = 0; i < count; i++)
+            for (int t = 0; t < steps; t++) tile[t * width + i] = load(a, base + rows[t] * row + i * stride);
+}
+
+INLINE void store_tile(const float *tile, const Array *a, int64_t base, const int64_t *rows, int steps, int count,
+                       int add) {
+    int64_t stride = a->stride[3], row = a->stride[1];
+    if (a->dtype == FLOAT32 && stride == 1 && count == LANES) {
+        for (int t = 0; t < steps; t++) {
+            float *to = (float *)a->data + base + rows[t] * row;
+            for (int i = 0; i < LANES; i++) to[i] = tile[t * LANES + i] + (add ? to[i] : 0.f);
+        }
+        return;
+    }
+    for (int i = 0; i < count; i++)
+        for (int t = 0; t < steps; t++) {
+            int64_t at = base + rows[t] * row + i * stride;
+            store(a, at, tile[t * LANES + i] + (add ? load(a, at) : 0.f));
+        }
+}
+
+INLINE void scan_rows(int64_t *rows, const int32_t *order, int64_t t0, int steps) {
+    for (int t = 0; t < steps; t++) rows[t] = order ? order[t0 + t] : t0 + t;
+}
+
+INLINE vfloat get(const float *p) { vfloat v; memcpy(&v, p, sizeof v); return v; }
+INLINE void put(float *p, vfloat v) { memcpy(p, &v, sizeof v); }
+INLINE vfloat all(float f) { return f - (vfloat){0}; }
+INLINE vfloat pick(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (vint)a) | (~mask & (vint)b)); }
+
+/* --------------------------------------------------------------- functions */
+
+/* 2^v to 1e-7 relative; results under 2^-126 become 2^-126 */
+INLINE vfloat vexp2(vfloat v) {
+    v = pick(v < -126.f, all(-126.f), v);
+    v = pick(v > 127.f, all(127.f), v);
+    vfloat shifted = v + 0x1.8p23f; /* rounds to the nearest integer, which lands in the low bits */
+    vfloat f = v - (shifted - 0x1.8p23f);
+    vfloat p = 0x1.41d332p-13f * f + 0x1.5f456ap-10f;
+    p = p * f + 0x1.3b2dbcp-7f;
+    p = p * f + 0x1.c6aed4p-5f;
+    p = p * f + 0x1.ebfbdap-3f;
+    p = p * f + 0x1.62e43p-1f;
+    p = p * f + 1.f;
+    return (vfloat)((vint)p + ((vint)shifted << 23));
+}
+
+/* log(1 + e), 0 <= e <= 1, as 2 atanh(e / (2 + e)): relative accuracy down to the smallest e */
+INLINE vfloat vlog1p(vfloat e) {
+    vfloat s = e / (e + 2.f), q = s * s;
+    vfloat p = q * (1.f / 15) + 1.f / 13;
+    p = p * q + 1.f / 11;
+    p = p * q + 1.f / 9;
+    p = p * q + 1.f / 7;
+    p = p * q + 1.f / 5;
+    p = p * q + 1.f / 3;
+    return 2.f * (s + s * q * p);
+}
+
+/* tile of delta: adds the bias, applies softplus and leaves its derivative in slope */
+INLINE void activate(float *tile, float *slope, int steps, vfloat bias, int softplus) {
+    for (int t = 0; t < steps; t++) {
+        vfloat v = get(tile + t * LANES) + bias;
+        vfloat derivative = all(1.f);
+        if (softplus) {
+            vfloat e = vexp2(pick(v > 0.f, -v, v) * LOG2E);
+            derivative = pick(v > 0.f, all(1.f), e) / (1.f + e);
+            v = pick(v > 0.f, v, all(0.f)) + vlog1p(e);
+        }
+        put(tile + t * LANES, v);
+        if (slope) put(slope + t * LANES, derivative);
+    }
+}
+
+/* lane i of the result is the sum of v[i] over its lanes */
+INLINE vfloat sum_lanes(vfloat v[16]) {
+#define STEP(half, low, high) \
+    for (int i = 0; i < half; i++) v[i] = SHUFFLE(v[i], v[i + half], low) + SHUFFLE(v[i], v[i + half], high);
+#define L8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define H8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define L4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define H4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define L2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define H2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define L1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define H1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+    _Pragma("GCC unroll 8") STEP(8, L8, H8)
+    _Pragma("GCC unroll 4") STEP(4, L4, H4)
+    _Pragma("GCC unroll 2") STEP(2, L2, H2)
+    STEP(1, L1, H1)
+    return v[0];
+}
+
+/* -------------------------------------------------------------------- scan */
+
+/* per-channel constants of one block: A in log2 units and the state, both [state][lane] */
+INLINE void load_states(vfloat *to, const float *from, int count, int64_t N, float scale) {
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < LANES; i++) to[n][i] = from && i < count ? from[i * N + n] * scale : 0.f;
+}
+
+INLINE void store_states(float *to, const vfloat *from, int count, int64_t N) {
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < count; i++) to[i * N + n] = from[n][i];
+}
+
+INLINE vfloat load_lanes(const float *from, int count) {
+    vfloat v = {0};
+    for (int i = 0; from && i < count; i++) v[i] = from[i];
+    return v;
+}
+
+typedef struct {
+    Sizes s;
+    int softplus, merge, splits;
+    Array x, delta, B, C, y; /* y: the output, or the gradient of it */
+    Array dx, ddelta;
+    const float *A, *D, *bias, *initial;
+    const int32_t *order;
+    float *state;
+    const float *dstate_last;
+    float *dA, *dB, *dC, *dD, *dbias, *dinitial;
+} Call;
+
+INLINE int64_t at(const Array *a, int64_t b, int64_t k, int64_t d) {
+    return b * a->stride[0] + k * a->stride[2] + d * a->stride[3];
+}
+
+INLINE void forward_block(const Call *c, int64_t b, int64_t k, int64_t d0, const int N) {
+    const int64_t L = c->s.length, channels = c->s.channels;
+    const int count = channels - d0 < LANES ? (int)(channels - d0) : LANES;
+    const int64_t per_channel = k * channels + d0, xk = c->s.x_scans == 1 ? 0 : k;
+    vfloat A[N], h[N];
+    load_states(A, c->A + per_channel * N, count, N, LOG2E);
+    load_states(h, c->initial ? c->initial + (b * c->s.scans * channels + per_channel) * N : 0, count, N, 1.f);
+    const vfloat D = load_lanes(c->D ? c->D + per_channel : 0, count);
+    const vfloat bias = load_lanes(c->bias ? c->bias + per_channel : 0, count);
+    const int32_t *order = c->order ? c->order + k * L : 0;
+    float x[TILE * LANES], dt[TILE * LANES], y[TILE * LANES], B[TILE * N], C[TILE * N];
+    int64_t rows[TILE];
+
+    for (int64_t t0 = 0; t0 < L; t0 += TILE) {
+        const int steps = L - t0 < TILE ? (int)(L - t0) : TILE;
+        scan_rows(rows, order, t0, steps);
+        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count, 3);
+        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count, 3);
+        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N, 3);
+        load_tile(C, N, &c->C, at(&c->C, b, k, 0), rows, steps, N, 3);
+        activate(dt, 0, steps, bias, c->softplus);
+        for (int t = 0; t < steps; t++) {
+            const vfloat u = get(x + t * LANES), d = get(dt + t * LANES), du = d * u;
+            vfloat out = D * u;
+#pragma GCC unroll 16
+            for (int n = 0; n < N; n++) {
+                h[n] = vexp2(d * A[n]) * h[n] + du * B[t * N + n];
+                out += h[n] * C[t * N + n];
+            }
+            put(y + t * LANES, out);
+        }
+        store_tile(y, &c->y, at(&c->y, b, k, d0), rows, steps, count, c->merge && k > 0);
+    }
+    store_states(c->state + (b * c->s.scans * channels + per_channel) * N, h, count, N);
+}
+
+/* Adjoint of forward_block. With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. */
+INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts, const int N) {
+    const int64_t L = c->s.length, channels = c->s.channels, tiles = (L + TILE - 1) / TILE;
+    const int count = channels - d0 < LANES ? (int)(channels - d0) : LANES;
+    const int64_t per_channel = k * channels + d0, xk = c->s.x_scans == 1 ? 0 : k;
+    const int64_t per_batch = b * c->s.scans * channels + per_channel;
+    vfloat A[N], h[N], dA[N];
+    vfloat states[TILE * N], decays[TILE * N];
+    load_states(A, c->A + per_channel * N, count, N, LOG2E);
+    load_states(h, c->initial ? c->initial + per_batch * N : 0, count, N, 1.f);
+    memset(dA, 0, sizeof dA);
+    const vfloat D = load_lanes(c->D ? c->D + per_channel : 0, count);
+    const vfloat bias = load_lanes(c->bias ? c->bias + per_channel : 0, count);
+    const int32_t *order = c->order ? c->order + k * L : 0;
+    float x[TILE * LANES], dt[TILE * LANES], slope[TILE * LANES], dy[TILE * LANES], B[TILE * N], C[TILE * N];
+    int64_t rows[TILE];
+
+    for (int64_t tile = 0; tile < tiles; tile++) { /* the state at the start of every tile */
+        const int64_t t0 = tile * TILE;
+        const int steps = L - t0 < TILE ? (int)(L - t0) : TILE;
+        memcpy(starts + tile * N, h, sizeof h);
+        if (tile == tiles - 1) break;
+        scan_rows(rows, order, t0, steps);
+        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count, 3);
+        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count, 3);
+        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N, 3);
+        activate(dt, 0, steps, bias, c->softplus);
+        for (int t = 0; t < steps; t++) {
+            const vfloat d = get(dt + t * LANES), du = d * get(x + t * LANES);
+#pragma GCC unroll 16
+            for (int n = 0; n < N; n++) h[n] = vexp2(d * A[n]) * h[n] + du * B[t * N + n];
+        }
+    }
+
+    vfloat *g = h, dD = {0}, dbias = {0}; /* from here on h is the gradient that reaches the state from later steps */
+    load_states(g, c->dstate_last ? c->dstate_last + per_batch * N : 0, count, N, 1.f);
+    for (int64_t tile = tiles - 1; tile >= 0; tile--) {
+        const int64_t t0 = tile * TILE;
+        const int steps = L - t0 < TILE ? (int)(L - t0) : TILE;
+        const vfloat *start = starts + tile * N;
+        scan_rows(rows, order, t0, steps);
+        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count, 3);
+        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count, 3);
+        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N, 3);
+        load_tile(C, N, &c->C, at(&c->C, b, k, 0), rows, steps, N, 3);
+        load_tile(dy, LANES, &c->y, at(&c->y, b, k, d0), rows, steps, count, 3);
+        activate(dt, slope, steps, bias, c->softplus);
+        for (int t = 0; t < steps; t++) {
+            const vfloat d = get(dt + t * LANES), du = d * get(x + t * LANES);
+            const vfloat *before = t ? states + (t - 1) * N : start;
+#pragma GCC unroll 16
+            for (int n = 0; n < N; n++) {
+                const vfloat a = vexp2(d * A[n]);
+                decays[t * N + n] = a;
+                states[t * N + n] = a * before[n] + du * B[t * N + n];
+            }
+        }
+        for (int t = steps - 1; t >= 0; t--) {
+            const vfloat u = get(x + t * LANES), d = get(dt + t * LANES), du = d * u, out = get(dy + t * LANES);
+            const vfloat *before = t ? states + (t - 1) * N : start;
+            vfloat ddu = {0}, dlog = {0};
+            const int64_t row = (((split * c->s.batch + b) * L + rows[t]) * c->s.scans + k) * N;
+            for (int n0 = 0; n0 < N; n0 += 16) {
+                vfloat toB[16] = {0}, toC[16] = {0};
+                const int states_here = N - n0 < 16 ? N - n0 : 16;
+#pragma GCC unroll 16
+                for (int i = 0; i < states_here; i++) {
+                    const int n = n0 + i;
+                    const vfloat gn = g[n] + out * C[t * N + n], ga = gn * decays[t * N + n], w = ga * before[n];
+                    toB[i] = gn * du;
+                    toC[i] = out * states[t * N + n];
+                    ddu += gn * B[t * N + n];
+                    dlog += w * A[n];
+                    dA[n] += w * d;
+                    g[n] = ga;
+                }
+                const vfloat sumB = sum_lanes(toB), sumC = sum_lanes(toC);
+                for (int i = 0; i < states_here; i++) {
+                    c->dB[row + n0 + i] += sumB[i];
+                    c->dC[row + n0 + i] += sumC[i];
+                }
+            }
+            const vfloat ddelta = (ddu * u + dlog * LN2) * get(slope + t * LANES);
+            dbias += ddelta;
+            dD += out * u;
+            put(x + t * LANES, ddu * d + D * out); /* x and dt now hold their gradients */
+            put(dt + t * LANES, ddelta);
+        }
+        store_tile(x, &c->dx, at(&c->dx, b, k, d0), rows, steps, count, 0);
+        store_tile(dt, &c->ddelta, at(&c->ddelta, b, k, d0), rows, steps, count, 0);
+    }
+    store_states(c->dinitial + per_batch * N, g, count, N);
+    store_states(c->dA + per_batch * N, dA, count, N);
+    for (int i = 0; i < count; i++) {
+        c->dD[per_batch + i] = dD[i];
+        c->dbias[per_batch + i] = dbias[i];
+    }
+}
+
+/* one constant state count a common model uses gets its own unrolled code */
+PER_CPU static void forward_task(const Call *c, int64_t b, int64_t k, int64_t d0) {
+    if (c->s.states == 16) forward_block(c, b, k, d0, 16);
+    else if (c->s.states == 1) forward_block(c, b, k, d0, 1);
+    else forward_block(c, b, k, d0, (int)c->s.states);
+}
+
+PER_CPU static void backward_task(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts) {
+    if (c->s.states == 16) backward_block(c, b, k, d0, split, starts, 16);
+    else if (c->s.states == 1) backward_block(c, b, k, d0, split, starts, 1);
+    else backward_block(c, b, k, d0, split, starts, (int)c->s.states);
+}
+
+void scan_forward(const Sizes *s, int threads, int softplus, int merge, const Array *x, const Array *delta,
+                  const Array *B, const Array *C, const Array *y, const float *A, const float *D, const float *bias,
+                  const float *initial, const int32_t *order, float *state) {
+    Call c = {*s, softplus, merge, 1, *x, *delta, *B, *C, *y};
+    c.A = A, c.D = D, c.bias = bias, c.initial = initial, c.order = order, c.state = state;
+    const int64_t blocks = (s->channels + LANES - 1) / LANES, inner = merge ? s->scans : 1;
+    const int64_t tasks = s->batch * s->scans / inner * blocks; /* merged scans add up in one task, in order */
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t group = task / blocks, d0 = task % blocks * LANES;
+        FLUSH_DENORMALS;
+        for (int64_t k = 0; k < inner; k++)
+            forward_task(&c, group * inner / s->scans, (group * inner + k) % s->scans, d0);
+        RESTORE_DENORMALS;
+    }
+}
+
+void scan_backward(const Sizes *s, int threads, int softplus, int splits, const Array *x, const Array *delta,
+                   const Array *B, const Array *C, const Array *dy, const Array *dx, const Array *ddelta,
+                   const float *A, const float *D, const float *bias, const float *initial, const int32_t *order,
+                   const float *dstate_last, float *dA, float *dB, float *dC, float *dD, float *dbias,
+                   float *dinitial, float *scratch) { /* scratch: threads x tiles x states x LANES */
+    Call c = {*s, softplus, 0, splits, *x, *delta, *B, *C, *dy, *dx, *ddelta};
+    c.A = A, c.D = D, c.bias = bias, c.initial = initial, c.order = order, c.dstate_last = dstate_last;
+    c.dA = dA, c.dB = dB, c.dC = dC, c.dD = dD, c.dbias = dbias, c.dinitial = dinitial;
+    const int64_t blocks = (s->channels + LANES - 1) / LANES, tiles = (s->length + TILE - 1) / TILE;
+    const int64_t tasks = s->batch * s->scans * splits;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t b = task / splits / s->scans, k = task / splits % s->scans, split = task % splits;
+        vfloat *starts = (vfloat *)scratch + omp_get_thread_num() * tiles * s->states;
+        FLUSH_DENORMALS;
+        for (int64_t block = split; block < blocks; block += splits)
+            backward_task(&c, b, k, block * LANES, (int)split, starts);
+        RESTORE_DENORMALS;
+    }
+}
