@@ -130,8 +130,8 @@ class TaskAlignedCIoUAssigner:
 
     def _overlap(self, boxes: Tensor, points: Tensor, gt_boxes: Tensor) -> Tensor:
         """CIoU clamped at 0, and 0 where the centre is not inside."""
-        x, y = points.unbind(-1)
-        x1, y1, x2, y2 = gt_boxes.unbind(-1)
+        x, y = points.T.contiguous()
+        x1, y1, x2, y2 = gt_boxes.movedim(-1, 0).contiguous()
         inside = torch.minimum(torch.minimum(x - x1, x2 - x), torch.minimum(y - y1, y2 - y)) > self.eps
         return complete_iou(boxes, gt_boxes).clamp_(min=0).mul_(inside)
 

@@ -29,8 +29,8 @@ def complete_iou(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
     Returns:
         (...) values in (-1.5, 1].
     """
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    tx1, ty1, tx2, ty2 = targets.unbind(-1)
+    x1, y1, x2, y2 = boxes.movedim(-1, 0).contiguous()
+    tx1, ty1, tx2, ty2 = targets.movedim(-1, 0).contiguous()
     w, h = x2 - x1, y2 - y1 + eps
     tw, th = tx2 - tx1, ty2 - ty1 + eps
     inter = (torch.minimum(x2, tx2) - torch.maximum(x1, tx1)).clamp(min=0) * (

@@ -40,6 +40,13 @@ def test_every_batch_norm_has_the_constants_of_the_recipe():
     assert len(norms) > 20 and all(m.eps == 1e-3 and m.momentum == 0.03 for m in norms)
 
 
+def test_mmengines_init_weights_leaves_the_first_biases():
+    detector = debug()
+    detector.init_weights()
+    assert all((tower[-1].bias == 1).all() for tower in detector.bbox_head.reg_towers)
+    assert all((tower[-1].bias < -4).all() for tower in detector.bbox_head.cls_towers)
+
+
 def test_pictures_enter_as_rgb_over_255_padded_with_gray():
     data = batch(1)
     seen = debug().data_preprocessor(data, training=False)["inputs"]
