@@ -10,7 +10,7 @@ from mmengine.dist import get_world_size
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
-ParamKind = Literal["bias", "weight", "norm"]
+ParamKind = Literal["weight", "norm", "bias"]
 
 _NOMINAL_BATCH = 64
 
@@ -22,7 +22,7 @@ def split_parameters(model: nn.Module) -> dict[ParamKind, list[nn.Parameter]]:
     learning-rate warm-up. ``norm``: other parameters of a normalisation layer; no weight decay. ``weight``: all the
     rest, the scan's A_log, D, x_proj and dt_proj among them; decayed.
     """
-    groups: dict[ParamKind, list[nn.Parameter]] = {"bias": [], "weight": [], "norm": []}
+    groups: dict[ParamKind, list[nn.Parameter]] = {"weight": [], "norm": [], "bias": []}
     seen = set()
     for module_name, module in model.named_modules():
         is_norm = any("Norm" in base.__name__ for base in type(module).__mro__)

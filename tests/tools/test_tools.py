@@ -1,0 +1,339 @@
+import csv
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mambavision.detection import build_mamba_yolo
+from mambavision.detection.weights import from_checkpoint, save_weights
+from tests.tools.torchrun_training import CONFIG, train
+from tests.tools.toy_data import CLASSES, make_coco, make_video
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def tool(monkeypatch, capfd):
+    """Run a tool as `python tools/NAME.py ARGS` would, in this process; returns exit code, stdout and stderr."""
+
+    def call(name, *args):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def refusal(result):
+    """The one line with which a call was refused."""
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, (code, err)
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_coco(tmp_path_factory.mktemp("data") / "photos")
+
+
+def data_options(data, **changes):
+    options = {"train_json": "train.json", "val_json": "val.json", "train_images": "train", "val_images": "val"}
+    options.update(changes)
+    return ["--data-root", data] + [
+        item for name, value in options.items() for item in (f"--{name.replace('_', '-')}", value)
+    ]
+
+
+@pytest.fixture(scope="module")
+def killed(data, tmp_path_factory):
+    """Work directory of a run that kill -9 ended in the middle of its third epoch."""
+    work = tmp_path_factory.mktemp("killed") / "work"
+    command = [sys.executable, ROOT / "tools/train.py", CONFIG, "--work-dir", work, "--seed", 0, *data_options(data)]
+    with subprocess.Popen(
+        list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        log = []
+        for line in process.stdout:
+            log.append(line)
+            if "Epoch(train) [3][1/3]" in line:
+                process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "".join(log)[-3000:]
+    assert (work / "epoch_2.pth").exists() and not (work / "epoch_3.pth").exists()
+    return work
+
+
+def curve(work):
+    with open(work / "loss_curve.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def trained(killed, data, tool):
+    """The killed run, resumed to its end; further calls find it ended."""
+    if not (killed / "epoch_3.pth").exists():
+        code, _, err = tool("train", CONFIG, "--work-dir", killed, "--resume", *data_options(data))
+        assert code == 0, err
+    return killed
+
+
+def test_killed_run_resumes_on_the_same_schedule(trained):
+    steps = [row for row in curve(trained) if "lr" in row]
+    assert [row["iter"] for row in steps] == list(range(1, 10))
+    lr = [0.01 * ((1 - (i // 3) / 3) * 0.99 + 0.01) * min(i / 3, 1) for i in range(9)]
+    np.testing.assert_allclose([row["lr"] for row in steps], lr)
+    assert all(np.isfinite(row["loss"]) for row in steps)
+    assert len([row for row in curve(trained) if "coco/bbox_mAP" in row]) == 3
+    checkpoint = torch.load(trained / "epoch_3.pth", weights_only=True)
+    assert (checkpoint["meta"]["epoch"], checkpoint["meta"]["iter"]) == (3, 9)
+    assert len(checkpoint["optimizer"]["state"]) > 100
+    assert not [path for path in trained.iterdir() if path.name.startswith(".")]
+
+
+def test_checkpoints_carry_averaged_weights_as_state_dict(trained):
+    checkpoint = torch.load(trained / "epoch_3.pth", weights_only=True)
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.bbox_head.num_classes = len(CLASSES)
+    detector = from_checkpoint(cfg, trained / "epoch_3.pth")
+    assert detector.dataset_meta["classes"] == CLASSES
+    steps = checkpoint["ema_state_dict"]["steps"]
+    assert steps == 9
+    name = "bbox_head.cls_towers.0.2.bias"
+    averaged, raw = checkpoint["state_dict"][name], checkpoint["ema_state_dict"][f"module.{name}"]
+    assert not torch.equal(averaged, raw)
+    assert torch.equal(detector.state_dict()[name], averaged)
+    # the bias warm-up moves the raw weights far from the start, the average follows slowly
+    start = build_mamba_yolo("debug", classes=CLASSES).state_dict()[name]
+    assert (averaged - start).abs().sum() < (raw - start).abs().sum()
+
+
+def test_evaluation_prints_a_table_and_writes_json(trained, data, tool, tmp_path):
+    out = tmp_path / "metrics.json"
+    options = data_options(data)
+    code, text, err = tool(
+        "test", CONFIG, trained / "epoch_3.pth", "--work-dir", tmp_path / "work", "--out", out, *options
+    )
+    assert code == 0, err
+    assert "coco/bbox_mAP_50" in text
+    metrics = json.loads(out.read_text())
+    validated = [row for row in curve(trained) if "coco/bbox_mAP" in row][-1]
+    assert metrics["coco/bbox_mAP"] == pytest.approx(validated["coco/bbox_mAP"], abs=1e-3)  # the averaged weights
+
+
+def test_bfloat16_training_stays_finite(data, tool, tmp_path):
+    options = [*data_options(data), "--cfg-options", "train_cfg.max_epochs=1"]
+    code, _, err = tool("train", CONFIG, "--work-dir", tmp_path / "work", "--amp", "bf16", *options)
+    assert code == 0, err
+    assert all(np.isfinite(row["loss"]) for row in curve(tmp_path / "work") if "loss" in row)
+
+
+def test_training_starts_from_published_weights(data, tool, tmp_path, weights):
+    options = [*data_options(data), "--load-from", weights, "--cfg-options", "train_cfg.max_epochs=1"]
+    options += ["optim_wrapper.optimizer.lr=0.0", "custom_hooks.0.warmup_bias_lr=0.0"]
+    code, _, err = tool("train", CONFIG, "--work-dir", tmp_path / "work", *options)
+    assert code == 0, err
+    name = "bbox_head.reg_towers.0.0.conv.weight"
+    trained = torch.load(tmp_path / "work" / "epoch_1.pth", weights_only=True)["state_dict"][name]
+    expected = build_with_seed().state_dict()[name].half().float()
+    torch.testing.assert_close(trained, expected, rtol=0, atol=1e-7)
+
+
+def test_two_processes_train_like_one(data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command += [ROOT / "tests/tools/torchrun_training.py", data, tmp_path / "two", 2]
+    subprocess.run(list(map(str, command)), env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pt") for rank in (0, 1)]
+    one = train(str(data), str(tmp_path / "one"), 4, "none")
+    means = np.mean([rank["losses"] for rank in ranks], 0)
+    np.testing.assert_allclose(means, one["losses"], rtol=1e-5)
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(ranks[1]["weights"][name], ranks[0]["weights"][name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_config.py"], "no config at no_config.py"),
+        ([CONFIG, "--data-root", "nowhere"], "nowhere/train.json: no such file"),
+        ([CONFIG, "--amp", "fp16"], "bf16"),
+        ([CONFIG, "--load-from", "gone.pth"], "no weights at gone.pth"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is possible here")
+def test_training_refuses_bad_arguments(tool, tmp_path, arguments, message):
+    work = tmp_path / "work"
+    assert message in refusal(tool("train", *arguments, "--work-dir", work))
+    assert not work.exists()
+
+
+def test_training_refuses_a_broken_config(tool, tmp_path):
+    (tmp_path / "broken.py").write_text("model = dict(\n")
+    assert "cannot read the config" in refusal(tool("train", tmp_path / "broken.py", "--work-dir", tmp_path / "work"))
+
+
+def _change(path, key, value):
+    content = json.loads(path.read_text())
+    content["annotations"][0][key] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda path: "{", "not valid JSON"),
+        (lambda path: json.dumps({"images": []}), "annotations"),
+        (lambda path: json.dumps(_change(path, "category_id", 77)), "category id 77"),
+    ],
+)
+def test_training_refuses_bad_annotations(data, tool, tmp_path, content, message):
+    bad = tmp_path / "bad.json"
+    bad.write_text(content(data / "train.json"))
+    work = tmp_path / "work"
+    assert message in refusal(tool("train", CONFIG, "--work-dir", work, *data_options(data, train_json=bad)))
+    assert not work.exists()
+
+
+def test_training_refuses_classes_that_do_not_fit(data, tool, tmp_path):
+    options = [*data_options(data), "--cfg-options", "model.bbox_head.num_classes=7"]
+    line = refusal(tool("train", CONFIG, "--work-dir", tmp_path / "work", *options))
+    assert "has 2 classes (red, green), the network 7" in line
+    assert not (tmp_path / "work").exists()
+
+
+def test_training_on_background_alone(data, tool, tmp_path):
+    content = json.loads((data / "train.json").read_text()) | {"annotations": []}
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps(content))
+    options = [*data_options(data, train_json=empty), "--cfg-options", "train_cfg.max_epochs=1"]
+    code, _, err = tool("train", CONFIG, "--work-dir", tmp_path / "work", *options)
+    assert code == 0, err
+    losses = [row for row in curve(tmp_path / "work") if "loss" in row]
+    assert all(row["loss_bbox"] == 0 and row["loss_cls"] > 0 for row in losses)
+
+
+def build_with_seed():
+    torch.manual_seed(3)
+    return build_mamba_yolo("debug", classes=CLASSES).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A published file of random weights."""
+    path = tmp_path_factory.mktemp("weights") / "debug.safetensors"
+    save_weights(build_with_seed(), path, size="debug", variant="aaai", classes=CLASSES, input_size=96)
+    return path
+
+
+def detections(out):
+    return json.loads((out / "detections.json").read_text())
+
+
+def test_detect_a_photo(data, tool, tmp_path, weights):
+    photo = data / "val" / "0.png"
+    code, _, err = tool("detect", photo, "--out-dir", tmp_path, "--weights", weights, "--score-thr", "0")
+    assert code == 0, err
+    (image,) = detections(tmp_path)["images"]
+    assert (image["file"], image["width"], image["height"]) == (str(photo), 96, 64)
+    assert 0 < len(image["boxes"]) <= 300
+    box = image["boxes"][0]
+    assert box["class"] in CLASSES and 0 <= box["xyxy"][0] <= box["xyxy"][2] <= 96
+    assert cv2.imread(str(tmp_path / "0.png")).shape == (64, 96, 3)
+
+
+def test_detect_a_folder_leaves_out_what_cannot_be_read(data, tool, tmp_path, weights):
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    picture = cv2.imread(str(data / "val" / "0.png"))
+    cv2.imwrite(str(folder / "a.jpg"), picture)
+    cv2.imwrite(str(folder / "more" / "b.tiff"), picture.astype(np.uint16) * 257)
+    (folder / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:900])
+    (folder / "notes.txt").write_text("not a photo")
+    out = tmp_path / "out"
+    line = refusal(tool("detect", folder, "--out-dir", out, "--weights", weights))
+    assert "cut.jpg" in line and "truncated" in line
+    found = detections(out)
+    assert [Path(image["file"]).name for image in found["images"]] == ["a.jpg", "b.tiff"]
+    assert len(found["errors"]) == 1
+    assert sorted(path.name for path in out.rglob("*") if path.is_file()) == ["a.jpg", "b.tiff.png", "detections.json"]
+
+
+def test_detect_a_video(tool, tmp_path, weights):
+    clip = make_video(tmp_path / "clip.mp4")
+    code, _, err = tool("detect", clip, "--out-dir", tmp_path / "out", "--weights", weights)
+    assert code == 0, err
+    assert len(detections(tmp_path / "out")["video"]["frames"]) == 5
+    capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 5 and capture.read()[1].shape == (64, 96, 3)
+
+
+def test_detect_with_a_config_and_checkpoint(trained, data, tool, tmp_path):
+    config = tmp_path / "mine.py"
+    config.write_text(f'_base_ = "{CONFIG}"\nmodel = dict(bbox_head=dict(num_classes=2))\n')
+    options = ["--config", config, "--weights", trained / "epoch_3.pth", "--score-thr", 0]
+    code, _, err = tool("detect", data / "val", "--out-dir", tmp_path / "out", *options)
+    assert code == 0, err
+    assert detections(tmp_path / "out")["classes"] == list(CLASSES)
+    assert len(detections(tmp_path / "out")["images"]) == 4
+
+
+def bad_inputs(folder):
+    """Name of a bad input and a part of what is said about it."""
+    (folder / "empty").mkdir()
+    (folder / "text.jpg").write_text("this is no photo")
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "text.mp4").write_text("this is no video")
+    whole = make_video(folder / "whole.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 3])
+    return {
+        "gone.jpg": "no such photo",
+        "gone.mp4": "no such video",
+        "empty": "no photos in this folder",
+        "text.jpg": "not a photo",
+        "zero.png": "empty file",
+        "text.mp4": "not a video",
+        "cut.mp4": "not a video",
+    }
+
+
+def test_detect_refuses_bad_inputs_and_writes_nothing(tool, tmp_path, weights):
+    out = tmp_path / "out"
+    for name, message in bad_inputs(tmp_path).items():
+        line = refusal(tool("detect", tmp_path / name, "--out-dir", out, "--weights", weights))
+        assert message in line and name in line, line
+        assert not out.exists(), name
+
+
+def test_detect_refuses_bad_options(data, tool, tmp_path, weights):
+    photo, out = data / "val" / "0.png", tmp_path / "out"
+    (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "x.pth").write_bytes(b"nothing")
+    for options, message in (
+        (["--weights", "gone.safetensors"], "no weights at gone.safetensors"),
+        (["--weights", tmp_path / "cut.safetensors"], "cut short"),
+        (["--weights", tmp_path / "x.pth"], "--config"),
+        (["--weights", tmp_path / "x.pth", "--config", CONFIG], "not a whole checkpoint"),
+        (["--weights", weights, "--device", "gpu"], "device 'gpu'"),
+        (["--weights", weights, "--score-thr", "1.5"], "1.5"),
+        (["--weights", weights, "--config", CONFIG], "does not fit this network"),
+    ):
+        assert message in refusal(tool("detect", photo, "--out-dir", out, *options))
+        assert not out.exists()
+    line = refusal(tool("detect", photo, "--out-dir", photo.parent, "--weights", weights))
+    assert "would be overwritten" in line

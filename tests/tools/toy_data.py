@@ -1,0 +1,59 @@
+"""A detection set that is drawn in a moment: bright rectangles of two classes on dark noise, COCO and VOC layout."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+CLASSES = ("red", "green")
+
+
+def draw_scene(rng: np.random.Generator, width: int = 96, height: int = 64) -> tuple[np.ndarray, list[tuple]]:
+    """A BGR picture and its boxes (label, x, y, w, h)."""
+    picture = rng.integers(0, 60, (height, width, 3), np.uint8)
+    boxes = []
+    for label in (0, 1):
+        w, h = rng.integers(24, 40, 2)
+        x, y = rng.integers(0, width - w), rng.integers(0, height - h)
+        picture[y : y + h, x : x + w] = (0, 0, 255) if label == 0 else (0, 255, 0)
+        boxes.append((label, int(x), int(y), int(w), int(h)))
+    return picture, boxes
+
+
+def make_coco(folder: Path, *, train: int = 12, val: int = 4) -> Path:
+    """Write train/, val/, train.json and val.json; returns the folder."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        (folder / split).mkdir(parents=True)
+        images, annotations = [], []
+        for index in range(count):
+            picture, boxes = draw_scene(rng)
+            cv2.imwrite(str(folder / split / f"{index}.png"), picture)
+            height, width = picture.shape[:2]
+            images.append({"id": index, "file_name": f"{index}.png", "width": width, "height": height})
+            for label, x, y, w, h in boxes:
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": index,
+                        "category_id": label,
+                        "bbox": [x, y, w, h],
+                        "area": w * h,
+                        "iscrowd": 0,
+                    }
+                )
+        categories = [{"id": label, "name": name} for label, name in enumerate(CLASSES)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def make_video(path: Path, frames: int = 5) -> Path:
+    """Write a short mp4 of scenes."""
+    rng = np.random.default_rng(1)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (96, 64))
+    for _ in range(frames):
+        writer.write(draw_scene(rng)[0])
+    writer.release()
+    return path
