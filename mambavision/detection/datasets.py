@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -402,7 +403,7 @@ def read_coco(path: str | os.PathLike) -> dict:
         if not (
             isinstance(box, list)
             and len(box) == 4
-            and all(isinstance(value, (int, float)) and np.isfinite(value) for value in box)
+            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in box)
         ):
             raise DatasetError(f"{path}: annotations[{i}] has bbox {box!r}; it must be four numbers [x, y, w, h]")
     return content
