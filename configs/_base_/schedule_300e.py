@@ -19,7 +19,8 @@ custom_hooks = [
         warmup_momentum=0.8,
         final_lr_ratio=0.01,
     ),
-    dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=1e-4, gamma=2000, update_buffers=True),  # decay 0.9999
+    # decay 0.9999 * (1 - exp(-t / 2000))
+    dict(type="EMAHook", ema_type="FusedExpMomentumEMA", momentum=1e-4, gamma=2000, update_buffers=True),
     dict(type="CloseMosaicHook", last_epochs=10),
     dict(type="LossCurveHook"),
 ]

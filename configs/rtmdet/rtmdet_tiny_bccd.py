@@ -89,7 +89,7 @@ param_scheduler = [
     ),
 ]
 custom_hooks = [
-    dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=0.0002, update_buffers=True),
+    dict(type="EMAHook", ema_type="FusedExpMomentumEMA", momentum=0.0002, update_buffers=True),
     dict(type="CloseMosaicHook", last_epochs=10),
     dict(type="LossCurveHook"),
 ]

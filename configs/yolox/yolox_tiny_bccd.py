@@ -75,7 +75,7 @@ param_scheduler = [
     dict(type="ConstantLR", by_epoch=True, factor=1, begin=max_epochs - 10, end=max_epochs),
 ]
 custom_hooks = [
-    dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=0.0001, update_buffers=True),
+    dict(type="EMAHook", ema_type="FusedExpMomentumEMA", momentum=0.0001, update_buffers=True),
     dict(type="CloseMosaicHook", last_epochs=10),
     dict(type="YOLOXL1Hook", last_epochs=10),
     dict(type="LossCurveHook"),

@@ -1,7 +1,6 @@
 """What the detection tools share: one-line errors, configs from the command line, training and test runs."""
 
 import argparse
-import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -192,7 +191,6 @@ def _build_runner(cfg: Config) -> Iterator[Runner]:
         yield Runner.from_cfg(cfg)
     except BaseException:
         if is_new and is_main_process():
-            logging.shutdown()
             shutil.rmtree(cfg.work_dir, ignore_errors=True)
         raise
 

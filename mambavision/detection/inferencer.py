@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mambavision.detection.weights import from_checkpoint, load_detector
 
+_SMALLEST_FONT = 10  # pixels
 _LOADERS = ("LoadImageFromFile", "LoadImageFromNDArray", "LoadPhoto", "LoadAnnotations")
 
 
@@ -136,20 +137,25 @@ def draw(picture: np.ndarray, found: Detections, classes: Sequence[str]) -> np.n
     image = Image.fromarray(np.ascontiguousarray(picture[..., ::-1]))
     canvas = ImageDraw.Draw(image)
     line = max(1, round((height + width) / 600))
-    font = _font(max(10, round((height + width) / 75)))
-    for box, score, label in reversed(list(zip(found.boxes, found.scores, found.labels, strict=True))):
-        colour = _colour(int(label))
-        x1, y1, x2, y2 = (float(value) for value in box)
-        canvas.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=line)
+    largest = max(_SMALLEST_FONT, round((height + width) / 75))
+    items = list(zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True))[::-1]
+    for (x1, y1, x2, y2), _, label in items:
+        canvas.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=_colour(label), width=line)
+    for (x1, y1, x2, _), score, label in items:
         text = f"{classes[label]} {score:.2f}"
-        _, _, text_width, text_height = canvas.textbbox((0, 0), text, font=font)
+        length = canvas.textlength(text, font=_font(largest))
+        # a label may be a little wider than its box, or neighbours cover each other's
+        size = min(largest, max(_SMALLEST_FONT, int(largest * 1.3 * (x2 - x1) / length)))
+        _, _, text_width, text_height = canvas.textbbox((0, 0), text, font=_font(size))
         # above the box, or inside its top edge where the picture ends; never past the right edge
         left = max(0.0, min(x1, width - text_width - 2 * line))
         top = y1 - text_height - 2 * line
         top = top if top >= 0 else y1
+        colour = _colour(label)
         canvas.rectangle((left, top, left + text_width + 2 * line, top + text_height + 2 * line), fill=colour)
         luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-        canvas.text((left + line, top + line), text, fill=(0, 0, 0) if luminance > 140 else (255, 255, 255), font=font)
+        ink = (0, 0, 0) if luminance > 140 else (255, 255, 255)
+        canvas.text((left + line, top + line), text, fill=ink, font=_font(size))
     return np.ascontiguousarray(np.asarray(image)[..., ::-1])
 
 

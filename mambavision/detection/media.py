@@ -49,10 +49,8 @@ def find_photos(path: str | Path, *, exclude: str | Path | None = None) -> list[
     return photos
 
 
-def detect_photos(
-    inferencer: DetInferencer, photos: Sequence[tuple[Path, Path]], out_dir: str | Path, *, batch_size: int = 1
-) -> None:
-    """Detect on photos, write annotated copies and ``detections.json``.
+def detect_photos(inferencer: DetInferencer, photos: Sequence[tuple[Path, Path]], out_dir: str | Path) -> None:
+    """Detect on photos one by one, write annotated copies and ``detections.json``.
 
     Photos that cannot be read are left out, and listed under ``errors`` in the JSON.
 
@@ -60,33 +58,28 @@ def detect_photos(
         inferencer: Finds the boxes.
         photos: (file, relative path of its copy), as :func:`find_photos` returns them.
         out_dir: Output folder, made when the first photo is done.
-        batch_size: Photos that go through the network together.
 
     Raises:
         DatasetError: At the end, if some photo could not be read.
     """
     out_dir = Path(out_dir)
     images, errors = [], []
-    with tqdm(total=len(photos), unit="photo", disable=len(photos) == 1) as progress:
-        for start in range(0, len(photos), batch_size):
-            chunk = photos[start : start + batch_size]
-            loaded = []
-            for file, relative in chunk:
-                try:
-                    loaded.append((file, relative, imread(file)))
-                except DatasetError as error:
-                    errors.append(str(error))
-            for (file, relative, picture), found in zip(loaded, inferencer([item[2] for item in loaded]), strict=True):
-                suffix = "" if relative.suffix.lower() in _WRITABLE_SUFFIXES else ".png"
-                target = out_dir / relative.with_name(relative.name + suffix)
-                if target.resolve() == file.resolve():
-                    raise DatasetError(f"{file}: the output folder is the input's own, the photo would be overwritten")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _write_picture(target, draw(picture, found, inferencer.classes))
-                height, width = picture.shape[:2]
-                boxes = found.as_dicts(inferencer.classes)
-                images.append({"file": str(file), "width": width, "height": height, "boxes": boxes})
-            progress.update(len(chunk))
+    for file, relative in tqdm(photos, unit="photo", disable=len(photos) == 1):
+        try:
+            picture = imread(file)
+        except DatasetError as error:
+            errors.append(str(error))
+            continue
+        suffix = "" if relative.suffix.lower() in _WRITABLE_SUFFIXES else ".png"
+        target = out_dir / relative.with_name(relative.name + suffix)
+        if target.resolve() == file.resolve():
+            raise DatasetError(f"{file}: the output folder is the input's own, the photo would be overwritten")
+        (found,) = inferencer([picture])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_picture(target, draw(picture, found, inferencer.classes))
+        height, width = picture.shape[:2]
+        boxes = found.as_dicts(inferencer.classes)
+        images.append({"file": str(file), "width": width, "height": height, "boxes": boxes})
     if images:
         _write_json(out_dir, {**_header(inferencer), "images": images, "errors": errors})
         count = sum(len(image["boxes"]) for image in images)

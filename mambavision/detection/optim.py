@@ -1,11 +1,13 @@
-"""Optimiser of the Mamba-YOLO recipe: parameter groups, scaled weight decay, and bf16 autocast on any device."""
+"""Optimiser of the Mamba-YOLO recipe: parameter groups, scaled weight decay, bf16 autocast, averaged weights."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from mmdet.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmdet.models.layers import ExpMomentumEMA
+from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.dist import get_world_size
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
@@ -90,3 +92,30 @@ class BFloat16OptimWrapper(OptimWrapper):
         device_type = next(model.parameters()).device.type
         with super().optim_context(model), torch.autocast(device_type, dtype=torch.bfloat16):
             yield
+
+
+@MODELS.register_module()
+class FusedExpMomentumEMA(ExpMomentumEMA):
+    """mmdet's ExpMomentumEMA in a few GPU launches an update instead of two a tensor.
+
+    avg += m * (source - avg) with m = (1 - momentum) * exp(-(1 + steps) / gamma) + momentum. Integer buffers are
+    copied.
+    """
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Average in the model's present weights (and, with ``update_buffers``, its buffers)."""
+        source = model.state_dict() if self.update_buffers else dict(model.named_parameters())
+        pairs = [(average, source[name].detach()) for name, average in self.avg_parameters.items()]
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)
+        steps = int(self.steps)
+        if steps % self.interval == 0:
+            momentum = (1 - self.momentum) * math.exp(-(1 + steps) / self.gamma) + self.momentum if steps else 1.0
+            averages, values = zip(*floats, strict=True)
+            torch._foreach_lerp_([tensor.data for tensor in averages], values, momentum)
+        if not self.update_buffers:
+            for average, value in zip(self.module.buffers(), model.buffers(), strict=True):
+                average.copy_(value)
+        self.steps += 1

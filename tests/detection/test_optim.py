@@ -1,10 +1,13 @@
+import copy
+import math
+
 import pytest
 import torch
-from mmdet.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from mambavision.detection import build_mamba_yolo
-from mambavision.detection.optim import BFloat16OptimWrapper, split_parameters
+from mambavision.detection.optim import BFloat16OptimWrapper, FusedExpMomentumEMA, split_parameters
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +79,36 @@ def test_bfloat16_wrapper_autocasts_on_the_cpu():
     wrapper.update_params(out.float().sum())
     assert model.weight.dtype == torch.float32
     assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("update_buffers", [True, False])
+def test_fused_average_is_mmdets(detector, update_buffers):
+    options = dict(momentum=1e-3, gamma=5, update_buffers=update_buffers)
+    fused, plain = (cls(detector, **options) for cls in (FusedExpMomentumEMA, MODELS.get("ExpMomentumEMA")))
+    source = copy.deepcopy(detector)
+    torch.manual_seed(0)
+    for _ in range(4):
+        for tensor in (*source.parameters(), *source.buffers()):
+            tensor.data += torch.randn_like(tensor) if tensor.is_floating_point() else 1
+        fused.update_parameters(source)
+        plain.update_parameters(source)
+    expected = plain.state_dict()
+    for name, value in fused.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected[name], msg=name)
+        elif name != "steps":
+            assert torch.equal(value, source.state_dict()[name.removeprefix("module.")]), name
+    assert fused.steps == 4
+
+
+def test_average_follows_the_published_formula():
+    # decay d(t) = 0.9999 (1 - exp(-t / 2000)) at update t, from the second update on
+    model = nn.Linear(1, 1, bias=False)
+    average = FusedExpMomentumEMA(model, momentum=1e-4, gamma=2000)
+    value = None
+    for update in range(1, 6):
+        model.weight.data.fill_(float(update))
+        average.update_parameters(model)
+        decay = 0.9999 * (1 - math.exp(-update / 2000))
+        value = float(update) if value is None else decay * value + (1 - decay) * update
+    assert average.module.weight.item() == pytest.approx(value, rel=1e-6)

@@ -15,7 +15,7 @@ import torch
 from mambavision.detection import build_mamba_yolo
 from mambavision.detection.weights import from_checkpoint, save_weights
 from tests.tools.torchrun_training import CONFIG, train
-from tests.tools.toy_data import CLASSES, make_coco, make_video
+from tests.tools.toy_data import CLASSES, make_coco, make_video, make_voc
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -134,6 +134,36 @@ def test_evaluation_prints_a_table_and_writes_json(trained, data, tool, tmp_path
     metrics = json.loads(out.read_text())
     validated = [row for row in curve(trained) if "coco/bbox_mAP" in row][-1]
     assert metrics["coco/bbox_mAP"] == pytest.approx(validated["coco/bbox_mAP"], abs=1e-3)  # the averaged weights
+
+
+def test_voc_trains_and_evaluates(tool, tmp_path):
+    root = make_voc(tmp_path / "VOCdevkit")
+    config = tmp_path / "voc_debug.py"
+    config.write_text(f'_base_ = "{ROOT}/configs/mamba_yolo/mamba_yolo_t_1xb32_voc0712.py"\n' + VOC_DEBUG)
+    arguments = [config, "--data-root", root, "--work-dir", tmp_path / "work"]
+    code, _, err = tool("train", *arguments)
+    assert code == 0, err
+    assert [row for row in curve(tmp_path / "work") if "pascal_voc/mAP" in row]
+    out = tmp_path / "voc.json"
+    code, text, err = tool("test", config, tmp_path / "work/epoch_1.pth", *arguments[1:], "--out", out)
+    assert code == 0, err
+    assert {"pascal_voc/mAP", "pascal_voc/AP50"} <= set(json.loads(out.read_text())) and "pascal_voc/mAP" in text
+
+
+VOC_DEBUG = """
+model = dict(backbone=dict(size="debug"), neck=dict(size="debug"), bbox_head=dict(in_channels=(16, 24, 32)))
+train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False)
+val_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False)
+test_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False)
+for stage in (*_base_.train_dataloader.dataset.datasets, _base_.val_dataloader.dataset, _base_.test_dataloader.dataset):
+    for step in stage.pipeline:
+        if "size" in step:
+            step.size = 96
+train_dataloader["dataset"] = dict(datasets=_base_.train_dataloader.dataset.datasets)
+val_dataloader["dataset"] = dict(pipeline=_base_.val_dataloader.dataset.pipeline)
+test_dataloader["dataset"] = dict(pipeline=_base_.test_dataloader.dataset.pipeline)
+train_cfg = dict(max_epochs=1, val_interval=1)
+"""
 
 
 def test_bfloat16_training_stays_finite(data, tool, tmp_path):

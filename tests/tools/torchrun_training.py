@@ -1,6 +1,6 @@
 """Train the debug config for one epoch without randomness, alone or under torchrun; each rank saves what it saw.
 
-    torchrun --nproc-per-node 2 torchrun_training.py DATA_ROOT WORK_DIR BATCH_SIZE_PER_PROCESS
+torchrun --nproc-per-node 2 torchrun_training.py DATA_ROOT WORK_DIR BATCH_SIZE_PER_PROCESS
 """
 
 import sys

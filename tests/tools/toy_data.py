@@ -49,6 +49,30 @@ def make_coco(folder: Path, *, train: int = 12, val: int = 4) -> Path:
     return folder
 
 
+def make_voc(root: Path, *, photos: int = 4) -> Path:
+    """Write a VOCdevkit of VOC2007 and VOC2012 whose boxes are cars and dogs; returns its folder."""
+    rng = np.random.default_rng(2)
+    for year, lists in (("VOC2007", ("trainval", "test")), ("VOC2012", ("trainval",))):
+        folder = root / year
+        for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+            (folder / name).mkdir(parents=True)
+        for split in lists:
+            names = [f"{split}_{index}" for index in range(photos)]
+            (folder / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+            for name in names:
+                picture, boxes = draw_scene(rng)
+                height, width = picture.shape[:2]
+                cv2.imwrite(str(folder / "JPEGImages" / f"{name}.jpg"), picture)
+                objects = "".join(
+                    f"<object><name>{('car', 'dog')[label]}</name><difficult>0</difficult><bndbox><xmin>{x + 1}</xmin>"
+                    f"<ymin>{y + 1}</ymin><xmax>{x + w + 1}</xmax><ymax>{y + h + 1}</ymax></bndbox></object>"
+                    for label, x, y, w, h in boxes
+                )
+                size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+                (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    return root
+
+
 def make_video(path: Path, frames: int = 5) -> Path:
     """Write a short mp4 of scenes."""
     rng = np.random.default_rng(1)

@@ -1,0 +1,56 @@
+_base_ = ["../_base_/models/mamba_yolo_t.py", "../_base_/schedule_300e.py", "../_base_/default_runtime.py"]
+
+# pictures composed of Tiny-ImageNet-200's photos and boxes; tools/tinyimagenet.py makes the pack
+data_root = "data/tinyimagenet_pack"
+model = dict(bbox_head=dict(num_classes=200))
+train_dataloader = dict(
+    batch_size=128,
+    num_workers=14,
+    persistent_workers=True,
+    pin_memory=True,
+    drop_last=True,
+    sampler=dict(type="DefaultSampler", shuffle=True),
+    dataset=dict(
+        type="TinyImageNetMosaic",
+        root=data_root,
+        split="train",
+        length=100_000,
+        size=320,
+        pipeline=[
+            dict(type="HSVGain", hue=0.015, saturation=0.7, value=0.4),
+            dict(type="RandomFlip", prob=0.5),
+            dict(type="PackDetInputs"),
+        ],
+    ),
+)
+meta_keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "instances")
+val_dataloader = dict(
+    batch_size=128,
+    num_workers=8,
+    persistent_workers=True,
+    pin_memory=True,
+    drop_last=False,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type="TinyImageNetMosaic",
+        root=data_root,
+        split="val",
+        length=2_000,
+        size=320,
+        test_mode=True,
+        pipeline=[dict(type="PackDetInputs", meta_keys=meta_keys)],
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="CocoMetric", metric="bbox")
+test_evaluator = val_evaluator
+
+train_cfg = dict(max_epochs=30, val_interval=5)
+optim_wrapper = dict(paramwise_cfg=dict(batch_size_per_gpu=128))
+custom_hooks = [
+    dict(type="WarmupLinearDecayHook", warmup_epochs=1, warmup_bias_lr=0.1, warmup_momentum=0.8, final_lr_ratio=0.01),
+    # decay 0.9999 * (1 - exp(-t / 2000))
+    dict(type="EMAHook", ema_type="FusedExpMomentumEMA", momentum=1e-4, gamma=2000, update_buffers=True),
+    dict(type="LossCurveHook", interval=50),
+]
+default_hooks = dict(checkpoint=dict(save_best="coco/bbox_mAP"))
