@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from mambavision.detection import build_mamba_yolo
+from mambavision.detection import build_mamba_yolo, cli
+from mambavision.detection.photos import DatasetError
 from mambavision.detection.weights import from_checkpoint, save_weights
 from tests.tools.torchrun_training import CONFIG, train
 from tests.tools.toy_data import CLASSES, make_coco, make_video, make_voc
@@ -367,3 +368,18 @@ def test_detect_refuses_bad_options(data, tool, tmp_path, weights):
         assert not out.exists()
     line = refusal(tool("detect", photo, "--out-dir", photo.parent, "--weights", weights))
     assert "would be overwritten" in line
+
+
+class _Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise DatasetError("photo.jpg: truncated photo")
+
+
+def test_errors_of_loader_workers_are_one_line_too(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: next(iter(torch.utils.data.DataLoader(_Broken(), num_workers=1))))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: photo.jpg: truncated photo"
