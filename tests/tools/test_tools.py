@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.visualization import Visualizer
 
 from mambavision.detection import build_mamba_yolo, cli
 from mambavision.detection.photos import DatasetError
@@ -28,6 +30,8 @@ def tool(monkeypatch, capfd):
 
     def call(name, *args):
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        for named in (MMLogger, MessageHub, Visualizer):  # by the second of the start: two quick runs would share them
+            named._instance_dict.clear()
         capfd.readouterr()
         code = 0
         try:
