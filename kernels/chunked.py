@@ -1,6 +1,7 @@
 """The scan in vectorised torch: about 3 sqrt(L) steps instead of L, any device, any order of differentiation."""
 
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ def scan(
         u, dt, b, c = (v[:, rows, scans] for v in (u, dt, b, c))  # (batch, L, K, ...), now in scan order
     skip = None if D is None else u * D.to(dtype)
 
+    length = operator.index(length)
     Q = max(1, math.isqrt(length))
     S = -(-length // Q)
     pad = S * Q - length  # a padded step has delta 0: decay 1, input 0

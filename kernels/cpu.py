@@ -75,7 +75,7 @@ def scan(
     """Same contract as :func:`reference.scan`, for float32, bfloat16 and float16 on the CPU."""
     batch, length, K, channels = delta.shape
     A, D, delta_bias, initial_state = _fp32(A), _fp32(D), _fp32(delta_bias), _fp32(initial_state)
-    y = x.new_empty(batch, length, channels, dtype=torch.float32) if merge else torch.empty_like(delta, dtype=x.dtype)
+    y = x.new_empty(batch, length, channels, dtype=torch.float32) if merge else x.new_empty(delta.shape)
     state = A.new_empty(batch, *A.shape)
     sizes, threads = _sizes(x, delta, A)
     _library().scan_forward(
@@ -86,7 +86,7 @@ def scan(
         *(ctypes.byref(_array(v)) for v in (x, delta, B, C, y[:, :, None] if merge else y)),
         *(_pointer(v) for v in (A, D, delta_bias, initial_state, order, state)),
     )
-    return y.to(x.dtype) if merge else y.contiguous(), state
+    return y.to(x.dtype) if merge else y, state
 
 
 def scan_backward(
@@ -115,8 +115,8 @@ def scan_backward(
     sizes, threads = _sizes(x, delta, A)
     blocks = -(-channels // 16)
     splits = max(1, min(blocks, -(-threads // (batch * K))))  # channel blocks per scan that run side by side
-    dx = torch.empty_like(delta, dtype=torch.float32)
-    ddelta = torch.empty_like(delta, memory_format=torch.preserve_format)
+    dx = A.new_empty(delta.shape)
+    ddelta = torch.empty_like(delta, memory_format=torch.contiguous_format)
     dB, dC = (A.new_zeros(splits, batch, length, K, N) for _ in range(2))
     dA, dD, dbias, dstate = (A.new_empty(batch, *shape) for shape in (A.shape, A.shape[:2], A.shape[:2], A.shape))
     scratch = A.new_empty(threads, -(-length // 16), N, 16)

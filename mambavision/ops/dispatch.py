@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mambavision.kernels import chunked, reference
 from mambavision.ops.compile import constant_result
 
 Backend = Literal["reference", "chunked", "cpu", "triton"]
@@ -84,7 +85,7 @@ def unavailable(backend: Backend, device: str, dtype: torch.dtype) -> str | None
     if backend in ("reference", "chunked"):
         return None
     if dtype not in KERNEL_DTYPES:
-        return f"it computes in float32 and takes float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+        return f"it computes in float32 and takes float32, bfloat16 or float16, not {_names((dtype,))}"
     if backend == "cpu":
         return _kernel("cpu").unavailable() if device == "cpu" else f"it needs CPU tensors, not {device}"
     if importlib.util.find_spec("triton") is None:
@@ -102,6 +103,10 @@ def _kernel(backend: Backend):
 @functools.cache
 def _log_once(message: str) -> None:
     _logger.warning(message)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _known(name: str, where: str) -> Backend:
@@ -125,10 +130,16 @@ def scan(
     backend: Backend | None,
 ) -> tuple[Tensor, Tensor]:
     """K selective scans on the chosen backend; the contract is that of :func:`mambavision.kernels.reference.scan`."""
+    for name, v in (("x or u", x), ("delta", delta), ("B", B), ("C", C)):
+        allowed = (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES
+        if v.dtype not in allowed:
+            raise ValueError(f"{name} must be {_names(allowed)}, got {_names((v.dtype,))}")
     backend = choose(backend, x.device.type, x.dtype)
     arguments = (x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
-    if backend in ("reference", "chunked"):
-        return _kernel(backend).scan(*arguments)
+    if backend == "reference":
+        return reference.scan(*arguments)
+    if backend == "chunked":
+        return chunked.scan(*arguments)
     return torch.ops.mambavision.scan(*arguments, backend)
 
 

@@ -85,7 +85,7 @@ def multi_scan(
         expected["delta"] = (delta, (batch, length, K, R))
         expected["dt_weight"] = (dt_weight, (K, channels, R))
     for name, (v, shape) in expected.items():
-        if v is not None and tuple(v.shape) != shape:
+        if v is not None and tuple(v.size()) != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(v.shape)}")
     if dt_weight is not None:
         delta = torch.einsum("blkr,kdr->blkd", delta, dt_weight.to(delta.dtype))

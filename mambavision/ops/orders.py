@@ -1,6 +1,6 @@
 """Scan orders: in which sequence the tokens of a grid are visited. An order is an index table, never a copy of tokens."""
 
-import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -25,6 +25,7 @@ PRESETS: dict[str, tuple[ScanOrder, ...]] = {
     "cross": ("row", "col", "row_reverse", "col_reverse"),
 }
 WINDOW = 8
+_tables: dict[tuple[tuple[ScanOrder, ...], Grid, str], Tensor] = {}
 
 
 class OrderTable(NamedTuple):
@@ -101,6 +102,7 @@ _VISITS: dict[str, Callable[[NDArray], NDArray]] = {
 _REVERSED = {f"{name}_reverse": visit for name, visit in _VISITS.items()}
 
 
+@constant_result
 def scan_order(name: ScanOrder, grid: Grid) -> Tensor:
     """Index table of one named order: an int64 tensor (L,), entry t is the token visited at step t.
 
@@ -144,7 +146,7 @@ def order_table(
     if len(orders) == 0:
         raise ValueError("orders is empty: give at least one scan order")
     if all(isinstance(order, str) for order in orders):
-        return OrderTable(_named_table(tuple(orders), tuple(grid), str(device)))
+        return OrderTable(_named_table(tuple(orders), tuple([operator.index(size) for size in grid]), str(device)))
     length = int(np.prod(grid))
     rows = [scan_order(o, grid) if isinstance(o, str) else _permutation(o, length) for o in orders]
     return OrderTable(torch.stack(rows).to(device=device, dtype=torch.int32))
@@ -152,16 +154,20 @@ def order_table(
 
 @constant_result
 def _named_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tensor:
-    return _remembered_table(orders, grid, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _remembered_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tensor:
-    return torch.stack([scan_order(name, grid) for name in orders]).to(device=device, dtype=torch.int32)
+    key = orders, grid, device
+    if key not in _tables:
+        with torch.inference_mode(False):
+            table = torch.stack([scan_order(name, grid) for name in orders]).to(device=device, dtype=torch.int32)
+        if type(table) is not Tensor:  # a fake one, while torch.export looks at shapes
+            return table
+        _tables[key] = table
+    return _tables[key]
 
 
 def _permutation(order: ArrayLike | Tensor, length: int) -> Tensor:
     index = torch.as_tensor(order).detach().cpu()
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise ValueError(f"a scan order must hold integers, got {str(index.dtype).removeprefix('torch.')}")
     if index.shape != (length,):
         raise ValueError(f"a scan order over {length} tokens must have shape ({length},), got {tuple(index.shape)}")
     index = index.long()

@@ -54,9 +54,11 @@ def selective_scan(
         raise ValueError(f"A must be ({channels}, N), got {tuple(A.shape)}")
     N = A.shape[1]
     B, C = _grouped("B", B, u, N), _grouped("C", C, u, N)
+    G = max(B.shape[1], C.shape[1])
     if B.shape[1] != C.shape[1]:
-        raise ValueError(f"B has {B.shape[1]} groups, C has {C.shape[1]}: they must agree")
-    G = B.shape[1]
+        if G != channels:
+            raise ValueError(f"B has {B.shape[1]} groups, C has {C.shape[1]}: they must agree")
+        B, C = (v.repeat_interleave(G // v.shape[1], 1) for v in (B, C))  # one of them is constant in time
     _check("delta", delta, (batch, channels, length))
     for name, v in (("D", D), ("delta_bias", delta_bias)):
         if v is not None:
