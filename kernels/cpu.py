@@ -1,4 +1,4 @@
-"""The scan in plain C (scan.c), called through ctypes on raw pointers: no torch headers, so any torch and any compiler."""
+"""The scan in plain C (scan.c), called through ctypes on raw pointers: no torch headers, so no ABI to match."""
 
 import ctypes
 import functools

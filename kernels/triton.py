@@ -2,7 +2,8 @@
 
 A program of one warp owns 32 channels of one scan: one thread a channel, so the time axis of every tile lies inside a
 thread and a scan along it is a plain loop in registers. Triton picks that layout for tiles (channel, time) as long as
-it does not know that channels are contiguous, so their strides are not specialised. States are taken one at a time; N above 16 runs as several calls on slices of 16 states, whose outputs add up.
+it does not know that channels are contiguous, so their strides are not specialised. States are taken one at a time; N
+above 16 runs as several calls on slices of 16 states, whose outputs add up.
 """
 
 import torch
@@ -18,7 +19,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _chain(a0, h0, e0, p0, a1, h1, e1, p1):
-    """Join two runs of h <- a h + b. a: total decay, h: end state, e: decay before the last step, p: state before it."""
+    """Join two runs of h <- a h + b; a: total decay, h: end state, e, p: decay and state before the last step."""
     return a0 * a1, a1 * h0 + h1, a0 * e1, e1 * h0 + p1
 
 
@@ -83,7 +84,7 @@ def _forward(
         tile = alive[None, :] & valid[:, None]
         rows = _rows(order, k, L, t0 + step, alive, HAS_ORDER)
         u = tl.load(x + rows[None, :] * x_l + ch[:, None] * x_d, mask=tile, other=0.0).to(tl.float32)
-        dt = tl.load(delta + rows[None, :] * d_l + ch[:, None] * d_d, mask=tile, other=0.0).to(tl.float32) + shift[:, None]
+        dt = tl.load(delta + rows[None, :] * d_l + ch[:, None] * d_d, mask=tile, other=0.0) + shift[:, None]
         if SOFTPLUS:
             dt = _softplus(dt)
         dt = tl.where(alive[None, :], dt, 0.0)
@@ -120,9 +121,9 @@ def _backward(
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LAST: tl.constexpr, HAS_ORDER: tl.constexpr,
     SOFTPLUS: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Tiles from the last to the first: states again from ``starts``, then the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1}.
+    """Tiles from last to first: states again from ``starts``, then the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1}.
 
-    dx (batch, L, K, D) and ddelta are float32; dB and dC (blocks, batch, L, K, N) hold one partial sum a channel block.
+    dx and ddelta are (batch, L, K, D); dB and dC (blocks, batch, L, K, N) hold one partial sum a channel block.
     """
     block, k, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     batch = tl.num_programs(2)
@@ -156,7 +157,7 @@ def _backward(
         tile = alive[None, :] & valid[:, None]
         rows = _rows(order, k, L, t0 + step, alive, HAS_ORDER)
         u = tl.load(x + rows[None, :] * x_l + ch[:, None] * x_d, mask=tile, other=0.0).to(tl.float32)
-        raw = tl.load(delta + rows[None, :] * d_l + ch[:, None] * d_d, mask=tile, other=0.0).to(tl.float32) + shift[:, None]
+        raw = tl.load(delta + rows[None, :] * d_l + ch[:, None] * d_d, mask=tile, other=0.0) + shift[:, None]
         grad = tl.load(dy + rows[None, :] * y_l + ch[:, None] * y_d, mask=tile, other=0.0).to(tl.float32)
         dt = raw
         if SOFTPLUS:
@@ -237,7 +238,7 @@ def _launch_forward(tensors, parameters, order, delta_softplus, y, last, starts,
             None if initial is None else initial[..., part], order,
             to if output else x, last[..., part] if output else A, A if output else starts[n0 // STATES],
             L, K, channels, n, triton.next_power_of_2(n),
-            *_strides(x), *_strides(delta), *_strides(B), *_strides(C), *(_strides(to) if output else (0, 0, 0, 0)), N, 1,
+            *_strides(x), *_strides(delta), *_strides(B), *_strides(C), *(_strides(to) if output else [0] * 4), N, 1,
             HAS_D=D is not None and n0 == 0, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
             HAS_ORDER=order is not None, SOFTPLUS=delta_softplus, OUTPUT=output, T=steps, W=LANES, num_warps=1,
         )  # fmt: skip

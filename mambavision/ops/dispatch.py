@@ -16,9 +16,10 @@ from torch import Tensor
 from mambavision.kernels import chunked, reference
 from mambavision.ops.compile import constant_result
 
-Backend = Literal["reference", "chunked", "cpu", "triton"]
+Backend = Literal["reference", "chunked", "cpu", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT = "MAMBAVISION_BACKEND"
+FAST: dict[str, tuple[Backend, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _logger = logging.getLogger("mambavision")
@@ -39,16 +40,16 @@ def describe_backends() -> str:
     """One line per backend, available or why not, and the versions that a bug report needs."""
     rows = [f"mambavision scan backends (torch {torch.__version__}, Python {platform.python_version()}):"]
     for name in BACKENDS:
-        device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
-        reason = unavailable(name, device, torch.float32)
+        device = "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+        reason = unavailable(name, device, torch.float32, 16)
         rows.append(f"  {name:10s} {'available' if reason is None else 'not available: ' + reason}")
-    rows.append(f"  automatic: {automatic('cpu', torch.float32)} on CPU tensors")
+    rows.append(f"  automatic: {automatic('cpu', torch.float32, 16)} on CPU tensors")
     if torch.cuda.is_available():
-        rows[-1] += f", {automatic('cuda', torch.float32)} on {torch.cuda.get_device_name()}"
+        rows[-1] += f", {automatic('cuda', torch.float32, 16)} on {torch.cuda.get_device_name()}"
     return "\n".join(rows)
 
 
-def choose(backend: Backend | None, device: str, dtype: torch.dtype) -> Backend:
+def choose(backend: Backend | None, device: str, dtype: torch.dtype, states: int) -> Backend:
     """Argument, then :func:`use_backend`, then $MAMBAVISION_BACKEND, then the first that can serve the call.
 
     Raises RuntimeError with the reason where a backend was asked for and cannot serve the call.
@@ -60,34 +61,40 @@ def choose(backend: Backend | None, device: str, dtype: torch.dtype) -> Backend:
     elif name := os.environ.get(ENVIRONMENT):
         asked = _known(name, f"${ENVIRONMENT}")
     else:
-        return automatic(device, dtype)
-    reason = unavailable(asked, device, dtype)
+        return automatic(device, dtype, states)
+    reason = unavailable(asked, device, dtype, states)
     if reason is not None:
         raise RuntimeError(f"scan backend {asked!r} cannot run this call: {reason}")
     return asked
 
 
 @constant_result
-def automatic(device: str, dtype: torch.dtype) -> Backend:
-    """The fast backend of a device where it can serve, else ``chunked``, with the reason logged once."""
-    fast: Backend = "cpu" if device == "cpu" else "triton"
-    reason = unavailable(fast, device, dtype)
-    if reason is None:
-        return fast
-    if dtype in KERNEL_DTYPES:
-        _log_once(f"scan backend {fast!r} is not available, using 'chunked': {reason}")
+def automatic(device: str, dtype: torch.dtype, states: int) -> Backend:
+    """The first fast backend of a device that can serve, else ``chunked``; a fallback's reason is logged once."""
+    if dtype not in KERNEL_DTYPES:
+        return "chunked"
+    for fast in FAST.get(device, ("triton",)):
+        reason = unavailable(fast, device, dtype, states)
+        if reason is None:
+            return fast
+        _log_once(f"scan backend {fast!r} is passed over: {reason}")
     return "chunked"
 
 
 @constant_result
-def unavailable(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot serve tensors of this device and dtype, or None if it can."""
+def unavailable(backend: Backend, device: str, dtype: torch.dtype, states: int) -> str | None:
+    """Why a backend cannot serve tensors of this device and dtype with N states, or None if it can."""
     if backend in ("reference", "chunked"):
         return None
     if dtype not in KERNEL_DTYPES:
         return f"it computes in float32 and takes float32, bfloat16 or float16, not {_names((dtype,))}"
     if backend == "cpu":
         return _kernel("cpu").unavailable() if device == "cpu" else f"it needs CPU tensors, not {device}"
+    if backend == "cuda":
+        if device != "cuda":
+            return f"it needs CUDA tensors, not {device}"
+        most = _kernel("cuda").MAX_STATES
+        return f"it holds up to {most} states, not {states}" if states > most else _kernel("cuda").unavailable()
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -134,7 +141,7 @@ def scan(
         allowed = (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES
         if v.dtype not in allowed:
             raise ValueError(f"{name} must be {_names(allowed)}, got {_names((v.dtype,))}")
-    backend = choose(backend, x.device.type, x.dtype)
+    backend = choose(backend, x.device.type, x.dtype, A.shape[-1])
     arguments = (x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
     if backend == "reference":
         return reference.scan(*arguments)
@@ -211,9 +218,7 @@ def _autograd(ctx, grad_y, grad_state):
     if grad_y is None and grad_state is None:
         return (None,) * 12
     grads = iter(
-        torch.ops.mambavision.scan_backward(
-            grad_y, grad_state, *tensors, ctx.delta_softplus, ctx.merge, ctx.backend
-        )
+        torch.ops.mambavision.scan_backward(grad_y, grad_state, *tensors, ctx.delta_softplus, ctx.merge, ctx.backend)
     )
     return *(None if v is None else next(grads) for v in tensors[:-1]), None, None, None, None
 

@@ -1,4 +1,4 @@
-"""Scan orders: in which sequence the tokens of a grid are visited. An order is an index table, never a copy of tokens."""
+"""Scan orders: in which sequence a grid's tokens are visited. An order is an index table, never a copy of tokens."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ _tables: dict[tuple[tuple[ScanOrder, ...], Grid, str], Tensor] = {}
 
 
 class OrderTable(NamedTuple):
-    """K checked scan orders: ``index`` is an int32 tensor (K, L), index[k, t] the token that scan k visits at step t."""
+    """K checked scan orders: ``index`` is int32 (K, L); index[k, t] is the token of scan k at step t."""
 
     index: Tensor
 
