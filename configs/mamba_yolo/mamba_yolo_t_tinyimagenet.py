@@ -1,6 +1,8 @@
 _base_ = ["../_base_/models/mamba_yolo_t.py", "../_base_/schedule_300e.py", "../_base_/default_runtime.py"]
 
-# pictures composed of Tiny-ImageNet-200's photos and boxes; tools/tinyimagenet.py makes the pack
+# pictures composed of Tiny-ImageNet-200's photos and boxes; tools/tinyimagenet.py makes the pack.
+# No picture comes twice: an epoch is the next 64,000 of an endless set (500 iterations). Sessions continue each other
+# with --resume; the rate is constant until the last fifth of train_cfg.max_epochs, which the last session may choose.
 data_root = "data/tinyimagenet_pack"
 model = dict(bbox_head=dict(num_classes=200))
 train_dataloader = dict(
@@ -9,12 +11,12 @@ train_dataloader = dict(
     persistent_workers=True,
     pin_memory=True,
     drop_last=True,
-    sampler=dict(type="DefaultSampler", shuffle=True),
+    sampler=dict(type="ConsecutiveSampler", epoch_length=64_000),
     dataset=dict(
         type="TinyImageNetMosaic",
         root=data_root,
         split="train",
-        length=100_000,
+        length=100_000_000,
         size=320,
         pipeline=[
             dict(type="HSVGain", hue=0.015, saturation=0.7, value=0.4),
@@ -45,10 +47,10 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", metric="bbox")
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=30, val_interval=5)
-optim_wrapper = dict(paramwise_cfg=dict(batch_size_per_gpu=128))
+train_cfg = dict(max_epochs=60, val_interval=10)
+optim_wrapper = dict(type="BFloat16OptimWrapper", paramwise_cfg=dict(batch_size_per_gpu=128))
 custom_hooks = [
-    dict(type="WarmupLinearDecayHook", warmup_epochs=1, warmup_bias_lr=0.1, warmup_momentum=0.8, final_lr_ratio=0.01),
+    dict(type="WarmupLinearDecayHook", warmup_epochs=1, decay_part=0.2),
     # decay 0.9999 * (1 - exp(-t / 2000))
     dict(type="EMAHook", ema_type="FusedExpMomentumEMA", momentum=1e-4, gamma=2000, update_buffers=True),
     dict(type="LossCurveHook", interval=50),

@@ -15,9 +15,10 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mambavision.detection.datasets import coco_classes
+from mambavision.detection.hooks import InitialWeightsHook
 from mambavision.detection.inferencer import DetInferencer
 from mambavision.detection.photos import DatasetError
-from mambavision.detection.weights import from_checkpoint
+from mambavision.detection.weights import check_fits, fitting_tensors, from_checkpoint
 
 
 def run(main: Callable[[], None]) -> None:
@@ -93,24 +94,23 @@ def train(
     Args:
         cfg: Config with ``work_dir`` and ``launcher``.
         resume: Go on from the newest checkpoint of the work directory, or start where there is none.
-        load_from: Checkpoint or published weights whose fitting tensors the run starts from.
+        load_from: Checkpoint or published weights whose fitting tensors a run that is not resumed starts from.
         amp: Mixed precision.
         seed: Seed of weights, data order and augmentation.
 
     Raises:
         FileNotFoundError: If ``load_from`` does not exist.
         DatasetError: If the data cannot be used.
-        ValueError: If fp16 is asked for without a GPU, or the data set's classes do not fit the network.
+        ValueError: If fp16 is asked for without a GPU, or the data set's classes or the weights do not fit the network.
     """
     if load_from:
         if not Path(load_from).is_file():
             raise FileNotFoundError(f"no weights at {load_from}")
-        cfg.load_from = f"safetensors:{load_from}" if load_from.endswith(".safetensors") else load_from
-    if resume:
-        # the epoch and the rate are functions of the checkpoint's iteration: the schedule goes on as it would have
-        cfg.resume = True
-        latest = find_latest_checkpoint(cfg.work_dir) if Path(cfg.work_dir).is_dir() else None
-        cfg.load_from = latest and str(Path(cfg.work_dir, Path(latest).name))  # the folder may have been moved
+    # the epoch and the rate are functions of the checkpoint's iteration: a resumed schedule goes on as it would have
+    latest = find_latest_checkpoint(cfg.work_dir) if resume and Path(cfg.work_dir).is_dir() else None
+    latest = latest and str(Path(cfg.work_dir, Path(latest).name))  # the folder may have been moved
+    start = None if latest else (load_from or cfg.get("load_from"))
+    cfg.resume, cfg.load_from = latest is not None, latest
     if amp == "fp16" and not torch.cuda.is_available():
         raise ValueError("--amp fp16 needs a GPU (its small range needs loss scaling on CUDA); use --amp bf16 here")
     if amp == "fp16":
@@ -124,6 +124,11 @@ def train(
     with _build_runner(cfg) as runner:
         _check_classes(runner.train_loop.dataloader.dataset.metainfo["classes"], cfg)
         _ = runner.val_loop  # builds the validation set, so that its errors come before training
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if latest:
+            check_fits(model, latest)
+        elif start:
+            runner.register_hook(InitialWeightsHook(fitting_tensors(model, start)))
     try:
         runner.train()
     except DatasetError:

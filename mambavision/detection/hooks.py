@@ -10,6 +10,7 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mambavision.detection.files import atomic_path
@@ -21,10 +22,10 @@ from mambavision.engine import hooks as _engine_hooks  # noqa: F401 (registers A
 class WarmupLinearDecayHook(Hook):
     """Set learning rate and momentum of every iteration: a warm-up, then a linear decay by epoch.
 
-    With e the epoch, E their number, i the iteration and W = max(round(warmup_epochs * iterations an epoch),
-    warmup_min_iters):
+    With e the epoch, E their number, d = decay_part, i the iteration and W = max(round(warmup_epochs * iterations an
+    epoch), warmup_min_iters):
 
-        lr(e) = initial_lr * ((1 - e / E) * (1 - final_lr_ratio) + final_lr_ratio)
+        lr(e) = initial_lr * (1 - (1 - final_lr_ratio) * max(0, 1 - (1 - e / E) / d))
 
     For i <= W the rate goes linearly from 0 (from ``warmup_bias_lr`` for biases) to lr(e), and the momentum from
     ``warmup_momentum`` to its configured value. Both depend on (e, i) alone, so a resumed run needs no saved state.
@@ -37,6 +38,10 @@ class WarmupLinearDecayHook(Hook):
         warmup_bias_lr: Rate the biases start from.
         warmup_momentum: Momentum at the start.
         final_lr_ratio: Rate of the last epoch (had there been one more) over the first's.
+        decay_part: Part of the run, at its end, in which the rate falls; before, it is constant and E may still change.
+
+    Raises:
+        ValueError: If ``decay_part`` is not in (0, 1].
     """
 
     priority = "HIGHEST"  # before RuntimeInfoHook reads the rate it logs
@@ -49,12 +54,16 @@ class WarmupLinearDecayHook(Hook):
         warmup_bias_lr: float = 0.1,
         warmup_momentum: float = 0.8,
         final_lr_ratio: float = 0.01,
+        decay_part: float = 1.0,
     ) -> None:
+        if not 0 < decay_part <= 1:
+            raise ValueError(f"decay_part={decay_part} must be above 0 and at most 1")
         self.warmup_epochs = warmup_epochs
         self.warmup_min_iters = warmup_min_iters
         self.warmup_bias_lr = warmup_bias_lr
         self.warmup_momentum = warmup_momentum
         self.final_lr_ratio = final_lr_ratio
+        self.decay_part = decay_part
 
     def before_train(self, runner: Runner) -> None:
         """Refuse optimisers whose groups do not say what they hold."""
@@ -67,7 +76,8 @@ class WarmupLinearDecayHook(Hook):
         """Write this iteration's rate and momentum into the optimiser."""
         epoch_length = len(runner.train_dataloader)
         warmup_iters = max(round(self.warmup_epochs * epoch_length), self.warmup_min_iters)
-        decay = (1 - runner.epoch / runner.max_epochs) * (1 - self.final_lr_ratio) + self.final_lr_ratio
+        decayed = max(0.0, 1 - (1 - runner.epoch / runner.max_epochs) / self.decay_part)
+        decay = 1 - (1 - self.final_lr_ratio) * decayed
         wrapper = runner.optim_wrapper
         momentum = wrapper.optimizer.defaults.get("momentum")
         for group in wrapper.param_groups:
@@ -138,6 +148,23 @@ class YOLOXL1Hook(Hook):
         model.bbox_head.use_l1 = runner.epoch >= runner.max_epochs - self.last_epochs
 
 
+class InitialWeightsHook(Hook):
+    """Load tensors into the model before the first iteration, after mmengine has initialised it.
+
+    Args:
+        state: Names and tensors of the model, not necessarily all; :func:`~.weights.fitting_tensors` finds them.
+    """
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+
+    def before_train(self, runner: Runner) -> None:
+        """Load them; averaged weights start as a copy after the first iteration."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model.load_state_dict(self.state, strict=False)
+        self.state = {}
+
+
 @HOOKS.register_module()
 class LossCurveHook(Hook):
     """Write ``loss_curve.csv`` and ``loss_curve.png`` into the work directory, anew after every epoch.
@@ -206,6 +233,8 @@ class LossCurveHook(Hook):
             self._write(Path(runner.work_dir))
 
     def _write(self, folder: Path) -> None:
+        if not self.rows:
+            return
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         with atomic_path(folder / "loss_curve.csv") as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)

@@ -11,6 +11,7 @@ from mambavision.detection import (  # noqa: F401  (their decorators register)
     hooks,
     losses,
     optim,
+    samplers,
     tinyimagenet,
     transforms,
 )

@@ -1,21 +1,25 @@
 """Published weights: a safetensors file in half precision that says enough to rebuild its detector without a config."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from mambavision.detection.detector import build_mamba_yolo
 from mambavision.detection.files import atomic_path
 from mambavision.engine import checkpoint as safe_checkpoint
+from mambavision.engine.checkpoint import CheckpointError
 
 _FORMAT = "mambavision-zoo/1"
 _FIELDS = ("task", "size", "variant", "classes", "input_size")
@@ -74,7 +78,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no safetensors file, or one that :func:`save_weights` did not write.
+        CheckpointError: If it is no safetensors file, or one that :func:`save_weights` did not write.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights file at {path}")
@@ -82,10 +86,10 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or is cut short ({error})") from error
+        raise CheckpointError(f"{path} is not a safetensors file, or is cut short ({error})") from error
     missing = [field for field in _FIELDS if field not in metadata]
     if metadata.get("format") != _FORMAT or missing:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} does not say how to rebuild its detector (format {metadata.get('format')!r}, expected "
             f"{_FORMAT!r}; fields missing: {', '.join(missing) or 'none'})"
         )
@@ -122,15 +126,41 @@ def from_checkpoint(config: str | Path | Config, path: str | Path, device: str |
     """
     config = config if isinstance(config, Config) else Config.fromfile(config)
     init_default_scope(config.get("default_scope", "mmdet"))
-    if Path(path).suffix == ".safetensors":
-        checkpoint = _load_safetensors(str(path))
-    else:
-        checkpoint = safe_checkpoint.load(path, map_location="cpu")
+    checkpoint = _read(path)
     detector = revert_sync_batchnorm(MODELS.build(config.model))
-    _load_state(detector, checkpoint.get("state_dict", checkpoint), path)
+    _load_state(detector, _state_dict(checkpoint, path), path)
     dataset_meta = checkpoint.get("meta", {}).get("dataset_meta") or {}
     detector.dataset_meta = {"classes": tuple(dataset_meta.get("classes", ()))}
     return detector.to(device).eval()
+
+
+def fitting_tensors(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint or published file that a model can start from, and log what is left out.
+
+    A tensor fits if the model has one of its name and shape. With another number of classes that is all but the last
+    class convolutions, or the class towers where their width follows the number of classes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is no checkpoint, would run code, or nothing in it fits.
+    """
+    own, state = model.state_dict(), _state_dict(_read(path), path)
+    fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
+    if not fitting:
+        raise CheckpointError(f"{path}: none of its {len(state)} tensors fits one of this network's {len(own)}")
+    anew, unused = _groups(own.keys() - fitting.keys()), _groups(state.keys() - own.keys())
+    message = f"{path}: starting from {len(fitting)} of the network's {len(own)} tensors"
+    print_log(f"{message}; anew: {anew or 'none'}; not used: {unused or 'none'}", logger="current")
+    return fitting
+
+
+def check_fits(model: nn.Module, path: str | Path) -> None:
+    """Check that a run of ``model`` can be resumed from a checkpoint.
+
+    Raises:
+        FileNotFoundError, CheckpointError: If there is none, or its tensors are not the model's.
+    """
+    _compare(model.state_dict(), _state_dict(_read(path), path), path)
 
 
 @CheckpointLoader.register_scheme(prefixes="safetensors:", force=True)
@@ -143,15 +173,37 @@ def _load_safetensors(filename: str, map_location: str | torch.device | None = N
     return {"state_dict": state, "meta": {"dataset_meta": {"classes": json.loads(metadata["classes"])}}}
 
 
-def _load_state(detector: BaseModel, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    own = detector.state_dict()
+def _read(path: str | Path) -> dict:
+    if Path(path).suffix == ".safetensors":
+        return _load_safetensors(str(path))
+    return safe_checkpoint.load(path, map_location="cpu")
+
+
+def _state_dict(checkpoint: object, path: str | Path) -> dict[str, Tensor]:
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict")
+    return state
+
+
+def _compare(own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> None:
     missing = sorted(own.keys() - state.keys())
     unknown = sorted(state.keys() - own.keys())
     misfits = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if missing or unknown or misfits:
         examples = ", ".join((missing + unknown + sorted(misfits))[:3])
-        raise ValueError(
+        raise CheckpointError(
             f"{path} does not fit this network: {len(missing)} tensors missing, {len(unknown)} unknown, "
             f"{len(misfits)} of another shape (such as {examples})"
         )
+
+
+def _load_state(detector: BaseModel, state: dict[str, Tensor], path: str | Path) -> None:
+    _compare(detector.state_dict(), state, path)
     detector.load_state_dict(state)
+
+
+def _groups(names: Iterable[str]) -> str:
+    """Counts of tensors by the first two parts of their names."""
+    counts = Counter(".".join(name.split(".")[:2]) for name in names)
+    return ", ".join(f"{group} ({count})" for group, count in sorted(counts.items()))

@@ -100,6 +100,16 @@ def test_warmup_has_a_least_length(tmp_path):
     np.testing.assert_allclose(recorder.seen, expected(2, 2, 100), rtol=1e-12)
 
 
+def test_rate_is_constant_before_its_decay(tmp_path):
+    recorder = Recorder()
+    run(tmp_path, [dict(type="WarmupLinearDecayHook", warmup_epochs=0, warmup_min_iters=0, decay_part=0.4), recorder],
+        epochs=5)  # fmt: skip
+    rates = [row[0] / 0.01 for row in recorder.seen[::2]]
+    np.testing.assert_allclose(rates, [1, 1, 1, 1, 1 - 0.99 / 2], rtol=1e-12)
+    with pytest.raises(ValueError, match="decay_part=0"):
+        mambavision.detection.hooks.WarmupLinearDecayHook(decay_part=0)
+
+
 def test_rates_go_on_after_a_resume(tmp_path):
     hook = dict(type="WarmupLinearDecayHook", warmup_epochs=3, warmup_min_iters=1)
     run(tmp_path, [hook])

@@ -5,15 +5,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from mmdet.evaluation import CocoMetric
-from mmdet.registry import DATASETS
+from mmdet.registry import DATASETS, HOOKS
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import init_default_scope
+from mmengine.visualization import Visualizer
 
+from mambavision.detection import cli
 from mambavision.detection.photos import DatasetError
 from mambavision.detection.tinyimagenet import TinyImageNetMosaic, _partition
 from mambavision.detection.tinyimagenet_pack import class_names, pack, read_entries, shard, unpack
@@ -180,6 +186,48 @@ def test_in_a_pipeline_and_with_coco_metric(packed):
         found = {"bboxes": truth.bboxes.tensor, "labels": truth.labels, "scores": torch.ones(len(truth))}
         metric.process({}, [{**item["data_samples"].to_dict(), "pred_instances": found}])
     assert metric.evaluate(len(data))["coco/bbox_mAP"] == pytest.approx(1.0, abs=1e-3)
+
+
+@HOOKS.register_module()
+class SeenPictures(Hook):
+    priority = "LOWEST"
+    seen: ClassVar[list] = []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        rate = runner.optim_wrapper.param_groups[0]["lr"]
+        self.seen.append((round(rate, 9), *[sample.img_id for sample in data_batch["data_samples"]]))
+
+
+def test_sessions_of_pretraining_continue_each_other(packed, tmp_path):
+    """The config in small: a session sees the pictures after the last one's, at one rate until the last fifth."""
+
+    def session(max_epochs, *, resume):
+        for named in (MMLogger, MessageHub, Visualizer):
+            named._instance_dict.clear()
+        cfg = Config.fromfile(REPOSITORY / "configs/mamba_yolo/mamba_yolo_t_tinyimagenet.py")
+        cfg.work_dir, cfg.launcher = str(tmp_path / "work"), "none"
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+        debug = dict(size="debug")
+        cfg.merge_from_dict(
+            dict(
+                model=dict(backbone=debug, neck=debug, bbox_head=dict(num_classes=3, in_channels=(16, 24, 32))),
+                train_dataloader=dict(
+                    batch_size=2, num_workers=0, persistent_workers=False, sampler=dict(epoch_length=4),
+                    dataset=dict(root=str(packed), size=64),
+                ),
+                default_hooks=dict(checkpoint=dict(save_best=None)),
+            )
+        )  # fmt: skip
+        cfg.train_cfg.max_epochs = max_epochs
+        cfg.custom_hooks[0].update(warmup_epochs=1, warmup_min_iters=0)
+        cfg.custom_hooks.append(dict(type="SeenPictures"))
+        SeenPictures.seen.clear()
+        cli.train(cfg, resume=resume, seed=0)
+        return list(SeenPictures.seen)
+
+    assert session(2, resume=False)[:3] == [(0.0, 0, 1), (0.005, 2, 3), (0.01, 4, 5)]
+    assert session(5, resume=True) == [(0.01, 8 + i, 9 + i) for i in range(0, 12, 2)]
+    assert session(6, resume=True) == [(0.00835, 20, 21), (0.00835, 22, 23)]  # 0.01 * (1 - 0.99 / 6)
 
 
 def test_no_pack(tmp_path):

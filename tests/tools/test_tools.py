@@ -189,6 +189,51 @@ def test_training_starts_from_published_weights(data, tool, tmp_path, weights):
     torch.testing.assert_close(trained, expected, rtol=0, atol=1e-7)
 
 
+def test_training_starts_from_weights_of_other_classes(data, tool, tmp_path):
+    many = build_mamba_yolo("debug", classes=[f"thing {i}" for i in range(40)])  # their class towers are wider too
+    save_weights(
+        many, tmp_path / "many.safetensors", size="debug", variant="aaai", classes=many.dataset_meta["classes"],
+        input_size=96,
+    )  # fmt: skip
+    torch.save({"state_dict": many.state_dict()}, tmp_path / "many.pth")
+    for name in ("many.safetensors", "many.pth"):
+        work = tmp_path / name.replace(".", "_")
+        options = [*data_options(data), "--load-from", tmp_path / name, "--cfg-options", "train_cfg.max_epochs=1"]
+        options += ["optim_wrapper.optimizer.lr=0.0", "custom_hooks.0.warmup_bias_lr=0.0"]
+        code, _, err = tool("train", CONFIG, "--work-dir", work, "--resume", *options)  # nothing to resume: starts
+        assert code == 0, err
+        (log,) = work.rglob("*.log")
+        (line,) = [line for line in log.read_text().splitlines() if "starting from" in line]
+        assert "anew: bbox_head.cls_towers (" in line and line.endswith("not used: none")
+        assert "size mismatch" not in log.read_text()
+        trained = torch.load(work / "epoch_1.pth", weights_only=True)["state_dict"]
+        for key, value in many.state_dict().items():
+            if "cls_towers" not in key and "running" not in key and "num_batches" not in key:
+                expected = value.half().float() if name.endswith("safetensors") else value
+                torch.testing.assert_close(trained[key], expected, rtol=0, atol=1e-7, msg=key)
+        assert trained["bbox_head.cls_towers.0.2.bias"].shape == (2,)
+
+
+def test_training_refuses_weights_that_do_not_fit(trained, data, tool, tmp_path):
+    (tmp_path / "cut.pth").write_bytes((trained / "epoch_3.pth").read_bytes()[:5000])
+    (tmp_path / "text.safetensors").write_text("no weights")
+    torch.save({"state_dict": {"x": torch.ones(1)}}, tmp_path / "foreign.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, message in (
+        ("cut.pth", "not a whole checkpoint"),
+        ("text.safetensors", "not a safetensors file"),
+        ("foreign.pth", "none of its 1 tensors fits"),
+        ("list.pth", "holds no state dict"),
+    ):
+        work = tmp_path / "work"
+        line = refusal(tool("train", CONFIG, "--work-dir", work, "--load-from", tmp_path / name, *data_options(data)))
+        assert message in line and name in line
+        assert not work.exists()
+    options = [*data_options(data), "--cfg-options", "model.backbone.variant=released"]
+    line = refusal(tool("train", CONFIG, "--work-dir", trained, "--resume", *options))
+    assert "epoch_3.pth does not fit this network" in line and trained.exists()
+
+
 def test_two_processes_train_like_one(data, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     command += [ROOT / "tests/tools/torchrun_training.py", data, tmp_path / "two", 2]
