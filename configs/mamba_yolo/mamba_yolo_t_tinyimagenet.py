@@ -12,6 +12,7 @@ train_dataloader = dict(
     pin_memory=True,
     drop_last=True,
     sampler=dict(type="ConsecutiveSampler", epoch_length=64_000),
+    collate_fn=dict(type="stacked_collate"),
     dataset=dict(
         type="TinyImageNetMosaic",
         root=data_root,

@@ -34,27 +34,35 @@ class Assignment(NamedTuple):
     score: Tensor
 
 
-def pad_ground_truth(boxes: list[Tensor], labels: list[Tensor]) -> GroundTruth:
+def pad_ground_truth(boxes: list[Tensor], labels: list[Tensor], device: torch.device | None = None) -> GroundTruth:
     """Stack per-image ground truth into padded tensors without waiting for the GPU.
 
     Args:
         boxes: B tensors (n_i, 4).
         labels: B tensors (n_i,).
+        device: of the result; by default that of the inputs.
 
     Returns:
-        :class:`GroundTruth` on the device of the inputs, boxes in float32.
+        :class:`GroundTruth`, boxes in float32.
     """
     counts = np.array([len(b) for b in boxes])
     width = max(1, counts.max())
-    slots = torch.from_numpy(np.flatnonzero(np.arange(width) < counts[:, None]))
-    flat_boxes, flat_labels = torch.cat(boxes).float(), torch.cat(labels).long()
-    if flat_boxes.is_cuda:
-        slots = slots.pin_memory().to(flat_boxes.device, non_blocking=True)
+    device = device or boxes[0].device
+    slots = _move(torch.from_numpy(np.flatnonzero(np.arange(width) < counts[:, None])), device)
+    flat_boxes, flat_labels = _move(torch.cat(boxes).float(), device), _move(torch.cat(labels).long(), device)
     size = len(boxes) * width
     return GroundTruth(
         flat_boxes.new_zeros(size, 4).index_copy_(0, slots, flat_boxes).view(-1, width, 4),
         flat_labels.new_zeros(size).index_copy_(0, slots, flat_labels).view(-1, width),
         flat_labels.new_zeros(size, dtype=torch.bool).index_fill_(0, slots, True).view(-1, width),
+    )
+
+
+def _move(values: Tensor, device: torch.device) -> Tensor:
+    return (
+        values.to(device)
+        if values.is_cuda or device.type != "cuda"
+        else values.pin_memory().to(device, non_blocking=True)
     )
 
 

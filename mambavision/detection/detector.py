@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.models.detectors import SingleStageDetector
 from mmdet.registry import MODELS
 
 from mambavision.backbones.mamba_yolo import Size, Variant, mamba_yolo_size, set_batch_norm
+from mambavision.detection.batches import BatchedDetDataPreprocessor
 
 
 @MODELS.register_module()
@@ -46,7 +46,7 @@ def build_mamba_yolo(size: Size, *, variant: Variant = "aaai", classes: Sequence
         backbone={"type": "MambaYOLOBackbone", "size": size, "variant": variant},
         neck={"type": "MambaYOLOPAFPN", "size": size, "variant": variant},
         bbox_head={"type": "MambaYOLOHead", "num_classes": len(classes), "in_channels": channels},
-        data_preprocessor=DetDataPreprocessor(
+        data_preprocessor=BatchedDetDataPreprocessor(
             mean=[0.0, 0.0, 0.0], std=[255.0, 255.0, 255.0], bgr_to_rgb=True, pad_size_divisor=32, pad_value=114
         ),
     )

@@ -224,14 +224,17 @@ class MambaYOLOHead(BaseDenseHead):
 
         Args:
             reg_maps, cls_maps: see :meth:`forward`.
-            batch_gt_instances: per image ``bboxes`` (n, 4) xyxy pixels of the network input and ``labels`` (n,).
+            batch_gt_instances: per image ``bboxes`` (n, 4) xyxy pixels of the network input and ``labels`` (n,), on
+                any device.
             batch_img_metas, batch_gt_instances_ignore: not used.
 
         Returns:
             ``loss_cls``, ``loss_bbox``, ``loss_dfl``, scalars that are to be summed.
         """
         gt = pad_ground_truth(
-            [get_box_tensor(g.bboxes) for g in batch_gt_instances], [g.labels for g in batch_gt_instances]
+            [get_box_tensor(g.bboxes) for g in batch_gt_instances],
+            [g.labels for g in batch_gt_instances],
+            cls_maps[0].device,
         )
         with torch.autocast(cls_maps[0].device.type, enabled=False):
             sides, logits, points, strides = self._flatten(reg_maps, cls_maps)

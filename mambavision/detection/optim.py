@@ -107,9 +107,9 @@ class FusedExpMomentumEMA(ExpMomentumEMA):
         source = model.state_dict() if self.update_buffers else dict(model.named_parameters())
         pairs = [(average, source[name].detach()) for name, average in self.avg_parameters.items()]
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        for average, value in pairs:
-            if not average.is_floating_point():
-                average.copy_(value)
+        integers = [pair for pair in pairs if not pair[0].is_floating_point()]
+        if integers:
+            torch._foreach_copy_(*map(list, zip(*integers, strict=True)))
         steps = int(self.steps)
         if steps % self.interval == 0:
             momentum = (1 - self.momentum) * math.exp(-(1 + steps) / self.gamma) + self.momentum if steps else 1.0

@@ -5,6 +5,7 @@ from mmdet.registry import MODELS
 from mambavision.backbones.mamba_yolo import MambaYOLOBackbone, MambaYOLOPAFPN
 from mambavision.detection import (  # noqa: F401  (their decorators register)
     assigner,
+    batches,
     datasets,
     detector,
     head,

@@ -19,6 +19,7 @@ train_dataloader = dict(
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=True),
+    collate_fn=dict(type="stacked_collate"),
     dataset=dict(
         type="VOCDetDataset",
         data_root=data_root,

@@ -18,6 +18,7 @@ train_dataloader = dict(
     persistent_workers=True,
     pin_memory=True,
     sampler=dict(type="DefaultSampler", shuffle=True),
+    collate_fn=dict(type="stacked_collate"),
     dataset=dict(
         type="CocoDetDataset",
         data_root=data_root,

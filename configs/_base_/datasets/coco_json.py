@@ -17,6 +17,7 @@ train_dataloader = dict(
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=True),
+    collate_fn=dict(type="stacked_collate"),
     dataset=dict(
         type="CocoDetDataset",
         data_root=data_root,

@@ -1,7 +1,7 @@
 model = dict(
     type="MambaYOLO",
     data_preprocessor=dict(
-        type="DetDataPreprocessor",
+        type="BatchedDetDataPreprocessor",
         mean=[0.0, 0.0, 0.0],
         std=[255.0, 255.0, 255.0],
         bgr_to_rgb=True,
