@@ -17,7 +17,7 @@ def main() -> None:
     """Write OUT/{train,val}/*.jpg and OUT/{train,val}.json, the same for the same arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder to write, such as demo/cells")
-    parser.add_argument("--train", type=int, default=16, help="training pictures (default 16)")
+    parser.add_argument("--train", type=int, default=24, help="training pictures (default 24)")
     parser.add_argument("--val", type=int, default=8, help="validation pictures (default 8)")
     args = parser.parse_args()
     write_split(args.out, "train", args.train, seed=0)
@@ -57,10 +57,10 @@ def draw_smear(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, li
     slope = np.linspace(-1, 1, shape[1])[None, :, None] * rng.uniform(-12, 12)
     picture = (ground + slope + np.zeros((*shape, 1))).astype(np.float32)
     cells: list[tuple[int, list[int]]] = []
-    counts = rng.integers(0, 3), rng.integers(7, 16), rng.integers(0, 2)
+    counts = rng.integers(1, 5), rng.integers(6, 14), rng.integers(0, 3)
     for label in (2, 1, 0):
         for _ in range(counts[label]):
-            radius = {0: (5, 8), 1: (19, 25), 2: (32, 42)}[label]
+            radius = {0: (7, 10), 1: (18, 24), 2: (31, 40)}[label]
             axes = rng.uniform(*radius) * rng.uniform(0.88, 1.12, 2)
             centre = _free_place(cells, axes, rng)
             if centre is None:

@@ -16,7 +16,7 @@ train_dataloader = dict(dataset=dict(photo_side=256, pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-train_cfg = dict(max_epochs=40, val_interval=20)
+train_cfg = dict(max_epochs=60, val_interval=20)
 optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=4e-3, weight_decay=0.01))
 custom_hooks = [
     dict(type="WarmupLinearDecayHook", warmup_epochs=2, warmup_min_iters=1, warmup_bias_lr=0.0, final_lr_ratio=0.02),

@@ -26,7 +26,7 @@ def test_shipped_demo_is_what_the_tool_draws(tmp_path):
 
 
 def test_shipped_demo_loads():
-    for split, count in (("train", 16), ("val", 8)):
+    for split, count in (("train", 24), ("val", 8)):
         data = CocoDetDataset(
             ann_file=ROOT / f"demo/cells/{split}.json", data_prefix={"img": str(ROOT / "demo/cells" / split)}
         )
