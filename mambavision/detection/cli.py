@@ -45,12 +45,20 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, such as configs/mamba_yolo/mamba_yolo_debug.py")
     parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/<config name>)")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="KEY=VALUE pairs to override in the config")
+    parser.add_argument("--cfg-options", nargs="+", action=_KeyValues, help="KEY=VALUE pairs to override in the config")
     parser.add_argument("--data-root", help="folder of the data set, in place of the config's")
     parser.add_argument("--train-json", help="COCO JSON to train on, relative to --data-root; brings its class names")
     parser.add_argument("--val-json", help="COCO JSON to validate and test on, relative to --data-root")
     parser.add_argument("--train-images", help="folder of the training photos, relative to --data-root")
     parser.add_argument("--val-images", help="folder of the validation photos, relative to --data-root")
+
+
+class _KeyValues(DictAction):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"{option_string} takes KEY=VALUE pairs, got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -182,18 +190,26 @@ def _read_config(path: str | Path) -> Config:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config at {path}")
     try:
-        return Config.fromfile(path)
+        cfg = Config.fromfile(path)
     except Exception as error:  # a config is a program: anything can go wrong in it
         raise ValueError(f"cannot read the config {path}: {type(error).__name__}: {error}") from error
+    missing = [part for part in ("model", "train_dataloader", "test_dataloader", "optim_wrapper") if part not in cfg]
+    if missing:
+        raise ValueError(f"{path} is no whole config: it lacks {', '.join(missing)}")
+    return cfg
 
 
 @contextmanager
 def _build_runner(cfg: Config) -> Iterator[Runner]:
-    """Build the runner; on an error in the body, remove the work directory if it is new."""
+    """Build the runner; on an error here or in the body, remove the work directory if it is new."""
     is_new = not Path(cfg.work_dir).exists()
     _start_processes(cfg)
     try:
-        yield Runner.from_cfg(cfg)
+        try:
+            runner = Runner.from_cfg(cfg)
+        except (TypeError, KeyError) as error:  # an argument or a type that does not exist
+            raise ValueError(f"the config cannot be built: {error}") from error
+        yield runner
     except BaseException:
         if is_new and is_main_process():
             shutil.rmtree(cfg.work_dir, ignore_errors=True)

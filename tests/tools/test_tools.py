@@ -30,7 +30,8 @@ def tool(monkeypatch, capfd):
 
     def call(name, *args):
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        for named in (MMLogger, MessageHub, Visualizer):  # by the second of the start: two quick runs would share them
+        # named by the second of the start, or always the same: two runs in one process would share them
+        for named in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
             named._instance_dict.clear()
         capfd.readouterr()
         code = 0
@@ -67,17 +68,16 @@ def data_options(data, **changes):
 @pytest.fixture(scope="module")
 def killed(data, tmp_path_factory):
     """Work directory of a run that kill -9 ended in the middle of its third epoch."""
-    work = tmp_path_factory.mktemp("killed") / "work"
-    command = [sys.executable, ROOT / "tools/train.py", CONFIG, "--work-dir", work, "--seed", 0, *data_options(data)]
-    with subprocess.Popen(
-        list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        log = []
-        for line in process.stdout:
-            log.append(line)
-            if "Epoch(train) [3][1/3]" in line:
-                process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "".join(log)[-3000:]
+    folder = tmp_path_factory.mktemp("killed")
+    work, config = folder / "work", folder / "killed.py"
+    config.write_text(
+        f'_base_ = "{CONFIG}"\n'
+        'custom_imports = dict(imports=["mambavision.detection", "tests.tools.kill_hook"])\n'
+        'custom_hooks = [*_base_.custom_hooks, dict(type="KillHook", iteration=7)]\n'
+    )
+    command = [sys.executable, ROOT / "tools/train.py", config, "--work-dir", work, "--seed", 0, *data_options(data)]
+    done = subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stdout[-3000:] + done.stderr[-3000:]
     assert (work / "epoch_2.pth").exists() and not (work / "epoch_3.pth").exists()
     return work
 
@@ -254,6 +254,9 @@ def test_two_processes_train_like_one(data, tmp_path):
         ([CONFIG, "--data-root", "nowhere"], "nowhere/train.json: no such file"),
         ([CONFIG, "--amp", "fp16"], "bf16"),
         ([CONFIG, "--load-from", "gone.pth"], "no weights at gone.pth"),
+        ([ROOT / "configs/_base_/default_runtime.py"], "lacks model, train_dataloader, test_dataloader, optim_wrapper"),
+        ([CONFIG, "--cfg-options", "model.bbox_head.bogus=1"], "unexpected keyword argument 'bogus'"),
+        ([CONFIG, "--cfg-options", "model.neck.type=Nek"], "Nek is not in the"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is possible here")
