@@ -63,7 +63,9 @@ def _launch(name: str, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, y: Tensor
     batch, length, K, channels = delta.shape
     plan = _plan(N)
     types = {"X": x.dtype, "DELTA": delta.dtype, "B": B.dtype, "C": C.dtype, "Y": y.dtype, "DX": dx_type}
+    by_token = {n: v.stride(1) == 1 and v.stride(3) != 1 for n, v in dict(X=x, DELTA=delta, B=B, C=C, Y=y).items()}
     defines = plan.defines + tuple(f"{n}_TYPE={_TYPES[t]}" for n, t in types.items())
+    defines += tuple(f"{n}_BY_TOKEN={int(v)}" for n, v in by_token.items())
     function = nvrtc.kernel(_SOURCE, name, defines, x.device.index)
     call = _Call(batch, length, K, channels, *(_strided(v) for v in (x, delta, B, C, y)))
     for field, value in rest.items():

@@ -5,7 +5,8 @@
 // through time, in tiles of TILE steps staged in shared memory. Scan order, strides and element types are dealt with in
 // staging; the next tile's loads are in flight while the present one is worked on.
 //
-// Macros: N, STATES, SPLIT, TILE; X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, Y_TYPE, DX_TYPE (0 float, 1 bfloat16, 2 half).
+// Macros: N, STATES, SPLIT, TILE; X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, Y_TYPE, DX_TYPE (0 float, 1 bfloat16, 2 half);
+// X_BY_TOKEN and so on: that tensor's tokens, not its channels, are neighbours in memory.
 
 #define THREADS 128
 #define WARPS (THREADS / 32)
@@ -14,6 +15,7 @@
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
+#define PITCH (CHANNELS + 1)  // of a tile in shared memory: both ways of staging it miss most bank conflicts
 #define PER_CHANNEL ROUND_UP(TILE * CHANNELS, THREADS)
 #define PER_STATE ROUND_UP(TILE * PADDED, THREADS)
 
@@ -79,55 +81,77 @@ struct Block {  // what this block works on
     const int *order;
     __device__ Block(const Call &c)
         : b(blockIdx.z), k(blockIdx.y), d0((i64)blockIdx.x * CHANNELS), order(c.order ? c.order + k * c.length : 0) {}
-    __device__ i64 row(i64 t) const { return order ? order[t] : t; }
     __device__ i64 base(const Strided &a) const { return b * a.batch + k * a.scan; }
+    // token visited at step t0 + threadIdx.x, for the threads that stage the tile's rows
+    __device__ int row(const Call &c, i64 t0) const {
+        const i64 t = min(max(t0 + threadIdx.x % TILE, 0LL), c.length - 1);
+        return order ? order[t] : (int)t;
+    }
 };
 
-// values[j] = element i = threadIdx.x + j * THREADS of the (TILE, CHANNELS) tile that starts at step t0; 0 outside
-template <int TYPE>
-__device__ __forceinline__ void fetch_channels(float *values, const Call &c, const Block &at, const Strided &a, i64 t0) {
+// element i of a (TILE, CHANNELS) tile: neighbouring threads take neighbours in memory
+struct Place {
+    int t, d;
+    __device__ Place(int i, bool by_token) {
+        if (by_token) t = i % TILE, d = i / TILE;
+        else t = i / CHANNELS, d = i % CHANNELS;
+    }
+};
+
+// values[j] = element threadIdx.x + j * THREADS of the tile whose steps visit tokens rows[]. Loads are unconditional,
+// so that all are in flight together; what lies outside is set to 0 by put_channels.
+template <int TYPE, bool BY_TOKEN>
+__device__ __forceinline__ void fetch_channels(float *values, const Call &c, const Block &at, const Strided &a,
+                                               const int *rows) {
 #pragma unroll
     for (int j = 0; j < PER_CHANNEL; j++) {
-        int i = threadIdx.x + j * THREADS;
-        i64 t = t0 + i / CHANNELS, d = at.d0 + i % CHANNELS;
-        bool inside = i < TILE * CHANNELS && t < c.length && d < c.channels;
-        values[j] = inside ? load<TYPE>(a.data, at.base(a) + at.row(t) * a.token + d * a.inner) : 0.f;
+        const Place p(min(threadIdx.x + j * THREADS, TILE * CHANNELS - 1), BY_TOKEN);
+        values[j] = load<TYPE>(a.data, at.base(a) + rows[p.t] * a.token + min(at.d0 + p.d, c.channels - 1) * a.inner);
     }
 }
 
-template <int TYPE>
-__device__ __forceinline__ void fetch_states(float *values, const Call &c, const Block &at, const Strided &a, i64 t0) {
+template <int TYPE, bool BY_TOKEN>
+__device__ __forceinline__ void fetch_states(float *values, const Call &c, const Block &at, const Strided &a,
+                                             const int *rows) {
 #pragma unroll
     for (int j = 0; j < PER_STATE; j++) {
-        int i = threadIdx.x + j * THREADS, n = i % PADDED;
-        i64 t = t0 + i / PADDED;
-        bool inside = i < TILE * PADDED && t < c.length && n < N;
-        values[j] = inside ? load<TYPE>(a.data, at.base(a) + at.row(t) * a.token + n * a.inner) : 0.f;
+        const int i = min(threadIdx.x + j * THREADS, TILE * PADDED - 1);
+        const int t = BY_TOKEN ? i % TILE : i / PADDED, n = BY_TOKEN ? i / TILE : i % PADDED;
+        values[j] = load<TYPE>(a.data, at.base(a) + rows[t] * a.token + min(n, N - 1) * a.inner);
     }
 }
 
-__device__ __forceinline__ void put_channels(float *tile, const float *values) {
-#pragma unroll
-    for (int j = 0; j < PER_CHANNEL; j++)
-        if (threadIdx.x + j * THREADS < TILE * CHANNELS) tile[threadIdx.x + j * THREADS] = values[j];
-}
-
-__device__ __forceinline__ void put_states(float *tile, const float *values) {
-#pragma unroll
-    for (int j = 0; j < PER_STATE; j++)
-        if (threadIdx.x + j * THREADS < TILE * PADDED) tile[threadIdx.x + j * THREADS] = values[j];
-}
-
-// delta of the tile in registers: bias, softplus and, if asked, its slope; steps past the end get 0 (decay 1, input 0)
-__device__ __forceinline__ void activate(float *dt, float *slope, const Call &c, const Block &at, i64 t0) {
+template <bool BY_TOKEN>
+__device__ __forceinline__ void put_channels(float *tile, const float *values, const Call &c, const Block &at, i64 t0) {
 #pragma unroll
     for (int j = 0; j < PER_CHANNEL; j++) {
-        int i = threadIdx.x + j * THREADS;
-        i64 d = at.d0 + i % CHANNELS;
-        bool inside = i < TILE * CHANNELS && t0 + i / CHANNELS < c.length && d < c.channels;
-        float v = dt[j] + (c.bias && inside ? c.bias[at.k * c.channels + d] : 0.f);
-        dt[j] = inside ? (c.softplus ? softplus(v) : v) : 0.f;
-        if (slope) slope[j] = inside ? (c.softplus ? sigmoid(v) : 1.f) : 0.f;
+        const int i = threadIdx.x + j * THREADS;
+        const Place p(i, BY_TOKEN);
+        const bool inside = t0 + p.t < c.length && at.d0 + p.d < c.channels;
+        if (i < TILE * CHANNELS) tile[p.t * PITCH + p.d] = inside ? values[j] : 0.f;
+    }
+}
+
+template <bool BY_TOKEN>
+__device__ __forceinline__ void put_states(float *tile, const float *values, const Call &c, i64 t0) {
+#pragma unroll
+    for (int j = 0; j < PER_STATE; j++) {
+        const int i = threadIdx.x + j * THREADS;
+        const int t = BY_TOKEN ? i % TILE : i / PADDED, n = BY_TOKEN ? i / TILE : i % PADDED;
+        if (i < TILE * PADDED) tile[t * PADDED + n] = t0 + t < c.length && n < N ? values[j] : 0.f;
+    }
+}
+
+// bias and softplus of fetched delta and, if asked, the slope of softplus; put_channels then zeroes steps past the end,
+// where decay is 1 and input 0
+__device__ __forceinline__ void activate(float *dt, float *slope, const Call &c, const Block &at) {
+#pragma unroll
+    for (int j = 0; j < PER_CHANNEL; j++) {
+        const Place p(min(threadIdx.x + j * THREADS, TILE * CHANNELS - 1), DELTA_BY_TOKEN);
+        const i64 d = min(at.d0 + p.d, c.channels - 1);
+        const float v = dt[j] + (c.bias ? c.bias[at.k * c.channels + d] : 0.f);
+        dt[j] = c.softplus ? softplus(v) : v;
+        if (slope) slope[j] = c.softplus ? sigmoid(v) : 1.f;
     }
 }
 
@@ -138,7 +162,8 @@ __device__ __forceinline__ float sum_split(float v) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(const Call c) {
-    __shared__ float x[TILE * CHANNELS], dt[TILE * CHANNELS], y[TILE * CHANNELS];
+    __shared__ float x[TILE * PITCH], dt[TILE * PITCH], y[TILE * PITCH];
+    __shared__ int rows[3][TILE];  // of the present tile, the next and the one after
     __shared__ __align__(16) float B[TILE * PADDED], C[TILE * PADDED];
     const Block at(c);
     const int lane = threadIdx.x / SPLIT, part = threadIdx.x % SPLIT * STATES;
@@ -156,24 +181,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(const Call c)
     const i64 tiles = ROUND_UP(c.length, TILE);
 
     float next_x[PER_CHANNEL], next_dt[PER_CHANNEL], next_B[PER_STATE], next_C[PER_STATE];
-    fetch_channels<X_TYPE>(next_x, c, at, c.x, 0);
-    fetch_channels<DELTA_TYPE>(next_dt, c, at, c.delta, 0);
-    fetch_states<B_TYPE>(next_B, c, at, c.B, 0);
-    fetch_states<C_TYPE>(next_C, c, at, c.C, 0);
+    auto fetch = [&](const int *from) {
+        fetch_channels<X_TYPE, X_BY_TOKEN>(next_x, c, at, c.x, from);
+        fetch_channels<DELTA_TYPE, DELTA_BY_TOKEN>(next_dt, c, at, c.delta, from);
+        fetch_states<B_TYPE, B_BY_TOKEN>(next_B, c, at, c.B, from);
+        if (!c.write_starts) fetch_states<C_TYPE, C_BY_TOKEN>(next_C, c, at, c.C, from);
+    };
+    if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0);
+    if (threadIdx.x < TILE) rows[1][threadIdx.x] = at.row(c, TILE);
+    __syncthreads();
+    fetch(rows[0]);
     for (i64 tile = 0; tile < tiles; tile++) {
         const i64 t0 = tile * TILE;
-        activate(next_dt, 0, c, at, t0);
-        put_channels(x, next_x);
-        put_channels(dt, next_dt);
-        put_states(B, next_B);
-        put_states(C, next_C);
+        const int *here = rows[tile % 3];
+        activate(next_dt, 0, c, at);
+        put_channels<X_BY_TOKEN>(x, next_x, c, at, t0);
+        put_channels<DELTA_BY_TOKEN>(dt, next_dt, c, at, t0);
+        put_states<B_BY_TOKEN>(B, next_B, c, t0);
+        if (!c.write_starts) put_states<C_BY_TOKEN>(C, next_C, c, t0);
         __syncthreads();
-        if (tile + 1 < tiles) {
-            fetch_channels<X_TYPE>(next_x, c, at, c.x, t0 + TILE);
-            fetch_channels<DELTA_TYPE>(next_dt, c, at, c.delta, t0 + TILE);
-            fetch_states<B_TYPE>(next_B, c, at, c.B, t0 + TILE);
-            fetch_states<C_TYPE>(next_C, c, at, c.C, t0 + TILE);
-        }
+        fetch(rows[(tile + 1) % 3]);
+        const int ahead = at.row(c, t0 + 2 * TILE);
         if (c.write_starts) {
             float *to = c.starts + ((at.b * c.scans + at.k) * tiles + tile) * c.channels * N + d * N + part;
 #pragma unroll
@@ -182,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(const Call c)
         }
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
-            const float u = x[t * CHANNELS + lane], step = dt[t * CHANNELS + lane], input = step * u;
+            const float u = x[t * PITCH + lane], step = dt[t * PITCH + lane], input = step * u;
             float out = 0.f;
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
@@ -191,17 +219,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(const Call c)
             }
             if (!c.write_starts) {
                 out = sum_split(out);
-                if (part == 0) y[t * CHANNELS + lane] = out + skip * u;
+                if (part == 0) y[t * PITCH + lane] = out + skip * u;
             }
         }
+        if (threadIdx.x < TILE) rows[(tile + 2) % 3][threadIdx.x] = ahead;
         __syncthreads();
         if (!c.write_starts)
 #pragma unroll
             for (int j = 0; j < PER_CHANNEL; j++) {
-                int i = threadIdx.x + j * THREADS;
-                i64 t = t0 + i / CHANNELS, to = at.d0 + i % CHANNELS;
-                if (i < TILE * CHANNELS && t < c.length && to < c.channels)
-                    store<Y_TYPE>(c.y.data, at.base(c.y) + at.row(t) * c.y.token + to * c.y.inner, y[i]);
+                const int i = threadIdx.x + j * THREADS;
+                const Place p(i, Y_BY_TOKEN);
+                if (i < TILE * CHANNELS && t0 + p.t < c.length && at.d0 + p.d < c.channels)
+                    store<Y_TYPE>(c.y.data, at.base(c.y) + here[p.t] * c.y.token + (at.d0 + p.d) * c.y.inner,
+                                  y[p.t * PITCH + p.d]);
             }
     }
     if (!c.write_starts)
@@ -213,7 +243,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(const Call c)
 // With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. Tiles from the last to the first; a tile's states are
 // recomputed from its start and stay in registers.
 extern "C" __global__ void __launch_bounds__(THREADS) scan_backward(const Call c) {
-    __shared__ float x[TILE * CHANNELS], dt[TILE * CHANNELS], slope[TILE * CHANNELS], dy[TILE * CHANNELS];
+    __shared__ float x[TILE * PITCH], dt[TILE * PITCH], slope[TILE * PITCH], dy[TILE * PITCH];
+    __shared__ int rows[3][TILE];
     __shared__ __align__(16) float B[TILE * PADDED], C[TILE * PADDED];
     __shared__ float partial[TILE * WARPS * 2 * PADDED];
     const Block at(c);
@@ -234,41 +265,47 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_backward(const Call c
 
     float next_x[PER_CHANNEL], next_dt[PER_CHANNEL], next_dy[PER_CHANNEL], next_slope[PER_CHANNEL];
     float next_B[PER_STATE], next_C[PER_STATE], next_h[STATES];
-    auto fetch = [&](i64 tile) {
-        fetch_channels<X_TYPE>(next_x, c, at, c.x, tile * TILE);
-        fetch_channels<DELTA_TYPE>(next_dt, c, at, c.delta, tile * TILE);
-        fetch_channels<Y_TYPE>(next_dy, c, at, c.y, tile * TILE);
-        fetch_states<B_TYPE>(next_B, c, at, c.B, tile * TILE);
-        fetch_states<C_TYPE>(next_C, c, at, c.C, tile * TILE);
-        const float *from = c.starts + ((at.b * c.scans + at.k) * tiles + tile) * c.channels * N + d * N + part;
+    auto fetch = [&](i64 tile, const int *from) {
+        fetch_channels<X_TYPE, X_BY_TOKEN>(next_x, c, at, c.x, from);
+        fetch_channels<DELTA_TYPE, DELTA_BY_TOKEN>(next_dt, c, at, c.delta, from);
+        fetch_channels<Y_TYPE, Y_BY_TOKEN>(next_dy, c, at, c.y, from);
+        fetch_states<B_TYPE, B_BY_TOKEN>(next_B, c, at, c.B, from);
+        fetch_states<C_TYPE, C_BY_TOKEN>(next_C, c, at, c.C, from);
+        const i64 first = ((at.b * c.scans + at.k) * tiles + max(tile, 0LL)) * c.channels * N;
 #pragma unroll
-        for (int n = 0; n < STATES; n++) next_h[n] = alive && part + n < N ? from[n] : 0.f;
+        for (int n = 0; n < STATES; n++)
+            next_h[n] = c.starts[first + min(d, c.channels - 1) * N + min(part + n, N - 1)];
     };
-    fetch(tiles - 1);
+    if (threadIdx.x < TILE) rows[(tiles - 1) % 3][threadIdx.x] = at.row(c, (tiles - 1) * TILE);
+    if (threadIdx.x < TILE) rows[(tiles + 1) % 3][threadIdx.x] = at.row(c, (tiles - 2) * TILE);
+    __syncthreads();
+    fetch(tiles - 1, rows[(tiles - 1) % 3]);
     for (i64 tile = tiles - 1; tile >= 0; tile--) {
         const i64 t0 = tile * TILE;
-        activate(next_dt, next_slope, c, at, t0);
-        put_channels(x, next_x);
-        put_channels(dt, next_dt);
-        put_channels(slope, next_slope);
-        put_channels(dy, next_dy);
-        put_states(B, next_B);
-        put_states(C, next_C);
+        const int *here = rows[tile % 3];
+        activate(next_dt, next_slope, c, at);
+        put_channels<X_BY_TOKEN>(x, next_x, c, at, t0);
+        put_channels<DELTA_BY_TOKEN>(dt, next_dt, c, at, t0);
+        put_channels<DELTA_BY_TOKEN>(slope, next_slope, c, at, t0);
+        put_channels<Y_BY_TOKEN>(dy, next_dy, c, at, t0);
+        put_states<B_BY_TOKEN>(B, next_B, c, t0);
+        put_states<C_BY_TOKEN>(C, next_C, c, t0);
         float before[TILE][STATES];  // state before each step
 #pragma unroll
-        for (int n = 0; n < STATES; n++) before[0][n] = next_h[n];
+        for (int n = 0; n < STATES; n++) before[0][n] = alive && part + n < N ? next_h[n] : 0.f;
         __syncthreads();
-        if (tile > 0) fetch(tile - 1);
+        fetch(tile - 1, rows[(tile + 2) % 3]);
+        const int ahead = at.row(c, t0 - 2 * TILE);
 #pragma unroll
         for (int t = 0; t + 1 < TILE; t++) {
-            const float step = dt[t * CHANNELS + lane], input = step * x[t * CHANNELS + lane];
+            const float step = dt[t * PITCH + lane], input = step * x[t * PITCH + lane];
 #pragma unroll
             for (int n = 0; n < STATES; n++)
                 before[t + 1][n] = exp2_fast(step * A[n]) * before[t][n] + input * B[t * PADDED + part + n];
         }
 #pragma unroll
         for (int t = TILE - 1; t >= 0; t--) {
-            const float u = x[t * CHANNELS + lane], step = dt[t * CHANNELS + lane], out = dy[t * CHANNELS + lane];
+            const float u = x[t * PITCH + lane], step = dt[t * PITCH + lane], out = dy[t * PITCH + lane];
             const float input = step * u;
             float dinput = 0.f, dlog = 0.f, v[2 * STATES];  // v: contributions to dB, then to dC
 #pragma unroll
@@ -308,23 +345,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_backward(const Call c
                 partial[((t * WARPS + warp) * 2 + is_C) * PADDED + part + n] = v[i];
             }
             if (part == 0) {  // x and dt now hold their gradients
-                const float ddelta = (dinput * u + dlog * LN2) * slope[t * CHANNELS + lane];
+                const float ddelta = (dinput * u + dlog * LN2) * slope[t * PITCH + lane];
                 dD += out * u;
                 dbias += ddelta;
-                x[t * CHANNELS + lane] = dinput * step + skip * out;
-                dt[t * CHANNELS + lane] = ddelta;
+                x[t * PITCH + lane] = dinput * step + skip * out;
+                dt[t * PITCH + lane] = ddelta;
             }
             __syncwarp();
         }
+        if (threadIdx.x < TILE) rows[(tile + 1) % 3][threadIdx.x] = ahead;
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < PER_CHANNEL; j++) {
-            int i = threadIdx.x + j * THREADS;
-            i64 t = t0 + i / CHANNELS, to = at.d0 + i % CHANNELS;
-            if (i < TILE * CHANNELS && t < c.length && to < c.channels) {
-                i64 into = ((at.b * c.length + at.row(t)) * c.scans + at.k) * c.channels + to;
-                store<DX_TYPE>(c.dx, into, x[i]);
-                store<DELTA_TYPE>(c.ddelta, into, dt[i]);
+            const int i = threadIdx.x + j * THREADS;
+            const Place p(i, false);
+            if (i < TILE * CHANNELS && t0 + p.t < c.length && at.d0 + p.d < c.channels) {
+                const i64 token = (at.b * c.length + here[p.t]) * c.scans + at.k;
+                const i64 into = token * c.channels + at.d0 + p.d;
+                store<DX_TYPE>(c.dx, into, x[p.t * PITCH + p.d]);
+                store<DELTA_TYPE>(c.ddelta, into, dt[p.t * PITCH + p.d]);
             }
         }
         for (int i = threadIdx.x; i < TILE * 2 * PADDED; i += THREADS) {
@@ -333,7 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_backward(const Call c
                 float sum = 0.f;
 #pragma unroll
                 for (int w = 0; w < WARPS; w++) sum += partial[((t * WARPS + w) * 2 + is_C) * PADDED + n];
-                const i64 row = ((i64)blockIdx.x * c.batch + at.b) * c.length + at.row(t0 + t);
+                const i64 row = ((i64)blockIdx.x * c.batch + at.b) * c.length + here[t];
                 (is_C ? c.dC : c.dB)[(row * c.scans + at.k) * N + n] = sum;
             }
         }

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -88,7 +87,7 @@ def multi_scan(
         if v is not None and tuple(v.size()) != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(v.shape)}")
     if dt_weight is not None:
-        delta = torch.einsum("blkr,kdr->blkd", delta, dt_weight.to(delta.dtype))
+        delta = (delta.transpose(1, 2) @ dt_weight.to(delta.dtype).transpose(1, 2)).transpose(1, 2)
 
     y, state = scan(
         x[:, :, None], delta, A, B, C, D, delta_bias, initial_state, table.index, delta_softplus, merge, backend
