@@ -1,5 +1,6 @@
 """The detector whole: construction, mmdet's data flow, training parity, and data-parallel losses."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -94,6 +95,23 @@ def test_a_training_step_through_mmdets_data_flow(boxes):
     assert set(losses) == {"loss_cls", "loss_bbox", "loss_dfl"}
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())
+
+
+@pytest.mark.gpu
+def test_a_training_step_never_waits_for_the_gpu():
+    detector, data = debug().cuda(), batch()
+
+    def step():
+        losses = detector(**detector.data_preprocessor(copy.deepcopy(data), training=True), mode="loss")
+        sum(losses.values()).backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_predictions_come_in_pixels_of_the_original_picture():
