@@ -11,11 +11,10 @@ from typing import Literal, NoReturn
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mambavision.detection.datasets import coco_classes
-from mambavision.detection.hooks import InitialWeightsHook
+from mambavision.detection.hooks import InitialWeightsHook, unwrapped
 from mambavision.detection.inferencer import DetInferencer
 from mambavision.detection.photos import DatasetError
 from mambavision.detection.weights import check_fits, fitting_tensors, from_checkpoint
@@ -132,7 +131,7 @@ def train(
     with _build_runner(cfg) as runner:
         _check_classes(runner.train_loop.dataloader.dataset.metainfo["classes"], cfg)
         _ = runner.val_loop  # builds the validation set, so that its errors come before training
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         if latest:
             check_fits(model, latest)
         elif start:
@@ -158,7 +157,7 @@ def test(cfg: Config, checkpoint: str | Path) -> dict[str, float]:
     state = from_checkpoint(cfg, checkpoint).state_dict()
     with _build_runner(cfg) as runner:
         _check_classes(runner.test_loop.dataloader.dataset.metainfo["classes"], cfg)
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = unwrapped(runner.model)
     model.load_state_dict(state)
     return runner.test()
 

@@ -10,12 +10,17 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mambavision.detection.files import atomic_path
 from mambavision.detection.transforms import LetterBox, LoadPhoto, MosaicAffine
 from mambavision.engine import hooks as _engine_hooks  # noqa: F401 (registers AtomicCheckpointHook)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a data-parallel wrapper, or the model itself."""
+    return model.module if is_model_wrapper(model) else model
 
 
 @HOOKS.register_module()
@@ -144,7 +149,7 @@ class YOLOXL1Hook(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Switch the loss on."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         model.bbox_head.use_l1 = runner.epoch >= runner.max_epochs - self.last_epochs
 
 
@@ -160,7 +165,7 @@ class InitialWeightsHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Load them; averaged weights start as a copy after the first iteration."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         model.load_state_dict(self.state, strict=False)
         self.state = {}
 
