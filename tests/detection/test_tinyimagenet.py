@@ -15,14 +15,13 @@ from mmdet.evaluation import CocoMetric
 from mmdet.registry import DATASETS, HOOKS
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import init_default_scope
-from mmengine.visualization import Visualizer
 
 from mambavision.detection import cli
 from mambavision.detection.photos import DatasetError
 from mambavision.detection.tinyimagenet import TinyImageNetMosaic, _partition
 from mambavision.detection.tinyimagenet_pack import class_names, pack, read_entries, shard, unpack
+from tests.tools.toy_data import forget_runs
 
 CLASSES = {"n03": "crane, heavy lifter", "n01": "gold fish, Carassius", "n02": "crane, bird"}
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -202,8 +201,7 @@ def test_sessions_of_pretraining_continue_each_other(packed, tmp_path):
     """The config in small: a session sees the pictures after the last one's, at one rate until the last fifth."""
 
     def session(max_epochs, *, resume):
-        for named in (MMLogger, MessageHub, Visualizer):
-            named._instance_dict.clear()
+        forget_runs()
         cfg = Config.fromfile(REPOSITORY / "configs/mamba_yolo/mamba_yolo_t_tinyimagenet.py")
         cfg.work_dir, cfg.launcher = str(tmp_path / "work"), "none"
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None

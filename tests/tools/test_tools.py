@@ -11,14 +11,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.visualization import Visualizer
 
 from mambavision.detection import build_mamba_yolo, cli
 from mambavision.detection.photos import DatasetError
 from mambavision.detection.weights import from_checkpoint, save_weights
 from tests.tools.torchrun_training import CONFIG, train
-from tests.tools.toy_data import CLASSES, make_coco, make_video, make_voc
+from tests.tools.toy_data import CLASSES, forget_runs, make_coco, make_video, make_voc
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -30,9 +28,7 @@ def tool(monkeypatch, capfd):
 
     def call(name, *args):
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        # named by the second of the start, or always the same: two runs in one process would share them
-        for named in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
-            named._instance_dict.clear()
+        forget_runs()
         capfd.readouterr()
         code = 0
         try:

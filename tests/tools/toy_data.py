@@ -5,8 +5,16 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.visualization import Visualizer
 
 CLASSES = ("red", "green")
+
+
+def forget_runs() -> None:
+    """Forget mmengine's named objects: a second run in this process would write to the first one's folder."""
+    for named in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+        named._instance_dict.clear()
 
 
 def draw_scene(rng: np.random.Generator, width: int = 96, height: int = 64) -> tuple[np.ndarray, list[tuple]]:
