@@ -1,17 +1,7 @@
+_base_ = "pipelines_640.py"
+
 data_root = "data/coco/"
 
-train_pipeline = [
-    dict(type="MosaicAffine", size=640, scale=(0.5, 1.5), translate=0.1),
-    dict(type="HSVGain", hue=0.015, saturation=0.7, value=0.4),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="PackDetInputs"),
-]
-test_pipeline = [
-    dict(type="LoadPhoto"),
-    dict(type="LetterBox", size=640, rect=True),
-    dict(type="LoadAnnotations", with_bbox=True),
-    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "pad_param")),
-]
 train_dataloader = dict(
     batch_size=64,
     num_workers=16,
@@ -25,7 +15,7 @@ train_dataloader = dict(
         ann_file="annotations/instances_train2017.json",
         data_prefix=dict(img="train2017/"),
         photo_side=640,
-        pipeline=train_pipeline,
+        pipeline=_base_.train_pipeline,
     ),
 )
 val_dataloader = dict(
@@ -41,7 +31,7 @@ val_dataloader = dict(
         ann_file="annotations/instances_val2017.json",
         data_prefix=dict(img="val2017/"),
         test_mode=True,
-        pipeline=test_pipeline,
+        pipeline=_base_.test_pipeline,
     ),
 )
 test_dataloader = val_dataloader

@@ -1,17 +1,7 @@
+_base_ = "pipelines_640.py"
+
 data_root = "data/VOCdevkit/"
 
-train_pipeline = [
-    dict(type="MosaicAffine", size=640, scale=(0.5, 1.5), translate=0.1),
-    dict(type="HSVGain", hue=0.015, saturation=0.7, value=0.4),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="PackDetInputs"),
-]
-test_pipeline = [
-    dict(type="LoadPhoto"),
-    dict(type="LetterBox", size=640, rect=True),
-    dict(type="LoadAnnotations", with_bbox=True),
-    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "pad_param")),
-]
 train_dataloader = dict(
     batch_size=32,
     num_workers=8,
@@ -27,13 +17,13 @@ train_dataloader = dict(
                 type="VOCDetDataset",
                 data_root=data_root + "VOC2007",
                 ann_file="ImageSets/Main/trainval.txt",
-                pipeline=train_pipeline,
+                pipeline=_base_.train_pipeline,
             ),
             dict(
                 type="VOCDetDataset",
                 data_root=data_root + "VOC2012",
                 ann_file="ImageSets/Main/trainval.txt",
-                pipeline=train_pipeline,
+                pipeline=_base_.train_pipeline,
             ),
         ],
     ),
@@ -50,7 +40,7 @@ val_dataloader = dict(
         data_root=data_root + "VOC2007",
         ann_file="ImageSets/Main/test.txt",
         test_mode=True,
-        pipeline=test_pipeline,
+        pipeline=_base_.test_pipeline,
     ),
 )
 test_dataloader = val_dataloader
