@@ -8,7 +8,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tensors here are tiny: on a busy machine a second thread makes them 50 times slower
 
 
 def shared(*parts: str) -> Path:

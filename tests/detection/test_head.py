@@ -28,15 +28,6 @@ NMS_CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are too small to share out: on a busy machine a second thread makes them 50 times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def head(num_classes: int = 3, **kwargs) -> MambaYOLOHead:
     torch.manual_seed(0)
     return MambaYOLOHead(num_classes, CHANNELS, **kwargs)

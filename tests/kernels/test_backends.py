@@ -228,15 +228,6 @@ FULL = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors here are tiny: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @lru_cache
 def reason_not_to_run(backend: str) -> str:
     one = torch.ones(1, 1, 1)
@@ -273,7 +264,10 @@ def test_one_thread_and_two_agree():
     case = Case(63, 4, "fp32", 37, orders=("row", "col", "row_reverse", "col_reverse"))
     one = run(case, "cpu")
     torch.set_num_threads(2)
-    two = run(case, "cpu")
+    try:
+        two = run(case, "cpu")
+    finally:
+        torch.set_num_threads(1)
     errors = {name: relative(two[name], one[name]) for name in one}
     assert max(errors.values()) < 1e-6, errors
 

@@ -108,12 +108,3 @@ def _skip_without_the_c_library(request):
         reason = request.getfixturevalue("c_library_not_built")
         if reason:
             pytest.skip(reason)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors here are tiny: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
