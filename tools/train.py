@@ -10,8 +10,12 @@ Checkpoints, logs, loss_curve.png and loss_curve.csv go to the work directory.
 """
 
 import argparse
+import os
 
-from mambavision.detection import cli
+# before torch loads OpenMP: threads that spin instead stall each other on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from mambavision.detection import cli  # noqa: E402
 
 
 def main() -> None:
