@@ -75,6 +75,7 @@ def scan(
     """Same contract as :func:`reference.scan`, for float32, bfloat16 and float16 on the CPU."""
     batch, length, K, channels = delta.shape
     A, D, delta_bias, initial_state = _fp32(A), _fp32(D), _fp32(delta_bias), _fp32(initial_state)
+    B, C = B.contiguous(), C.contiguous()  # small, and read once a channel block
     y = x.new_empty(batch, length, channels, dtype=torch.float32) if merge else x.new_empty(delta.shape)
     state = A.new_empty(batch, *A.shape)
     sizes, threads = _sizes(x, delta, A)
@@ -111,6 +112,7 @@ def scan_backward(
     batch, length, K, channels = delta.shape
     N = A.shape[-1]
     A, D, delta_bias = _fp32(A), _fp32(D), _fp32(delta_bias)
+    B, C = B.contiguous(), C.contiguous()
     initial_state, grad_state = _fp32(initial_state), _fp32(grad_state)
     sizes, threads = _sizes(x, delta, A)
     blocks = -(-channels // 16)

@@ -87,13 +87,52 @@ INLINE void store(const Array *a, int64_t i, float f) {
 
 /* ------------------------------------------------------------------- tiles */
 
+INLINE vfloat get(const float *p) { vfloat v; memcpy(&v, p, sizeof v); return v; }
+INLINE void put(float *p, vfloat v) { memcpy(p, &v, sizeof v); }
+INLINE vfloat all(float f) { return f - (vfloat){0}; }
+INLINE vfloat pick(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (vint)a) | (~mask & (vint)b)); }
+
+/* v[i][j] -> v[j][i]; the first of two arguments of each step takes the lower halves of its groups */
+#define L8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define H8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define L4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define H4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define L2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define H2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define L1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define H1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define SWAP(half, low, high)                                                  \
+    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) if (!(i & half)) {    \
+        const vfloat a = v[i], b = v[i + half];                                \
+        v[i] = SHUFFLE(a, b, low), v[i + half] = SHUFFLE(a, b, high);          \
+    }
+INLINE void transpose(vfloat v[16]) {
+    SWAP(8, L8, H8)
+    SWAP(4, L4, H4)
+    SWAP(2, L2, H2)
+    SWAP(1, L1, H1)
+}
+
+INLINE int consecutive(const int64_t *rows) {
+    int64_t same = 1;
+    for (int t = 1; t < TILE; t++) same &= rows[t] == rows[0] + t;
+    return (int)same;
+}
+
 /* tile[t][i] = a[base + rows[t] * stride_row + i * stride], zeros for i >= count; width is LANES or the state count */
-INLINE void load_tile(float *tile, int width, const Array *a, int64_t base, const int64_t *rows, int steps, int count,
-                      int axis) {
-    int64_t stride = a->stride[axis], row = a->stride[1];
+PER_CPU static __attribute__((noinline)) void load_tile(float *tile, int width, const Array *a, int64_t base,
+                                                        const int64_t *rows, int steps, int count) {
+    const int64_t stride = a->stride[3], row = a->stride[1];
     if (a->dtype == FLOAT32 && stride == 1 && count == width) {
         for (int t = 0; t < steps; t++)
             memcpy(tile + t * width, (const float *)a->data + base + rows[t] * row, 4 * (size_t)width);
+        return;
+    }
+    if (a->dtype == FLOAT32 && row == 1 && count == LANES && width == LANES && steps == TILE && consecutive(rows)) {
+        vfloat v[16];
+        for (int i = 0; i < LANES; i++) v[i] = get((const float *)a->data + base + rows[0] + i * stride);
+        transpose(v);
+        for (int t = 0; t < TILE; t++) put(tile + t * LANES, v[t]);
         return;
     }
     for (int t = 0; t < steps; t++)
@@ -106,8 +145,8 @@ INLINE void load_tile(float *tile, int width, const Array *a, int64_t base, cons
             for (int t = 0; t < steps; t++) tile[t * width + i] = load(a, base + rows[t] * row + i * stride);
 }
 
-INLINE void store_tile(const float *tile, const Array *a, int64_t base, const int64_t *rows, int steps, int count,
-                       int add) {
+PER_CPU static __attribute__((noinline)) void store_tile(const float *tile, const Array *a, int64_t base,
+                                                         const int64_t *rows, int steps, int count, int add) {
     int64_t stride = a->stride[3], row = a->stride[1];
     if (a->dtype == FLOAT32 && stride == 1 && count == LANES) {
         for (int t = 0; t < steps; t++) {
@@ -127,17 +166,12 @@ INLINE void scan_rows(int64_t *rows, const int32_t *order, int64_t t0, int steps
     for (int t = 0; t < steps; t++) rows[t] = order ? order[t0 + t] : t0 + t;
 }
 
-INLINE vfloat get(const float *p) { vfloat v; memcpy(&v, p, sizeof v); return v; }
-INLINE void put(float *p, vfloat v) { memcpy(p, &v, sizeof v); }
-INLINE vfloat all(float f) { return f - (vfloat){0}; }
-INLINE vfloat pick(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (vint)a) | (~mask & (vint)b)); }
-
 /* --------------------------------------------------------------- functions */
 
-/* 2^v to 1e-7 relative; results under 2^-126 become 2^-126 */
-INLINE vfloat vexp2(vfloat v) {
+/* 2^v to 1e-7 relative; results under 2^-126 become 2^-126. v above 127 is allowed only where said. */
+INLINE vfloat vexp2(vfloat v, int any_size) {
     v = pick(v < -126.f, all(-126.f), v);
-    v = pick(v > 127.f, all(127.f), v);
+    if (any_size) v = pick(v > 127.f, all(127.f), v);
     vfloat shifted = v + 0x1.8p23f; /* rounds to the nearest integer, which lands in the low bits */
     vfloat f = v - (shifted - 0x1.8p23f);
     vfloat p = 0x1.41d332p-13f * f + 0x1.5f456ap-10f;
@@ -162,12 +196,13 @@ INLINE vfloat vlog1p(vfloat e) {
 }
 
 /* tile of delta: adds the bias, applies softplus and leaves its derivative in slope */
-INLINE void activate(float *tile, float *slope, int steps, vfloat bias, int softplus) {
+PER_CPU static __attribute__((noinline)) void activate(float *tile, float *slope, int steps, const float *bias,
+                                                       int softplus) {
     for (int t = 0; t < steps; t++) {
-        vfloat v = get(tile + t * LANES) + bias;
+        vfloat v = get(tile + t * LANES) + get(bias);
         vfloat derivative = all(1.f);
         if (softplus) {
-            vfloat e = vexp2(pick(v > 0.f, -v, v) * LOG2E);
+            vfloat e = vexp2(pick(v > 0.f, -v, v) * LOG2E, 0);
             derivative = pick(v > 0.f, all(1.f), e) / (1.f + e);
             v = pick(v > 0.f, v, all(0.f)) + vlog1p(e);
         }
@@ -180,14 +215,6 @@ INLINE void activate(float *tile, float *slope, int steps, vfloat bias, int soft
 INLINE vfloat sum_lanes(vfloat v[16]) {
 #define STEP(half, low, high) \
     for (int i = 0; i < half; i++) v[i] = SHUFFLE(v[i], v[i + half], low) + SHUFFLE(v[i], v[i + half], high);
-#define L8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define H8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define L4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define H4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define L2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define H2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define L1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define H1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
     _Pragma("GCC unroll 8") STEP(8, L8, H8)
     _Pragma("GCC unroll 4") STEP(4, L4, H4)
     _Pragma("GCC unroll 2") STEP(2, L2, H2)
@@ -216,7 +243,7 @@ INLINE vfloat load_lanes(const float *from, int count) {
 
 typedef struct {
     Sizes s;
-    int softplus, merge, splits;
+    int softplus, merge, splits, growing;
     Array x, delta, B, C, y; /* y: the output, or the gradient of it */
     Array dx, ddelta;
     const float *A, *D, *bias, *initial;
@@ -230,7 +257,7 @@ INLINE int64_t at(const Array *a, int64_t b, int64_t k, int64_t d) {
     return b * a->stride[0] + k * a->stride[2] + d * a->stride[3];
 }
 
-INLINE void forward_block(const Call *c, int64_t b, int64_t k, int64_t d0, const int N) {
+INLINE void forward_block(const Call *c, int64_t b, int64_t k, int64_t d0, const int N, const int growing) {
     const int64_t L = c->s.length, channels = c->s.channels;
     const int count = channels - d0 < LANES ? (int)(channels - d0) : LANES;
     const int64_t per_channel = k * channels + d0, xk = c->s.x_scans == 1 ? 0 : k;
@@ -238,7 +265,8 @@ INLINE void forward_block(const Call *c, int64_t b, int64_t k, int64_t d0, const
     load_states(A, c->A + per_channel * N, count, N, LOG2E);
     load_states(h, c->initial ? c->initial + (b * c->s.scans * channels + per_channel) * N : 0, count, N, 1.f);
     const vfloat D = load_lanes(c->D ? c->D + per_channel : 0, count);
-    const vfloat bias = load_lanes(c->bias ? c->bias + per_channel : 0, count);
+    float bias[LANES];
+    put(bias, load_lanes(c->bias ? c->bias + per_channel : 0, count));
     const int32_t *order = c->order ? c->order + k * L : 0;
     float x[TILE * LANES], dt[TILE * LANES], y[TILE * LANES], B[TILE * N], C[TILE * N];
     int64_t rows[TILE];
@@ -246,17 +274,17 @@ INLINE void forward_block(const Call *c, int64_t b, int64_t k, int64_t d0, const
     for (int64_t t0 = 0; t0 < L; t0 += TILE) {
         const int steps = L - t0 < TILE ? (int)(L - t0) : TILE;
         scan_rows(rows, order, t0, steps);
-        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count, 3);
-        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count, 3);
-        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N, 3);
-        load_tile(C, N, &c->C, at(&c->C, b, k, 0), rows, steps, N, 3);
+        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count);
+        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count);
+        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N);
+        load_tile(C, N, &c->C, at(&c->C, b, k, 0), rows, steps, N);
         activate(dt, 0, steps, bias, c->softplus);
         for (int t = 0; t < steps; t++) {
             const vfloat u = get(x + t * LANES), d = get(dt + t * LANES), du = d * u;
             vfloat out = D * u;
 #pragma GCC unroll 16
             for (int n = 0; n < N; n++) {
-                h[n] = vexp2(d * A[n]) * h[n] + du * B[t * N + n];
+                h[n] = vexp2(d * A[n], growing) * h[n] + du * B[t * N + n];
                 out += h[n] * C[t * N + n];
             }
             put(y + t * LANES, out);
@@ -267,7 +295,8 @@ INLINE void forward_block(const Call *c, int64_t b, int64_t k, int64_t d0, const
 }
 
 /* Adjoint of forward_block. With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. */
-INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts, const int N) {
+INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts, const int N,
+                           const int growing) {
     const int64_t L = c->s.length, channels = c->s.channels, tiles = (L + TILE - 1) / TILE;
     const int count = channels - d0 < LANES ? (int)(channels - d0) : LANES;
     const int64_t per_channel = k * channels + d0, xk = c->s.x_scans == 1 ? 0 : k;
@@ -278,7 +307,8 @@ INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int 
     load_states(h, c->initial ? c->initial + per_batch * N : 0, count, N, 1.f);
     memset(dA, 0, sizeof dA);
     const vfloat D = load_lanes(c->D ? c->D + per_channel : 0, count);
-    const vfloat bias = load_lanes(c->bias ? c->bias + per_channel : 0, count);
+    float bias[LANES];
+    put(bias, load_lanes(c->bias ? c->bias + per_channel : 0, count));
     const int32_t *order = c->order ? c->order + k * L : 0;
     float x[TILE * LANES], dt[TILE * LANES], slope[TILE * LANES], dy[TILE * LANES], B[TILE * N], C[TILE * N];
     int64_t rows[TILE];
@@ -289,14 +319,14 @@ INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int 
         memcpy(starts + tile * N, h, sizeof h);
         if (tile == tiles - 1) break;
         scan_rows(rows, order, t0, steps);
-        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count, 3);
-        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count, 3);
-        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N, 3);
+        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count);
+        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count);
+        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N);
         activate(dt, 0, steps, bias, c->softplus);
         for (int t = 0; t < steps; t++) {
             const vfloat d = get(dt + t * LANES), du = d * get(x + t * LANES);
 #pragma GCC unroll 16
-            for (int n = 0; n < N; n++) h[n] = vexp2(d * A[n]) * h[n] + du * B[t * N + n];
+            for (int n = 0; n < N; n++) h[n] = vexp2(d * A[n], growing) * h[n] + du * B[t * N + n];
         }
     }
 
@@ -307,18 +337,18 @@ INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int 
         const int steps = L - t0 < TILE ? (int)(L - t0) : TILE;
         const vfloat *start = starts + tile * N;
         scan_rows(rows, order, t0, steps);
-        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count, 3);
-        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count, 3);
-        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N, 3);
-        load_tile(C, N, &c->C, at(&c->C, b, k, 0), rows, steps, N, 3);
-        load_tile(dy, LANES, &c->y, at(&c->y, b, k, d0), rows, steps, count, 3);
+        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count);
+        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count);
+        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N);
+        load_tile(C, N, &c->C, at(&c->C, b, k, 0), rows, steps, N);
+        load_tile(dy, LANES, &c->y, at(&c->y, b, k, d0), rows, steps, count);
         activate(dt, slope, steps, bias, c->softplus);
         for (int t = 0; t < steps; t++) {
             const vfloat d = get(dt + t * LANES), du = d * get(x + t * LANES);
             const vfloat *before = t ? states + (t - 1) * N : start;
 #pragma GCC unroll 16
             for (int n = 0; n < N; n++) {
-                const vfloat a = vexp2(d * A[n]);
+                const vfloat a = vexp2(d * A[n], growing);
                 decays[t * N + n] = a;
                 states[t * N + n] = a * before[n] + du * B[t * N + n];
             }
@@ -365,23 +395,30 @@ INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int 
     }
 }
 
-/* one constant state count a common model uses gets its own unrolled code */
+/* N = 16 and 1 get their own unrolled code, where decays are known to stay at most 1 */
 PER_CPU static void forward_task(const Call *c, int64_t b, int64_t k, int64_t d0) {
-    if (c->s.states == 16) forward_block(c, b, k, d0, 16);
-    else if (c->s.states == 1) forward_block(c, b, k, d0, 1);
-    else forward_block(c, b, k, d0, (int)c->s.states);
+    if (c->growing || (c->s.states != 16 && c->s.states != 1)) forward_block(c, b, k, d0, (int)c->s.states, 1);
+    else if (c->s.states == 16) forward_block(c, b, k, d0, 16, 0);
+    else forward_block(c, b, k, d0, 1, 0);
 }
 
 PER_CPU static void backward_task(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts) {
-    if (c->s.states == 16) backward_block(c, b, k, d0, split, starts, 16);
-    else if (c->s.states == 1) backward_block(c, b, k, d0, split, starts, 1);
-    else backward_block(c, b, k, d0, split, starts, (int)c->s.states);
+    if (c->growing || (c->s.states != 16 && c->s.states != 1)) backward_block(c, b, k, d0, split, starts, (int)c->s.states, 1);
+    else if (c->s.states == 16) backward_block(c, b, k, d0, split, starts, 16, 0);
+    else backward_block(c, b, k, d0, split, starts, 1, 0);
+}
+
+/* without softplus delta may have either sign, so only A <= 0 with softplus is sure to decay */
+static int may_grow(const Sizes *s, const float *A, int softplus) {
+    for (int64_t i = 0; i < s->scans * s->channels * s->states; i++)
+        if (A[i] > 0) return 1;
+    return !softplus;
 }
 
 void scan_forward(const Sizes *s, int threads, int softplus, int merge, const Array *x, const Array *delta,
                   const Array *B, const Array *C, const Array *y, const float *A, const float *D, const float *bias,
                   const float *initial, const int32_t *order, float *state) {
-    Call c = {*s, softplus, merge, 1, *x, *delta, *B, *C, *y};
+    Call c = {*s, softplus, merge, 1, may_grow(s, A, softplus), *x, *delta, *B, *C, *y};
     c.A = A, c.D = D, c.bias = bias, c.initial = initial, c.order = order, c.state = state;
     const int64_t blocks = (s->channels + LANES - 1) / LANES, inner = merge ? s->scans : 1;
     const int64_t tasks = s->batch * s->scans / inner * blocks; /* merged scans add up in one task, in order */
@@ -400,7 +437,7 @@ void scan_backward(const Sizes *s, int threads, int softplus, int splits, const 
                    const float *A, const float *D, const float *bias, const float *initial, const int32_t *order,
                    const float *dstate_last, float *dA, float *dB, float *dC, float *dD, float *dbias,
                    float *dinitial, float *scratch) { /* scratch: threads x tiles x states x LANES */
-    Call c = {*s, softplus, 0, splits, *x, *delta, *B, *C, *dy, *dx, *ddelta};
+    Call c = {*s, softplus, 0, splits, may_grow(s, A, softplus), *x, *delta, *B, *C, *dy, *dx, *ddelta};
     c.A = A, c.D = D, c.bias = bias, c.initial = initial, c.order = order, c.dstate_last = dstate_last;
     c.dA = dA, c.dB = dB, c.dC = dC, c.dD = dD, c.dbias = dbias, c.dinitial = dinitial;
     const int64_t blocks = (s->channels + LANES - 1) / LANES, tiles = (s->length + TILE - 1) / TILE;
