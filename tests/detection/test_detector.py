@@ -146,7 +146,7 @@ def test_one_training_step_of_the_published_t():
     for key, name in (("loss_bbox", "box"), ("loss_cls", "cls"), ("loss_dfl", "dfl")):
         assert losses[key].item() / 2 == pytest.approx(items[name], rel=2e-6), name
     total = sum(losses.values())
-    assert total.item() == pytest.approx(fixture.meta["total_loss"], rel=1e-6)
+    assert total.item() == pytest.approx(fixture.meta["total_loss"], rel=2e-6)
 
     total.backward()
     noise = set(fixture.meta["mathematically_zero_grads"])
