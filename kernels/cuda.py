@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mambavision.kernels import nvrtc
 
-MAX_STATES = 128
 _SOURCE = pathlib.Path(__file__).with_name("scan.cu")
 _THREADS = 128
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

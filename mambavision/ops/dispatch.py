@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import operator
 import os
 import platform
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ Backend = Literal["reference", "chunked", "cpu", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT = "MAMBAVISION_BACKEND"
 FAST: dict[str, tuple[Backend, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+CUDA_STATES = 128  # more would not fit the lanes that share a channel
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _logger = logging.getLogger("mambavision")
@@ -41,11 +43,11 @@ def describe_backends() -> str:
     rows = [f"mambavision scan backends (torch {torch.__version__}, Python {platform.python_version()}):"]
     for name in BACKENDS:
         device = "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
-        reason = unavailable(name, device, torch.float32, 16)
+        reason = unavailable(name, device, torch.float32)
         rows.append(f"  {name:10s} {'available' if reason is None else 'not available: ' + reason}")
-    rows.append(f"  automatic: {automatic('cpu', torch.float32, 16)} on CPU tensors")
+    rows.append(f"  automatic: {automatic('cpu', torch.float32)} on CPU tensors")
     if torch.cuda.is_available():
-        rows[-1] += f", {automatic('cuda', torch.float32, 16)} on {torch.cuda.get_device_name()}"
+        rows[-1] += f", {automatic('cuda', torch.float32)} on {torch.cuda.get_device_name()}"
     return "\n".join(rows)
 
 
@@ -61,20 +63,20 @@ def choose(backend: Backend | None, device: str, dtype: torch.dtype, states: int
     elif name := os.environ.get(ENVIRONMENT):
         asked = _known(name, f"${ENVIRONMENT}")
     else:
-        return automatic(device, dtype, states)
-    reason = unavailable(asked, device, dtype, states)
+        return automatic(device, dtype, states > CUDA_STATES)
+    reason = unavailable(asked, device, dtype, states > CUDA_STATES)
     if reason is not None:
         raise RuntimeError(f"scan backend {asked!r} cannot run this call: {reason}")
     return asked
 
 
 @constant_result
-def automatic(device: str, dtype: torch.dtype, states: int) -> Backend:
+def automatic(device: str, dtype: torch.dtype, many_states: bool = False) -> Backend:
     """The first fast backend of a device that can serve, else ``chunked``; a fallback's reason is logged once."""
     if dtype not in KERNEL_DTYPES:
         return "chunked"
     for fast in FAST.get(device, ("triton",)):
-        reason = unavailable(fast, device, dtype, states)
+        reason = unavailable(fast, device, dtype, many_states)
         if reason is None:
             return fast
         _log_once(f"scan backend {fast!r} is passed over: {reason}")
@@ -82,8 +84,8 @@ def automatic(device: str, dtype: torch.dtype, states: int) -> Backend:
 
 
 @constant_result
-def unavailable(backend: Backend, device: str, dtype: torch.dtype, states: int) -> str | None:
-    """Why a backend cannot serve tensors of this device and dtype with N states, or None if it can."""
+def unavailable(backend: Backend, device: str, dtype: torch.dtype, many_states: bool = False) -> str | None:
+    """Why a backend cannot serve tensors of this device and dtype, or None if it can; N may be above CUDA_STATES."""
     if backend in ("reference", "chunked"):
         return None
     if dtype not in KERNEL_DTYPES:
@@ -93,8 +95,7 @@ def unavailable(backend: Backend, device: str, dtype: torch.dtype, states: int) 
     if backend == "cuda":
         if device != "cuda":
             return f"it needs CUDA tensors, not {device}"
-        most = _kernel("cuda").MAX_STATES
-        return f"it holds up to {most} states, not {states}" if states > most else _kernel("cuda").unavailable()
+        return f"it holds up to {CUDA_STATES} states" if many_states else _kernel("cuda").unavailable()
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -141,7 +142,7 @@ def scan(
         allowed = (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES
         if v.dtype not in allowed:
             raise ValueError(f"{name} must be {_names(allowed)}, got {_names((v.dtype,))}")
-    backend = choose(backend, x.device.type, x.dtype, A.shape[-1])
+    backend = choose(backend, x.device.type, x.dtype, operator.index(A.shape[-1]))
     arguments = (x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
     if backend == "reference":
         return reference.scan(*arguments)
