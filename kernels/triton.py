@@ -46,7 +46,9 @@ def _rows(order, k, L, t, alive, HAS_ORDER: tl.constexpr):
     return rows.to(tl.int64)
 
 
-_OPAQUE = ["x_d", "d_d", "y_d", "one", "L"]
+# nothing is gained from knowing sizes and strides, and every new image size would compile anew
+_OPAQUE = ["L", "K", "channels", "state_n", "one"] + [f"{v}_{axis}" for v in "xdy" for axis in "blkd"]
+_OPAQUE += [f"{v}_{axis}" for v in "BC" for axis in "blkn"]
 
 
 @triton.jit(do_not_specialize=_OPAQUE)
@@ -58,8 +60,8 @@ def _forward(
     SOFTPLUS: tl.constexpr, OUTPUT: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """``OUTPUT``: write y and the last state. Otherwise write the state at the start of every tile to ``starts``."""
-    k, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    ch = tl.program_id(0) * W + tl.arange(0, W)
+    k, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    ch = (tl.program_id(0) * W + tl.arange(0, W)).to(tl.int64)
     valid = ch < channels
     per_channel = k * channels + ch
     n_index = tl.arange(0, NP)[None, :]
@@ -125,9 +127,9 @@ def _backward(
 
     dx and ddelta are (batch, L, K, D); dB and dC (blocks, batch, L, K, N) hold one partial sum a channel block.
     """
-    block, k, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block, k, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     batch = tl.num_programs(2)
-    ch = block * W + tl.arange(0, W)
+    ch = block * W + tl.arange(0, W)  # int64, as all that offsets are made of
     valid = ch < channels
     per_channel = k * channels + ch
     n_index = tl.arange(0, NP)[None, :]
