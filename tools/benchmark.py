@@ -8,6 +8,7 @@ A backend whose outputs or gradients do not match the float64 reference is not t
 
 import argparse
 import csv
+import pathlib
 import statistics
 import sys
 import time
@@ -150,6 +151,9 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=2.0, help="seconds per figure")
     parser.add_argument("--csv", help="also write the figures to this file")
     args = parser.parse_args()
+    if args.csv and not pathlib.Path(args.csv).parent.is_dir():
+        print(f"benchmark: no folder to write {args.csv} to", file=sys.stderr)
+        return 2
     if args.device == "cuda" and not torch.cuda.is_available():
         print("benchmark: --device cuda needs an NVIDIA GPU that torch can use", file=sys.stderr)
         return 2

@@ -28,6 +28,8 @@ from mambavision.detection import cli
 
 
 def build(config: str) -> BaseModel:
+    if not Path(config).is_file():
+        raise FileNotFoundError(f"no config at {config}")
     settings = Config.fromfile(config)
     init_default_scope(settings.get("default_scope", "mmdet"))
     model = MODELS.build(settings.model).eval()

@@ -8,6 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from mambavision.detection import cli
+
 CLASSES = ("Platelets", "RBC", "WBC")
 WIDTH, HEIGHT = 320, 240
 SCALE = 4  # drawn larger, then averaged down: smooth edges
@@ -118,4 +120,4 @@ def _platelet(picture, outline, centre, axes, rng) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
