@@ -46,6 +46,14 @@ def _rows(order, k, L, t, alive, HAS_ORDER: tl.constexpr):
     return rows.to(tl.int64)
 
 
+@triton.jit
+def _place(channels, W: tl.constexpr):
+    """Channel block, scan, image and their number; blocks and images share the one grid axis that goes beyond 65,535."""
+    blocks = tl.cdiv(channels, W)
+    i = tl.program_id(0).to(tl.int64)
+    return i % blocks, tl.program_id(1).to(tl.int64), i // blocks, tl.num_programs(0) // blocks
+
+
 # nothing is gained from knowing sizes and strides, and every new image size would compile anew
 _OPAQUE = ["L", "K", "channels", "state_n", "one"] + [f"{v}_{axis}" for v in "xdy" for axis in "blkd"]
 _OPAQUE += [f"{v}_{axis}" for v in "BC" for axis in "blkn"]
@@ -60,8 +68,8 @@ def _forward(
     SOFTPLUS: tl.constexpr, OUTPUT: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """``OUTPUT``: write y and the last state. Otherwise write the state at the start of every tile to ``starts``."""
-    k, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    ch = (tl.program_id(0) * W + tl.arange(0, W)).to(tl.int64)
+    block, k, b, _ = _place(channels, W)
+    ch = block * W + tl.arange(0, W)  # int64, as all that offsets are made of
     valid = ch < channels
     per_channel = k * channels + ch
     n_index = tl.arange(0, NP)[None, :]
@@ -127,8 +135,7 @@ def _backward(
 
     dx and ddelta are (batch, L, K, D); dB and dC (blocks, batch, L, K, N) hold one partial sum a channel block.
     """
-    block, k, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    batch = tl.num_programs(2)
+    block, k, b, batch = _place(channels, W)
     ch = block * W + tl.arange(0, W)  # int64, as all that offsets are made of
     valid = ch < channels
     per_channel = k * channels + ch
@@ -235,7 +242,7 @@ def _launch_forward(tensors, parameters, order, delta_softplus, y, last, starts,
         n = min(STATES, N - n0)
         part = slice(n0, n0 + n)
         to = y if n0 == 0 or y is None else torch.empty_like(y)
-        _forward[(triton.cdiv(channels, LANES), K, batch)](
+        _forward[(triton.cdiv(channels, LANES) * batch, K)](
             x, delta, A[..., part], B[..., part], C[..., part], D, bias,
             None if initial is None else initial[..., part], order,
             to if output else x, last[..., part] if output else A, A if output else starts[n0 // STATES],
@@ -313,7 +320,7 @@ def scan_backward(
         to = [torch.empty_like(v) for v in (dx, ddelta, dbias)] if again else [dx, ddelta, dbias]
         dA, dstate = (new(batch, K, channels, n) for _ in range(2))
         dB, dC = (new(blocks, batch, L, K, n) for _ in range(2))
-        _backward[(blocks, K, batch)](
+        _backward[(blocks * batch, K)](
             xs, deltas, A[..., part], Bs[..., part], Cs[..., part], D, bias, grad_y,
             None if grad_state is None else grad_state[..., part], order, start,
             to[0], to[1], dA, dB, dC, new(batch, K, channels) if again else dD, to[2], dstate,

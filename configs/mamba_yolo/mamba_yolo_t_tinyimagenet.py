@@ -2,7 +2,7 @@ _base_ = ["../_base_/models/mamba_yolo_t.py", "../_base_/schedule_300e.py", "../
 
 # pictures composed of Tiny-ImageNet-200's photos and boxes; tools/tinyimagenet.py makes the pack.
 # No picture comes twice: an epoch is the next 64,000 of an endless set (500 iterations). Sessions continue each other
-# with --resume; the rate is constant until the last fifth of train_cfg.max_epochs, which the last session may choose.
+# with --resume; the rate is constant until the last half of train_cfg.max_epochs, which the last session may choose.
 data_root = "data/tinyimagenet_pack"
 model = dict(bbox_head=dict(num_classes=200))
 train_dataloader = dict(
@@ -51,7 +51,7 @@ test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=60, val_interval=10)
 optim_wrapper = dict(type="BFloat16OptimWrapper", paramwise_cfg=dict(batch_size_per_gpu=128))
 custom_hooks = [
-    dict(type="WarmupLinearDecayHook", warmup_epochs=1, decay_part=0.2),
+    dict(type="WarmupLinearDecayHook", warmup_epochs=1, decay_part=0.5, by_epoch=False),
     # decay 0.9999 * (1 - exp(-t / 2000))
     dict(type="EMAHook", ema_type="FusedExpMomentumEMA", momentum=1e-4, gamma=2000, update_buffers=True),
     dict(type="LossCurveHook", interval=50),

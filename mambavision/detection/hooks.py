@@ -25,7 +25,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @HOOKS.register_module()
 class WarmupLinearDecayHook(Hook):
-    """Set learning rate and momentum of every iteration: a warm-up, then a linear decay by epoch.
+    """Set learning rate and momentum of every iteration: a warm-up, then a linear decay.
 
     With e the epoch, E their number, d = decay_part, i the iteration and W = max(round(warmup_epochs * iterations an
     epoch), warmup_min_iters):
@@ -44,6 +44,8 @@ class WarmupLinearDecayHook(Hook):
         warmup_momentum: Momentum at the start.
         final_lr_ratio: Rate of the last epoch (had there been one more) over the first's.
         decay_part: Part of the run, at its end, in which the rate falls; before, it is constant and E may still change.
+        by_epoch: The rate falls once an epoch, as published; False counts e in fractions of an epoch, for runs of a few
+            long ones.
 
     Raises:
         ValueError: If ``decay_part`` is not in (0, 1].
@@ -60,6 +62,7 @@ class WarmupLinearDecayHook(Hook):
         warmup_momentum: float = 0.8,
         final_lr_ratio: float = 0.01,
         decay_part: float = 1.0,
+        by_epoch: bool = True,
     ) -> None:
         if not 0 < decay_part <= 1:
             raise ValueError(f"decay_part={decay_part} must be above 0 and at most 1")
@@ -69,6 +72,7 @@ class WarmupLinearDecayHook(Hook):
         self.warmup_momentum = warmup_momentum
         self.final_lr_ratio = final_lr_ratio
         self.decay_part = decay_part
+        self.by_epoch = by_epoch
 
     def before_train(self, runner: Runner) -> None:
         """Refuse optimisers whose groups do not say what they hold."""
@@ -81,7 +85,8 @@ class WarmupLinearDecayHook(Hook):
         """Write this iteration's rate and momentum into the optimiser."""
         epoch_length = len(runner.train_dataloader)
         warmup_iters = max(round(self.warmup_epochs * epoch_length), self.warmup_min_iters)
-        decayed = max(0.0, 1 - (1 - runner.epoch / runner.max_epochs) / self.decay_part)
+        epoch = runner.epoch if self.by_epoch else runner.iter / epoch_length
+        decayed = max(0.0, 1 - (1 - epoch / runner.max_epochs) / self.decay_part)
         decay = 1 - (1 - self.final_lr_ratio) * decayed
         wrapper = runner.optim_wrapper
         momentum = wrapper.optimizer.defaults.get("momentum")

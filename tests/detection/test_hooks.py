@@ -110,6 +110,13 @@ def test_rate_is_constant_before_its_decay(tmp_path):
         mambavision.detection.hooks.WarmupLinearDecayHook(decay_part=0)
 
 
+def test_rate_falls_within_an_epoch_on_request(tmp_path):
+    recorder = Recorder()
+    hook = dict(type="WarmupLinearDecayHook", warmup_epochs=0, warmup_min_iters=0, decay_part=0.5, by_epoch=False)
+    run(tmp_path, [hook, recorder], epochs=2)
+    np.testing.assert_allclose([row[0] / 0.01 for row in recorder.seen], [1, 1, 1, 1 - 0.99 / 2], rtol=1e-12)
+
+
 def test_rates_go_on_after_a_resume(tmp_path):
     hook = dict(type="WarmupLinearDecayHook", warmup_epochs=3, warmup_min_iters=1)
     run(tmp_path, [hook])
