@@ -48,7 +48,7 @@ def _rows(order, k, L, t, alive, HAS_ORDER: tl.constexpr):
 
 @triton.jit
 def _place(channels, W: tl.constexpr):
-    """Channel block, scan, image and their number; blocks and images share the one grid axis that goes beyond 65,535."""
+    """Channel block, scan, image and their number; blocks and images share the grid axis that goes beyond 65,535."""
     blocks = tl.cdiv(channels, W)
     i = tl.program_id(0).to(tl.int64)
     return i % blocks, tl.program_id(1).to(tl.int64), i // blocks, tl.num_programs(0) // blocks

@@ -47,7 +47,11 @@ def build_mamba_yolo(size: Size, *, variant: Variant = "aaai", classes: Sequence
         neck={"type": "MambaYOLOPAFPN", "size": size, "variant": variant},
         bbox_head={"type": "MambaYOLOHead", "num_classes": len(classes), "in_channels": channels},
         data_preprocessor=BatchedDetDataPreprocessor(
-            mean=[0.0, 0.0, 0.0], std=[255.0, 255.0, 255.0], bgr_to_rgb=True, pad_size_divisor=32, pad_value=114
+            mean=[0.0, 0.0, 0.0],
+            std=[255.0, 255.0, 255.0],
+            bgr_to_rgb=True,
+            pad_size_divisor=32,
+            pad_value=114 / 255,  # mmdet pads after it has normalised
         ),
     )
     detector.dataset_meta = {"classes": tuple(classes)}

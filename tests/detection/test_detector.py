@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmengine.config import Config
 from mmengine.structures import InstanceData
 
 from mambavision.detection import MambaYOLO, build_mamba_yolo
@@ -53,6 +54,18 @@ def test_pictures_enter_as_rgb_over_255_padded_with_gray():
     seen = debug().data_preprocessor(data, training=False)["inputs"]
     assert seen.shape == (1, 3, 64, 64)
     torch.testing.assert_close(seen[0, :, :, :60], data["inputs"][0].flip(0) / 255)
+    assert (seen[0, :, :, 60:] == 114 / 255).all()
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_pictures_of_several_shapes_are_padded_with_the_same_gray(stacked):
+    """Validation batches hold letterboxed pictures of different shapes."""
+    cfg = Config.fromfile(REPOSITORY / "configs/_base_/models/mamba_yolo_t.py")
+    pictures = [torch.full((3, 32, 64), 114, dtype=torch.uint8), torch.full((3, 64, 64), 114, dtype=torch.uint8)]
+    data = {"inputs": pictures[:1] if stacked else pictures, "data_samples": None}
+    for preprocessor in (debug().data_preprocessor, MODELS.build(cfg.model.data_preprocessor)):
+        seen = preprocessor(data, training=False)["inputs"]
+        torch.testing.assert_close(seen, torch.full_like(seen, 114 / 255), atol=0, rtol=1e-6)
 
 
 def test_a_config_builds_the_same_detector():

@@ -6,7 +6,7 @@ model = dict(
         std=[255.0, 255.0, 255.0],
         bgr_to_rgb=True,
         pad_size_divisor=32,
-        pad_value=114,
+        pad_value=114 / 255,  # mmdet pads after it has normalised
     ),
     backbone=dict(type="MambaYOLOBackbone", size="t", variant="aaai"),
     neck=dict(type="MambaYOLOPAFPN", size="t", variant="aaai"),
