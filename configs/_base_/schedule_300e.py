@@ -22,5 +22,6 @@ custom_hooks = [
     # decay 0.9999 * (1 - exp(-t / 2000))
     dict(type="EMAHook", ema_type="FusedExpMomentumEMA", momentum=1e-4, gamma=2000, update_buffers=True),
     dict(type="CloseMosaicHook", last_epochs=10),
+    dict(type="CudaGraphHook"),
     dict(type="LossCurveHook"),
 ]

@@ -54,6 +54,7 @@ custom_hooks = [
     dict(type="WarmupLinearDecayHook", warmup_epochs=1, decay_part=0.5, by_epoch=False),
     # decay 0.9999 * (1 - exp(-t / 2000))
     dict(type="EMAHook", ema_type="FusedExpMomentumEMA", momentum=1e-4, gamma=2000, update_buffers=True),
+    dict(type="CudaGraphHook"),
     dict(type="LossCurveHook", interval=50),
 ]
 default_hooks = dict(checkpoint=dict(save_best="coco/bbox_mAP"))

@@ -127,6 +127,74 @@ def test_a_training_step_never_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def recorded(detector: MambaYOLO) -> list[bool]:
+    """Whether a training (True) or an inference graph, for each graph kept."""
+    return [key[0] for key in detector.graphs._recorded]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_predictions_from_a_cuda_graph(dtype):
+    detector, data = debug().cuda().eval(), [batch(), batch(1)]
+    with torch.inference_mode(), torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+        pictures = [detector.data_preprocessor(copy.deepcopy(d), training=False)["inputs"] for d in data]
+        pictures += [pictures[0].flip(0)]
+        for _ in range(5):
+            for x in pictures:
+                for replayed, eager in zip(sum(detector.graphs(x), []), sum(detector.maps(x), []), strict=True):
+                    torch.testing.assert_close(replayed, eager)
+    assert recorded(detector) == [False, False]
+    with torch.inference_mode():
+        detector.double()  # other memory: the recordings must not be used
+        assert detector.graphs(pictures[0].double())[0][0].dtype == torch.float64 and recorded(detector) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_training_through_cuda_graphs_is_training(dtype):
+    eager, graphed = debug().cuda(), debug().cuda()
+    graphed.graphs.record_training = True
+    batches = [batch(), batch(boxes=5), batch(), batch(1), batch(boxes=0), batch(boxes=3), batch()]
+    history = []
+    for detector in (eager, graphed):
+        optimizer, losses = torch.optim.SGD(detector.parameters(), lr=1e-3), []
+        for data in batches:
+            with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+                inputs = detector.data_preprocessor(copy.deepcopy(data), training=True)
+                loss = sum(detector(**inputs, mode="loss").values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        history.append(torch.stack(losses))
+    assert recorded(graphed) == [True] and recorded(eager) == []
+    tolerance = dict(rtol=1e-4, atol=1e-4) if dtype is None else dict(rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(history[1], history[0], **tolerance)
+    for one, other in zip(graphed.state_dict().values(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+@pytest.mark.gpu
+def test_a_copy_of_a_detector_runs_its_own_weights():
+    detector, x = debug().cuda().eval(), torch.rand(1, 3, 64, 64, device="cuda")
+    with torch.no_grad():
+        for _ in range(4):
+            before = detector.graphs(x)[0][0].clone()
+        other = copy.deepcopy(detector)
+        for p in other.parameters():
+            p.zero_()
+        assert not torch.equal(other.graphs(x)[0][0], before)
+        torch.testing.assert_close(detector.graphs(x)[0][0], before)
+
+
+def test_without_a_gpu_nothing_is_recorded():
+    detector = debug().eval()
+    with torch.no_grad():
+        for _ in range(4):
+            detector.graphs(torch.rand(1, 3, 64, 64))
+    assert recorded(detector) == [] and copy.deepcopy(detector).graphs.owner is not detector
+
+
 def test_predictions_come_in_pixels_of_the_original_picture():
     detector = debug().eval()
     detector.bbox_head.test_cfg = {"score_thr": 0.0}
