@@ -1,0 +1,54 @@
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+import mambavision.detection  # noqa: F401  makes mmdet importable
+from mambavision.detection import build_mamba_yolo, media
+from mambavision.detection.inferencer import DetInferencer
+from mambavision.detection.weights import save_weights
+
+
+class Camera:
+    """A video file behind a webcam's number; its viewer presses Ctrl-C after the last frame."""
+
+    def __init__(self, file):
+        self.capture = cv2.VideoCapture(str(file))
+
+    def __getattr__(self, name):
+        return getattr(self.capture, name)
+
+    def read(self):
+        ok, frame = self.capture.read()
+        if not ok:
+            raise KeyboardInterrupt
+        return ok, frame
+
+
+@pytest.fixture
+def inferencer(tmp_path):
+    detector = build_mamba_yolo("debug", classes=["a", "b"])
+    save_weights(detector, tmp_path / "w.safetensors", size="debug", variant="aaai", classes=["a", "b"], input_size=64)
+    return DetInferencer.from_weights(tmp_path / "w.safetensors", score_thr=0.0)
+
+
+def test_a_webcam_is_filmed_until_ctrl_c(tmp_path, inferencer, monkeypatch):
+    film = tmp_path / "film.mp4"
+    writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 48))
+    for value in (40, 80, 120):
+        writer.write(np.full((48, 64, 3), value, np.uint8))
+    writer.release()
+    camera, numbers = Camera(film), []
+    monkeypatch.setattr(media.cv2, "VideoCapture", lambda number: numbers.append(number) or camera)
+    media.detect_video(inferencer, 3, tmp_path / "out")
+    assert numbers == [3]
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())["video"]
+    assert len(found["frames"]) == 3 and found["width"] == 64 and all(found["frames"])
+    assert (tmp_path / "out" / "webcam3.mp4").stat().st_size > 0
+
+
+def test_no_webcam_is_one_plain_error(tmp_path, inferencer):
+    with pytest.raises(FileNotFoundError, match="no webcam 97"):
+        media.detect_video(inferencer, 97, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
