@@ -2,8 +2,9 @@
 
 import ctypes
 import functools
+import math
 import pathlib
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,40 +12,84 @@ from torch import Tensor
 from mambavision.kernels import nvrtc
 
 _SOURCE = pathlib.Path(__file__).with_name("scan.cu")
-_THREADS = 128
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STRIDED = ("x", "delta", "B", "C", "dy")
+_POINTERS = ("A", "D", "bias", "carry", "order", "ends", "sums", "starts", "y", "dx", "ddelta", "last")
+_POINTERS += ("dA", "dD", "dbias", "dB", "dC")
+_SIZES = ("batch", "length", "scans", "channels", "segments", "segment")
 
 
 class _Strided(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p)] + [(n, ctypes.c_int64) for n in ("batch", "token", "scan", "inner")]
+    _fields_ = (
+        [("data", ctypes.c_void_p)]
+        + [(n, ctypes.c_int64) for n in ("batch", "scan")]
+        + [(n, ctypes.c_int) for n in ("token", "inner")]
+    )
 
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        [(n, ctypes.c_int64) for n in ("batch", "length", "scans", "channels")]
-        + [(n, _Strided) for n in ("x", "delta", "B", "C", "y")]
-        + [(n, ctypes.c_void_p) for n in ("A", "D", "bias", "initial", "order", "last", "starts", "dx", "ddelta")]
-        + [(n, ctypes.c_void_p) for n in ("dA", "dB", "dC", "dD", "dbias", "dinitial")]
-        + [(n, ctypes.c_int) for n in ("softplus", "write_starts")]
+        [(n, _Strided) for n in _STRIDED]
+        + [(n, ctypes.c_void_p) for n in _POINTERS]
+        + [(n, ctypes.c_int64) for n in _SIZES]
+        + [("softplus", ctypes.c_int)]
     )
 
 
-class _Plan:
-    """How N states are laid over lanes: ``split`` lanes a channel hold ``states`` each."""
+class _Sum(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_void_p) for n in ("source", "out")] + [
+        (n, ctypes.c_int64) for n in ("outer", "terms", "inner")
+    ]
 
-    def __init__(self, N: int) -> None:
-        self.states = min(4, _power_of_two(N))
-        self.split = _power_of_two(-(-N // self.states))
-        self.tile = 16 if self.states * self.split <= 32 else 8
-        self.channels = _THREADS // self.split
-        self.defines = (f"N={N}", f"STATES={self.states}", f"SPLIT={self.split}", f"TILE={self.tile}")
+
+class Plan(NamedTuple):
+    """How a scan is laid over the GPU: ``split`` lanes a channel hold ``states`` each and take ``tile`` steps at once."""
+
+    states: int
+    split: int
+    tile: int
+    threads: int
+    segment: int
+    polynomial: int = 0
+    keep_decay: bool = False
+    resident: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Channels of a block."""
+        return self.threads // self.split
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-_plan = functools.cache(_Plan)
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def plan(batch: int, length: int, scans: int, channels: int, N: int, processors: int, *, backward: bool) -> Plan:
+    """Few lanes a channel while channels fill the GPU with 8 warps a processor; then segments of time, then more lanes."""
+    padded, wanted = _power_of_two(N), 8 * processors
+    fewest, most = max(1, padded // 16), min(padded, 16)
+
+    def warps(split: int) -> float:
+        return batch * scans * channels * split / 32
+
+    split = max(fewest, padded // (4 if backward else 16))
+    while split < most and padded // split > 4 and warps(split) < wanted:
+        split *= 2
+    segments = max(1, min(math.ceil(wanted / warps(split)), length // 256))
+    while split < most and segments == 1 and warps(split) < wanted:
+        split *= 2
+    states = padded // split
+    tile = 8 if states == 16 else 16
+    blocks = -(-channels * split // 128)
+    threads = -(-channels * split // (32 * blocks)) * 32
+    segment = -(-length // (segments * tile)) * tile
+    return Plan(states, split, tile, threads, segment, keep_decay=states <= 4)
 
 
 def unavailable() -> str | None:
@@ -52,37 +97,79 @@ def unavailable() -> str | None:
     return nvrtc.unavailable()
 
 
-def _strided(v: Tensor) -> _Strided:
-    """An axis of size 1 is broadcast."""
-    return _Strided(v.data_ptr(), *(s if n > 1 else 0 for s, n in zip(v.stride(), v.shape, strict=True)))
+@functools.cache
+def _kernel(entry: str, threads: int, device: int, *defines: tuple[str, int]) -> ctypes.c_void_p:
+    defaults = dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT"), 1) | {"TILE": 16}
+    defaults |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "WRITE_STARTS", "ADJOINT", "IN_TYPE", "OUT_TYPE"), 0)
+    defaults |= {f"{n.upper()}_{what}": 0 for n in _STRIDED for what in ("TYPE", "BY_TOKEN")}
+    values = {"ENTRY": entry, "ARGUMENT": "Sum" if entry == "sum" else "Call", "THREADS": threads}
+    values |= defaults | dict(defines)
+    return nvrtc.kernel(_SOURCE, "entry", tuple(f"{n}={v}" for n, v in values.items()), device)
 
 
-def _launch(name: str, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, y: Tensor, dx_type: torch.dtype, N: int, **rest):
-    """Fill the kernel's argument from tensors and launch one block a (channel block, scan, batch)."""
-    batch, length, K, channels = delta.shape
-    plan = _plan(N)
-    types = {"X": x.dtype, "DELTA": delta.dtype, "B": B.dtype, "C": C.dtype, "Y": y.dtype, "DX": dx_type}
-    by_token = {n: v.stride(1) == 1 and v.stride(3) != 1 for n, v in dict(X=x, DELTA=delta, B=B, C=C, Y=y).items()}
-    defines = plan.defines + tuple(f"{n}_TYPE={_TYPES[t]}" for n, t in types.items())
-    defines += tuple(f"{n}_BY_TOKEN={int(v)}" for n, v in by_token.items())
-    function = nvrtc.kernel(_SOURCE, name, defines, x.device.index)
-    call = _Call(batch, length, K, channels, *(_strided(v) for v in (x, delta, B, C, y)))
-    for field, value in rest.items():
-        setattr(call, field, value.data_ptr() if isinstance(value, Tensor) else value)
-    with torch.cuda.device(x.device):
-        nvrtc.launch(function, (-(-channels // plan.channels), K, batch), _THREADS, call)
+class _Scan:
+    """The arguments that all kernels of one scan share."""
+
+    def __init__(self, plan: Plan, shape: torch.Size, N: int, order: Tensor | None, softplus: bool) -> None:
+        self.plan, self.N, self.shape = plan, N, shape
+        batch, length, K, channels = shape
+        self.order = None if order is None else order.to(torch.int32).contiguous()
+        self.segments = -(-length // plan.segment)
+        self.blocks = -(-channels // plan.channels)
+        sizes = (batch, length, K, channels, self.segments, plan.segment)
+        self.common = dict(zip(_SIZES, sizes, strict=True), order=self.order, softplus=softplus)
+
+    def launch(self, entry: str, blocks: int | None = None, *defines: tuple[str, int], **arguments) -> None:
+        """One block a (channel block, scan, segment, image), or as many as asked."""
+        plan, (batch, _, K, _) = self.plan, self.shape
+        call, types = _Call(), []
+        for name, value in (self.common | arguments).items():
+            if isinstance(value, Tensor) and name in _STRIDED:
+                # an axis of size 1 is broadcast
+                strides = [s if n > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
+                if max(strides[1], strides[3]) >= 2**31:
+                    raise ValueError(f"{name}'s strides {value.stride()} reach 2^31: make it contiguous")
+                setattr(call, name, _Strided(value.data_ptr(), strides[0], strides[2], strides[1], strides[3]))
+                types.append((f"{name.upper()}_TYPE", _TYPES[value.dtype]))
+                types.append((f"{name.upper()}_BY_TOKEN", int(strides[1] == 1 and strides[3] != 1)))
+            elif value is not None:
+                setattr(call, name, value.data_ptr() if isinstance(value, Tensor) else value)
+        layout = (("N", self.N), ("STATES", plan.states), ("SPLIT", plan.split), ("TILE", plan.tile))
+        layout += (("POLYNOMIAL", plan.polynomial), ("KEEP_DECAY", int(plan.keep_decay)), ("RESIDENT", plan.resident))
+        device = arguments["A"].device.index
+        function = _kernel(entry, plan.threads, device, *layout, *types, *defines)
+        nvrtc.launch(function, blocks or self.blocks * K * self.segments * batch, plan.threads, call, device)
+
+    def carries(self, boundary: Tensor | None, adjoint: bool, **arguments) -> Tensor | None:
+        """State before each segment, (batch, K, segments, D, N); ``adjoint``: gradient of the state after each."""
+        if self.segments == 1:
+            return boundary
+        A = arguments["A"]
+        batch, _, K, channels = self.shape
+        ends = A.new_empty(batch, K, self.segments, channels, self.N)
+        arguments |= dict(ends=ends, sums=A.new_empty(ends.shape[:-1]))
+        direction = ("ADJOINT", int(adjoint))
+        self.launch("reach", None, direction, **arguments)
+        states = batch * K * channels * self.N
+        self.launch("carry", -(-states // self.plan.threads), direction, A=A, carry=boundary, ends=ends, sums=arguments["sums"])
+        return ends
+
+
+def _sum(source: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Sum over one axis of a contiguous tensor, in float32 and in order."""
+    outer, inner = math.prod(source.shape[:dim]), math.prod(source.shape[dim + 1 :])
+    out = source.new_empty(source.shape[:dim] + source.shape[dim + 1 :], dtype=dtype)
+    vector = math.gcd(inner, 16 // source.element_size())
+    threads, device = 256, source.device.index
+    defines = (("IN_TYPE", _TYPES[source.dtype]), ("OUT_TYPE", _TYPES[dtype]), ("VECTOR", vector))
+    argument = _Sum(source.data_ptr(), out.data_ptr(), outer, source.shape[dim], inner)
+    blocks = -(-outer * inner // (vector * threads))
+    nvrtc.launch(_kernel("sum", threads, device, *defines), blocks, threads, argument, device)
+    return out
 
 
 def _parameters(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if v is None else v.detach().float().contiguous() for v in tensors]
-
-
-def _order(order: Tensor | None) -> Tensor | None:
-    return None if order is None else order.to(torch.int32).contiguous()
-
-
-def _new(like: Tensor) -> Callable[..., Tensor]:
-    return functools.partial(torch.empty, device=like.device, dtype=torch.float32)
 
 
 def scan(
@@ -99,16 +186,16 @@ def scan(
     merge: bool,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`reference.scan`, for float32, bfloat16 and float16 on an NVIDIA GPU, N up to 128."""
-    batch, length, K, channels = delta.shape
+    N = A.shape[-1]
     A, D, delta_bias, initial_state = _parameters(A, D, delta_bias, initial_state)
-    new = _new(x)
-    y = new(batch, length, K, channels) if merge and K > 1 else x.new_empty(delta.shape)
-    last = new(batch, *A.shape)
-    _launch(
-        "scan_forward", x, delta, B, C, y, torch.float32, A.shape[-1],
-        A=A, D=D, bias=delta_bias, initial=initial_state, order=_order(order), last=last, softplus=delta_softplus,
-    )  # fmt: skip
-    return y.sum(2).to(x.dtype) if merge else y, last
+    run = _Scan(plan(*delta.shape, N, _processors(x.device.index), backward=False), delta.shape, N, order, delta_softplus)
+    inputs = dict(x=x, delta=delta, A=A, bias=delta_bias)
+    carry = run.carries(initial_state, False, B=B, **inputs)
+    y, last = x.new_empty(delta.shape), A.new_empty(len(x), *A.shape)
+    run.launch("forward", B=B, C=C, D=D, carry=carry, y=y, last=last, **inputs)
+    if merge:
+        y = y[:, :, 0] if y.shape[2] == 1 else _sum(y, 2, x.dtype)
+    return y, last
 
 
 def scan_backward(
@@ -128,25 +215,27 @@ def scan_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, delta, A, B, C, D, delta_bias and initial_state; states are recomputed, none are kept."""
     batch, length, K, channels = delta.shape
-    A, D, delta_bias, initial_state, grad_state = _parameters(A, D, delta_bias, initial_state, grad_state)
-    order, new = _order(order), _new(x)
     N = A.shape[-1]
-    plan = _plan(N)
-    grad_y = (grad_y[:, :, None] if merge else grad_y).expand(batch, length, -1, channels)
-    starts = new(batch, K, -(-length // plan.tile), channels, N)
-    common = dict(A=A, bias=delta_bias, order=order, starts=starts, softplus=delta_softplus)
-    _launch(
-        "scan_forward", x, delta, B, C, grad_y, torch.float32, N, initial=initial_state, write_starts=1, **common
+    A, D, delta_bias, initial_state, grad_state = _parameters(A, D, delta_bias, initial_state, grad_state)
+    run = _Scan(plan(*delta.shape, N, _processors(x.device.index), backward=True), delta.shape, N, order, delta_softplus)
+    dy = (grad_y[:, :, None] if merge else grad_y).expand(batch, length, -1, channels)
+    inputs = dict(x=x, delta=delta, A=A, bias=delta_bias)
+
+    starts = A.new_empty(batch, K, -(-length // run.plan.tile), channels, N)
+    carry = run.carries(initial_state, False, B=B, **inputs)
+    run.launch("forward", None, ("WRITE_STARTS", 1), B=B, carry=carry, starts=starts, **inputs)
+    carry = run.carries(grad_state, True, **inputs | dict(x=dy, B=C))
+
+    dx, ddelta = x.new_empty(delta.shape), torch.empty_like(delta, memory_format=torch.contiguous_format)
+    dB, dC = (A.new_empty(run.blocks, batch, length, K, N) for _ in range(2))
+    dA = A.new_empty(batch * run.segments, *A.shape)
+    dD, dbias = (A.new_empty(batch * run.segments, K, channels) for _ in range(2))
+    dinitial = A.new_empty(batch, *A.shape)
+    run.launch(
+        "backward", B=B, C=C, D=D, dy=dy, carry=carry, starts=starts, last=dinitial,
+        dx=dx, ddelta=ddelta, dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias, **inputs,
     )  # fmt: skip
-    shared_x = x.shape[2] == 1 and K > 1  # its gradients add up over the scans
-    dx = torch.empty(delta.shape, device=x.device, dtype=torch.float32 if shared_x else x.dtype)
-    ddelta = torch.empty(delta.shape, device=x.device, dtype=delta.dtype)
-    dB, dC = (new(-(-channels // plan.channels), batch, length, K, N) for _ in range(2))
-    dA, dstate = (new(batch, K, channels, N) for _ in range(2))
-    dD, dbias = (new(batch, K, channels) for _ in range(2))
-    _launch(
-        "scan_backward", x, delta, B, C, grad_y, dx.dtype, N, D=D, last=grad_state,
-        dx=dx, ddelta=ddelta, dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias, dinitial=dstate, **common,
-    )  # fmt: skip
-    dx = dx.sum(2, keepdim=True) if shared_x else dx
-    return dx, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dbias.sum(0), dstate
+    if x.shape[2] == 1 and K > 1:
+        dx = _sum(dx, 2, x.dtype)[:, :, None]
+    dB, dC = _sum(dB, 0, B.dtype), _sum(dC, 0, C.dtype)
+    return dx, ddelta, dA.sum(0), dB, dC, dD.sum(0), dbias.sum(0), dinitial

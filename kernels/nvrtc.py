@@ -105,8 +105,10 @@ def kernel(source: pathlib.Path, name: str, defines: tuple[str, ...], device: in
     return function
 
 
-def launch(function: ctypes.c_void_p, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure) -> None:
-    """Launch on torch's current stream with one argument, passed by value."""
-    arguments = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.byref(argument), ctypes.c_void_p))
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    _check(_driver().cuLaunchKernel(function, *grid, threads, 1, 1, 0, stream, arguments, None), "launching a kernel")
+def launch(function: ctypes.c_void_p, blocks: int, threads: int, argument: ctypes.Structure, device: int) -> None:
+    """Launch on torch's current stream of a device with one argument, passed by value."""
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    with torch.cuda.device(device):
+        result = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, None)
+    _check(result, "launching a kernel")

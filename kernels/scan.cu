@@ -1,391 +1,594 @@
-// The selective scan on NVIDIA GPUs: forward, checkpoints and backward, any scan order and strides.
+// The selective scan on NVIDIA GPUs: forward and backward, any scan order and strides.
 //
-// Compiled by cuda.py through NVRTC, once per state count and set of element types. A channel's N states are spread over
-// SPLIT neighbouring lanes of STATES each; a block of 128 threads walks CHANNELS = 128 / SPLIT channels of one scan
-// through time, in tiles of TILE steps staged in shared memory. Scan order, strides and element types are dealt with in
-// staging; the next tile's loads are in flight while the present one is worked on.
+// Compiled by cuda.py through NVRTC, one ENTRY at a time. A channel's states are spread over SPLIT lanes of STATES each,
+// so that a warp walks WIDTH = 32 / SPLIT channels of one scan through time, TILE steps at once. In a tile a lane loads,
+// activates and stores only OWN = TILE / SPLIT steps of its channel; shared memory hands them to the lanes that need them.
+// Loads of the next tile are in flight while the present one is worked on. Long sequences are cut into segments that run
+// side by side: `reach` sums what a segment passes on, `carry` chains the segments, then each starts from its right state.
 //
-// Macros: N, STATES, SPLIT, TILE; X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, Y_TYPE, DX_TYPE (0 float, 1 bfloat16, 2 half);
-// X_BY_TOKEN and so on: that tensor's tokens, not its channels, are neighbours in memory.
+// Macros: ENTRY, ARGUMENT; THREADS, RESIDENT (blocks a processor), N, STATES, SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes;
+// KEEP_DECAY: the backward keeps a tile's decays rather than compute them twice; WRITE_STARTS; ADJOINT;
+// X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE (0 float, 1 bfloat16, 2 half); X_BY_TOKEN and so on: that tensor's tokens,
+// not its channels or states, are neighbours in memory; IN_TYPE, OUT_TYPE, VECTOR of `sum`.
 
-#define THREADS 128
-#define WARPS (THREADS / 32)
-#define CHANNELS (THREADS / SPLIT)
-#define PADDED (STATES * SPLIT)
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
-#define PITCH (CHANNELS + 1)  // of a tile in shared memory: both ways of staging it miss most bank conflicts
-#define PER_CHANNEL ROUND_UP(TILE * CHANNELS, THREADS)
-#define PER_STATE ROUND_UP(TILE * PADDED, THREADS)
+#define INLINE __device__ __forceinline__
 
 typedef long long i64;
 
-struct Strided { void *data; i64 batch, token, scan, inner; };
+constexpr int WARPS = THREADS / 32, WIDTH = 32 / SPLIT, CHANNELS = THREADS / SPLIT, PADDED = STATES * SPLIT;
+constexpr int OWN = TILE / SPLIT, PER_STATE = ROUND_UP(TILE * PADDED, THREADS);
+constexpr int PITCH = WIDTH + 1;  // of a warp's tile in shared memory: both ways of filling it miss bank conflicts
+
+struct Strided { const void *data; i64 batch, scan; int token, inner; };
 
 struct Call {
-    i64 batch, length, scans, channels;
-    Strided x, delta, B, C, y;  // y: the output, or the gradient of it
-    const float *A, *D, *bias, *initial;
-    const int *order;
-    float *last;     // last state; in the backward the gradient of it, or null
-    float *starts;   // (batch, scans, tiles, channels, N): state before each tile
-    void *dx, *ddelta;  // (batch, length, scans, channels)
-    float *dA, *dB, *dC, *dD, *dbias, *dinitial;  // dB, dC: one partial sum a channel block
-    int softplus, write_starts;
+    Strided x, delta, B, C, dy;
+    const float *A, *D, *bias;
+    const float *carry;  // (batch, scans, segments, channels, N) or null: state before, or gradient after, each segment
+    const int *order;    // (scans, length) or null
+    float *ends, *sums;  // as carry, and (batch, scans, segments, channels): what each segment receives from its neighbour
+    float *starts;       // (batch, scans, tiles, channels, N): state before each tile
+    void *y, *dx, *ddelta;      // (batch, length, scans, channels)
+    float *last;                // (batch, scans, channels, N): last state, or gradient of the initial state
+    float *dA, *dD, *dbias;     // (batch, segments, scans, channels, N or nothing)
+    float *dB, *dC;             // (channel blocks, batch, length, scans, N)
+    i64 batch, length, scans, channels, segments, segment;  // segment: its steps, a multiple of TILE
+    int softplus;
 };
 
-template <int TYPE> __device__ __forceinline__ float load(const void *p, i64 i) {
-    if (TYPE == 0) return ((const float *)p)[i];
-    unsigned short bits = ((const unsigned short *)p)[i];
-    if (TYPE == 1) return __uint_as_float((unsigned)bits << 16);
+struct Sum { const void *in; void *out; i64 outer, terms, inner; };
+
+template <int TYPE> struct Element { typedef unsigned short bits; };
+template <> struct Element<0> { typedef unsigned bits; };
+
+template <int TYPE> INLINE unsigned load(const void *p, i64 i) { return ((const typename Element<TYPE>::bits *)p)[i]; }
+
+template <int TYPE> INLINE float decode(unsigned bits) {
+    if (TYPE == 0) return __uint_as_float(bits);
+    if (TYPE == 1) return __uint_as_float(bits << 16);
     float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((unsigned short)bits));
     return f;
 }
 
-template <int TYPE> __device__ __forceinline__ void store(void *p, i64 i, float f) {
-    if (TYPE == 0) { ((float *)p)[i] = f; return; }
+template <int TYPE> INLINE typename Element<TYPE>::bits encode(float f) {
+    if (TYPE == 0) return __float_as_uint(f);
     unsigned short bits;
-    if (TYPE == 1) {
-        unsigned u = __float_as_uint(f);
-        bits = f != f ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
-    } else {
+    if (TYPE == 2) {
         asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+        return bits;
     }
-    ((unsigned short *)p)[i] = bits;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+    return bits;
+#else
+    const unsigned u = __float_as_uint(f);
+    return f != f ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+#endif
 }
 
-__device__ __forceinline__ float exp2_fast(float v) {
+template <int TYPE> INLINE void store(void *p, i64 i, float f) {
+    ((typename Element<TYPE>::bits *)p)[i] = encode<TYPE>(f);
+}
+
+INLINE float exp2_fast(float v) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
 
-// log(1 + e), 0 <= e <= 1, as 2 atanh(e / (2 + e)): relative accuracy down to the smallest e
-__device__ __forceinline__ float log1p_small(float e) {
-    float s = __fdividef(e, e + 2.f), q = s * s;
-    float p = 1.f / 9 + q * (1.f / 11 + q * (1.f / 13 + q * (1.f / 15)));
-    return 2.f * s * (1.f + q * (1.f / 3 + q * (1.f / 5 + q * (1.f / 7 + q * p))));
+INLINE float log2_fast(float v) {
+    float r;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
 }
 
-__device__ __forceinline__ float softplus(float v) { return fmaxf(v, 0.f) + log1p_small(exp2_fast(-fabsf(v) * LOG2E)); }
+// 2^v on the FMA pipe, relative error 1e-7: v = whole + part, |part| <= 1/2, and 2^whole added to the exponent
+INLINE float exp2_polynomial(float v) {
+    v = fminf(fmaxf(v, -126.f), 127.f);
+    const float shifted = v + 12582912.f, part = v - (shifted - 12582912.f);
+    float p = 1.326522611e-3f;
+    p = p * part + 9.671231710e-3f;
+    p = p * part + 5.550728478e-2f;
+    p = p * part + 2.402224813e-1f;
+    p = p * part + 6.931469860e-1f;
+    p = p * part + 1.f;
+    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
+}
 
-__device__ __forceinline__ float sigmoid(float v) {
-    float e = exp2_fast(-fabsf(v) * LOG2E);
+INLINE float decay(float log2_decay, int i) {
+    return i * POLYNOMIAL % 16 + POLYNOMIAL >= 16 ? exp2_polynomial(log2_decay) : exp2_fast(log2_decay);
+}
+
+// log(1 + e), 0 <= e <= 1; float inputs: relative accuracy down to the smallest e; half precision: 2e-5
+INLINE float log1p_small(float e) {
+    if (DELTA_TYPE != 0) return e < 1.f / 128 ? e - 0.5f * e * e : LN2 * log2_fast(1.f + e);
+    const float s = __fdividef(e, e + 2.f), q = s * s;
+    const float p = 3.333315734e-1f + q * (2.001245514e-1f + q * (1.398030134e-1f + q * 1.408916763e-1f));
+    return 2.f * s * (1.f + q * p);
+}
+
+INLINE float softplus(float v) { return fmaxf(v, 0.f) + log1p_small(exp2_fast(-fabsf(v) * LOG2E)); }
+
+INLINE float sigmoid(float v) {
+    const float e = exp2_fast(-fabsf(v) * LOG2E);
     return __fdividef(v > 0 ? 1.f : e, 1.f + e);
 }
 
-struct Block {  // what this block works on
-    i64 b, k, d0;
+// What a block and a lane work on: a channel of one scan in one segment of time, walked forwards or backwards.
+struct Place {
+    i64 b, k, s, d0, begin, end, tiles;
+    int warp, lane, c, part;  // c: channel within the warp
+    bool backwards;
     const int *order;
-    __device__ Block(const Call &c)
-        : b(blockIdx.z), k(blockIdx.y), d0((i64)blockIdx.x * CHANNELS), order(c.order ? c.order + k * c.length : 0) {}
-    __device__ i64 base(const Strided &a) const { return b * a.batch + k * a.scan; }
-    // token visited at step t0 + threadIdx.x, for the threads that stage the tile's rows
-    __device__ int row(const Call &c, i64 t0) const {
-        const i64 t = min(max(t0 + threadIdx.x % TILE, 0LL), c.length - 1);
+
+    INLINE Place(const Call &call, bool backwards) : backwards(backwards) {
+        const i64 blocks = ROUND_UP(call.channels, CHANNELS);
+        i64 i = blockIdx.x;
+        d0 = i % blocks * CHANNELS, i /= blocks;
+        k = i % call.scans, i /= call.scans;
+        s = i % call.segments, b = i / call.segments;
+        begin = s * call.segment, end = min(begin + call.segment, call.length), tiles = ROUND_UP(end - begin, TILE);
+        warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % WIDTH, part = lane / WIDTH;
+        d0 += warp * WIDTH;
+        order = call.order ? call.order + k * call.length : 0;
+    }
+    INLINE i64 d() const { return d0 + c; }
+    INLINE i64 t0(i64 i) const { return begin + (backwards ? tiles - 1 - i : i) * TILE; }
+    // token visited at step threadIdx.x of the i-th tile, for the threads that stage the rows of tiles
+    INLINE int row(const Call &call, i64 i) const {
+        const i64 t = min(max(t0(i) + threadIdx.x % TILE, 0LL), call.length - 1);
         return order ? order[t] : (int)t;
     }
-};
-
-// element i of a (TILE, CHANNELS) tile: neighbouring threads take neighbours in memory
-struct Place {
-    int t, d;
-    __device__ Place(int i, bool by_token) {
-        if (by_token) t = i % TILE, d = i / TILE;
-        else t = i / CHANNELS, d = i % CHANNELS;
+    INLINE bool inside(const Call &call, i64 t, int channel) const { return t < end && d0 + channel < call.channels; }
+    INLINE i64 channel(const Call &call) const { return k * call.channels + min(d(), call.channels - 1); }
+    INLINE i64 in_segment(const Call &call, i64 segment) const {  // index into (batch, scans, segments, channels)
+        return ((b * call.scans + k) * call.segments + segment) * call.channels + d();
     }
 };
 
-// values[j] = element threadIdx.x + j * THREADS of the tile whose steps visit tokens rows[]. Loads are unconditional,
-// so that all are in flight together; what lies outside is set to 0 by put_channels.
+// A warp's (TILE, WIDTH) tile of one tensor: element j of a lane is step t of channel c. Neighbouring lanes take
+// neighbours in memory; with channels as neighbours a lane keeps to its own channel, steps j * SPLIT + part.
+struct Share {
+    int t, c;
+    INLINE Share(const Place &at, int j, bool by_token) {
+        const int i = j * 32 + at.lane;
+        t = by_token ? i % TILE : i / WIDTH, c = by_token ? i / TILE : i % WIDTH;
+    }
+};
+
+// Loads are unconditional, so that all are in flight together, and stay undecoded until `publish` needs them
 template <int TYPE, bool BY_TOKEN>
-__device__ __forceinline__ void fetch_channels(float *values, const Call &c, const Block &at, const Strided &a,
-                                               const int *rows) {
+INLINE void fetch(unsigned *raw, const Call &call, const Place &at, const Strided &a, const int *rows) {
+    const i64 base = at.b * a.batch + at.k * a.scan;
 #pragma unroll
-    for (int j = 0; j < PER_CHANNEL; j++) {
-        const Place p(min(threadIdx.x + j * THREADS, TILE * CHANNELS - 1), BY_TOKEN);
-        values[j] = load<TYPE>(a.data, at.base(a) + rows[p.t] * a.token + min(at.d0 + p.d, c.channels - 1) * a.inner);
+    for (int j = 0; j < OWN; j++) {
+        const Share e(at, j, BY_TOKEN);
+        raw[j] = load<TYPE>(a.data, base + (i64)rows[e.t] * a.token + min(at.d0 + e.c, call.channels - 1) * a.inner);
     }
 }
 
 template <int TYPE, bool BY_TOKEN>
-__device__ __forceinline__ void fetch_states(float *values, const Call &c, const Block &at, const Strided &a,
-                                             const int *rows) {
+INLINE void fetch_states(unsigned *raw, const Place &at, const Strided &a, const int *rows) {
+    const i64 base = at.b * a.batch + at.k * a.scan;
 #pragma unroll
     for (int j = 0; j < PER_STATE; j++) {
         const int i = min(threadIdx.x + j * THREADS, TILE * PADDED - 1);
         const int t = BY_TOKEN ? i % TILE : i / PADDED, n = BY_TOKEN ? i / TILE : i % PADDED;
-        values[j] = load<TYPE>(a.data, at.base(a) + rows[t] * a.token + min(n, N - 1) * a.inner);
+        raw[j] = load<TYPE>(a.data, base + (i64)rows[t] * a.token + (i64)min(n, N - 1) * a.inner);
     }
 }
 
-template <bool BY_TOKEN>
-__device__ __forceinline__ void put_channels(float *tile, const float *values, const Call &c, const Block &at, i64 t0) {
-#pragma unroll
-    for (int j = 0; j < PER_CHANNEL; j++) {
-        const int i = threadIdx.x + j * THREADS;
-        const Place p(i, BY_TOKEN);
-        const bool inside = t0 + p.t < c.length && at.d0 + p.d < c.channels;
-        if (i < TILE * CHANNELS) tile[p.t * PITCH + p.d] = inside ? values[j] : 0.f;
-    }
-}
-
-template <bool BY_TOKEN>
-__device__ __forceinline__ void put_states(float *tile, const float *values, const Call &c, i64 t0) {
+template <int TYPE, bool BY_TOKEN> INLINE void publish_states(float *tile, const unsigned *raw) {
 #pragma unroll
     for (int j = 0; j < PER_STATE; j++) {
         const int i = threadIdx.x + j * THREADS;
         const int t = BY_TOKEN ? i % TILE : i / PADDED, n = BY_TOKEN ? i / TILE : i % PADDED;
-        if (i < TILE * PADDED) tile[t * PADDED + n] = t0 + t < c.length && n < N ? values[j] : 0.f;
+        if (i < TILE * PADDED) tile[t * PADDED + n] = n < N ? decode<TYPE>(raw[j]) : 0.f;
     }
 }
 
-// bias and softplus of fetched delta and, if asked, the slope of softplus; put_channels then zeroes steps past the end,
-// where decay is 1 and input 0
-__device__ __forceinline__ void activate(float *dt, float *slope, const Call &c, const Block &at) {
+// Steps past the end and channels past the last get zeros: decay 1 and no input
+template <int TYPE, bool BY_TOKEN, class STEP>
+INLINE void publish(STEP *tile, float STEP::*field, const unsigned *raw, const Call &call, const Place &at, i64 t0) {
 #pragma unroll
-    for (int j = 0; j < PER_CHANNEL; j++) {
-        const Place p(min(threadIdx.x + j * THREADS, TILE * CHANNELS - 1), DELTA_BY_TOKEN);
-        const i64 d = min(at.d0 + p.d, c.channels - 1);
-        const float v = dt[j] + (c.bias ? c.bias[at.k * c.channels + d] : 0.f);
-        dt[j] = c.softplus ? softplus(v) : v;
-        if (slope) slope[j] = c.softplus ? sigmoid(v) : 1.f;
+    for (int j = 0; j < OWN; j++) {
+        const Share e(at, j, BY_TOKEN);
+        tile[e.t * PITCH + e.c].*field = at.inside(call, t0 + e.t, e.c) ? decode<TYPE>(raw[j]) : 0.f;
     }
 }
 
-__device__ __forceinline__ float sum_split(float v) {
+INLINE void load_bias(float *bias, const Call &call, const Place &at) {
 #pragma unroll
-    for (int mask = 1; mask < SPLIT; mask <<= 1) v += __shfl_xor_sync(~0u, v, mask);
-    return v;
+    for (int j = 0; j < OWN; j++) {
+        const Share e(at, j, DELTA_BY_TOKEN);
+        bias[j] = call.bias ? call.bias[at.k * call.channels + min(at.d0 + e.c, call.channels - 1)] : 0.f;
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(const Call c) {
-    __shared__ float x[TILE * PITCH], dt[TILE * PITCH], y[TILE * PITCH];
+template <class STEP>
+INLINE void publish_delta(STEP *tile, const unsigned *raw, const float *bias, const Call &call, const Place &at, i64 t0) {
+#pragma unroll
+    for (int j = 0; j < OWN; j++) {
+        const Share e(at, j, DELTA_BY_TOKEN);
+        const float v = decode<DELTA_TYPE>(raw[j]) + bias[j];
+        tile[e.t * PITCH + e.c].dt = at.inside(call, t0 + e.t, e.c) ? (call.softplus ? softplus(v) : v) : 0.f;
+        if constexpr (STEP::HAS_SLOPE) tile[e.t * PITCH + e.c].slope = call.softplus ? sigmoid(v) : 1.f;
+    }
+}
+
+// A lane's states of its channel, from or to an array (..., channels, N); `at` indexes (..., channels)
+INLINE void load_states(float *h, const float *from, i64 at, int part, bool alive) {
+    const float *p = from + at * N + part * STATES;
+    if constexpr (N % 4 == 0 && STATES % 4 == 0) {
+#pragma unroll
+        for (int n = 0; n < STATES; n += 4) {
+            const float4 v = alive ? *(const float4 *)(p + n) : make_float4(0.f, 0.f, 0.f, 0.f);
+            h[n] = v.x, h[n + 1] = v.y, h[n + 2] = v.z, h[n + 3] = v.w;
+        }
+    } else {
+#pragma unroll
+        for (int n = 0; n < STATES; n++) h[n] = alive && part * STATES + n < N ? p[n] : 0.f;
+    }
+}
+
+INLINE void store_states(const float *h, float *to, i64 at, int part, bool alive) {
+    float *p = to + at * N + part * STATES;
+    if constexpr (N % 4 == 0 && STATES % 4 == 0) {
+#pragma unroll
+        for (int n = 0; n < STATES; n += 4)
+            if (alive) *(float4 *)(p + n) = make_float4(h[n], h[n + 1], h[n + 2], h[n + 3]);
+    } else {
+#pragma unroll
+        for (int n = 0; n < STATES; n++)
+            if (alive && part * STATES + n < N) p[n] = h[n];
+    }
+}
+
+INLINE void load_decays(float *A, const Call &call, const Place &at) {
+    load_states(A, call.A, at.channel(call), at.part, true);
+#pragma unroll
+    for (int n = 0; n < STATES; n++) A[n] *= LOG2E;
+}
+
+// A level of a sum over lanes: of 2 * HALF values each lane of a pair keeps one half, and the other lane adds its own
+template <int HALF> INLINE void exchange(float *v, bool upper, int mask) {
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+        const float keep = upper ? v[HALF + i] : v[i], give = upper ? v[i] : v[HALF + i];
+        v[i] = keep + __shfl_xor_sync(~0u, give, mask);
+    }
+}
+
+// Sums v over the lanes of a channel: lane `part` gets the total of v[part] in v[0]
+template <int HALF> INLINE void sum_parts(float *v, const Place &at) {
+    if constexpr (HALF > 0) {
+        exchange<HALF>(v, at.part & HALF, HALF * WIDTH);
+        sum_parts<HALF / 2>(v, at);
+    }
+}
+
+// Sums v over the channels of a warp: each lane gets 2 * HALF / WIDTH totals, from value first_total on
+template <int HALF, int MASK = 1> INLINE void sum_channels(float *v, const Place &at) {
+    if constexpr (MASK < WIDTH) {
+        exchange<HALF>(v, at.c & MASK, MASK);
+        sum_channels<HALF / 2, MASK * 2>(v, at);
+    }
+}
+
+INLINE int first_total(int half, int c) {
+    int first = 0;
+    for (int mask = 1; mask < WIDTH; mask *= 2, half /= 2) first += c & mask ? half : 0;
+    return first;
+}
+
+struct alignas(8) ForwardStep {
+    static constexpr bool HAS_SLOPE = false;
+    float dt, x;
+};
+
+INLINE void forward(const Call &c) {
     __shared__ int rows[3][TILE];  // of the present tile, the next and the one after
-    __shared__ __align__(16) float B[TILE * PADDED], C[TILE * PADDED];
-    const Block at(c);
-    const int lane = threadIdx.x / SPLIT, part = threadIdx.x % SPLIT * STATES;
-    const i64 d = at.d0 + lane, channel = at.k * c.channels + d;
-    const bool alive = d < c.channels;
-    const i64 state_at = (at.b * c.scans * c.channels + channel) * N + part;
-    float A[STATES], h[STATES];
-#pragma unroll
-    for (int n = 0; n < STATES; n++) {
-        bool inside = alive && part + n < N;
-        A[n] = inside ? c.A[channel * N + part + n] * LOG2E : 0.f;
-        h[n] = inside && c.initial ? c.initial[state_at + n] : 0.f;
-    }
-    const float skip = alive && c.D ? c.D[channel] : 0.f;
-    const i64 tiles = ROUND_UP(c.length, TILE);
+    __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
+    __shared__ __align__(16) float B[2][TILE * PADDED], C[2][TILE * PADDED];
+    const Place at(c, false);
+    const bool alive = at.d() < c.channels;
+    ForwardStep *tile = steps[at.warp];
+    float A[STATES], h[STATES] = {}, bias[OWN];
+    load_decays(A, c, at);
+    load_bias(bias, c, at);
+    if (c.carry) load_states(h, c.carry, at.in_segment(c, at.s), at.part, alive);
+    const float skip = c.D ? c.D[at.channel(c)] : 0.f;
 
-    float next_x[PER_CHANNEL], next_dt[PER_CHANNEL], next_B[PER_STATE], next_C[PER_STATE];
-    auto fetch = [&](const int *from) {
-        fetch_channels<X_TYPE, X_BY_TOKEN>(next_x, c, at, c.x, from);
-        fetch_channels<DELTA_TYPE, DELTA_BY_TOKEN>(next_dt, c, at, c.delta, from);
-        fetch_states<B_TYPE, B_BY_TOKEN>(next_B, c, at, c.B, from);
-        if (!c.write_starts) fetch_states<C_TYPE, C_BY_TOKEN>(next_C, c, at, c.C, from);
+    unsigned x[OWN], delta[OWN], next_B[PER_STATE], next_C[PER_STATE];
+    auto fetch_all = [&](const int *from) {
+        fetch<X_TYPE, X_BY_TOKEN>(x, c, at, c.x, from);
+        fetch<DELTA_TYPE, DELTA_BY_TOKEN>(delta, c, at, c.delta, from);
+        fetch_states<B_TYPE, B_BY_TOKEN>(next_B, at, c.B, from);
+        if (!WRITE_STARTS) fetch_states<C_TYPE, C_BY_TOKEN>(next_C, at, c.C, from);
     };
     if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0);
-    if (threadIdx.x < TILE) rows[1][threadIdx.x] = at.row(c, TILE);
+    int ahead = at.row(c, 1);
     __syncthreads();
-    fetch(rows[0]);
-    for (i64 tile = 0; tile < tiles; tile++) {
-        const i64 t0 = tile * TILE;
-        const int *here = rows[tile % 3];
-        activate(next_dt, 0, c, at);
-        put_channels<X_BY_TOKEN>(x, next_x, c, at, t0);
-        put_channels<DELTA_BY_TOKEN>(dt, next_dt, c, at, t0);
-        put_states<B_BY_TOKEN>(B, next_B, c, t0);
-        if (!c.write_starts) put_states<C_BY_TOKEN>(C, next_C, c, t0);
+    fetch_all(rows[0]);
+    for (i64 i = 0; i < at.tiles; i++) {
+        const i64 t0 = at.t0(i);
+        const int *here = rows[i % 3];
+        const float *B_t = B[i % 2] + at.part * STATES, *C_t = C[i % 2] + at.part * STATES;
+        __syncwarp();
+        publish_delta(tile, delta, bias, c, at, t0);
+        publish<X_TYPE, X_BY_TOKEN>(tile, &ForwardStep::x, x, c, at, t0);
+        publish_states<B_TYPE, B_BY_TOKEN>(B[i % 2], next_B);
+        if (!WRITE_STARTS) publish_states<C_TYPE, C_BY_TOKEN>(C[i % 2], next_C);
+        if (threadIdx.x < TILE) rows[(i + 1) % 3][threadIdx.x] = ahead;
         __syncthreads();
-        fetch(rows[(tile + 1) % 3]);
-        const int ahead = at.row(c, t0 + 2 * TILE);
-        if (c.write_starts) {
-            float *to = c.starts + ((at.b * c.scans + at.k) * tiles + tile) * c.channels * N + d * N + part;
-#pragma unroll
-            for (int n = 0; n < STATES; n++)
-                if (alive && part + n < N) to[n] = h[n];
+        fetch_all(rows[(i + 1) % 3]);
+        ahead = at.row(c, i + 2);
+        if (WRITE_STARTS) {
+            const i64 tiles = ROUND_UP(c.length, TILE);
+            store_states(h, c.starts, ((at.b * c.scans + at.k) * tiles + t0 / TILE) * c.channels + at.d(), at.part, alive);
         }
+        float y[SPLIT];
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
-            const float u = x[t * PITCH + lane], step = dt[t * PITCH + lane], input = step * u;
+            const ForwardStep step = tile[t * PITCH + at.c];
+            const float input = step.dt * step.x;
             float out = 0.f;
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
-                h[n] = exp2_fast(step * A[n]) * h[n] + input * B[t * PADDED + part + n];
-                out += h[n] * C[t * PADDED + part + n];
+                h[n] = decay(step.dt * A[n], t * STATES + n) * h[n] + input * B_t[t * PADDED + n];
+                if (!WRITE_STARTS) out += h[n] * C_t[t * PADDED + n];
             }
-            if (!c.write_starts) {
-                out = sum_split(out);
-                if (part == 0) y[t * PITCH + lane] = out + skip * u;
+            y[t % SPLIT] = out;
+            if (!WRITE_STARTS && t % SPLIT == SPLIT - 1) {
+                const int own = t - (SPLIT - 1) + at.part;
+                const i64 token = (at.b * c.length + here[own]) * c.scans + at.k;
+                sum_parts<SPLIT / 2>(y, at);
+                if (alive && t0 + own < at.end)
+                    store<X_TYPE>(c.y, token * c.channels + at.d(), y[0] + skip * tile[own * PITCH + at.c].x);
             }
         }
-        if (threadIdx.x < TILE) rows[(tile + 2) % 3][threadIdx.x] = ahead;
-        __syncthreads();
-        if (!c.write_starts)
-#pragma unroll
-            for (int j = 0; j < PER_CHANNEL; j++) {
-                const int i = threadIdx.x + j * THREADS;
-                const Place p(i, Y_BY_TOKEN);
-                if (i < TILE * CHANNELS && t0 + p.t < c.length && at.d0 + p.d < c.channels)
-                    store<Y_TYPE>(c.y.data, at.base(c.y) + here[p.t] * c.y.token + (at.d0 + p.d) * c.y.inner,
-                                  y[p.t * PITCH + p.d]);
-            }
     }
-    if (!c.write_starts)
-#pragma unroll
-        for (int n = 0; n < STATES; n++)
-            if (alive && part + n < N) c.last[state_at + n] = h[n];
+    if (!WRITE_STARTS && at.s == c.segments - 1)
+        store_states(h, c.last, (at.b * c.scans + at.k) * c.channels + at.d(), at.part, alive);
 }
+
+// What a segment alone passes on to the next: its last state from a zero start, sum_t exp(A sum_{i>t} dt_i) dt_t x_t B_t;
+// ADJOINT, with dy for x and C for B: to the one before, sum_t exp(A sum_{i<=t} dt_i) dy_t C_t. Walked away from the
+// receiving end, so that it can stop where every weight has underflowed to 0.
+INLINE void reach(const Call &c) {
+    __shared__ int rows[3][TILE];
+    __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
+    __shared__ __align__(16) float B[2][TILE * PADDED];
+    const Place at(c, !ADJOINT);
+    const i64 receiver = ADJOINT ? at.s - 1 : at.s + 1;
+    if (receiver < 0 || receiver == c.segments) return;
+    const bool alive = at.d() < c.channels;
+    ForwardStep *tile = steps[at.warp];
+    float A[STATES], ends[STATES] = {}, bias[OWN], sum = 0.f, slowest = -__int_as_float(0x7f800000);
+    load_decays(A, c, at);
+    load_bias(bias, c, at);
+#pragma unroll
+    for (int n = 0; n < STATES; n++)
+        if (at.part * STATES + n < N) slowest = fmaxf(slowest, A[n]);
+
+    unsigned x[OWN], delta[OWN], next_B[PER_STATE];
+    auto fetch_all = [&](const int *from) {
+        fetch<X_TYPE, X_BY_TOKEN>(x, c, at, c.x, from);
+        fetch<DELTA_TYPE, DELTA_BY_TOKEN>(delta, c, at, c.delta, from);
+        fetch_states<B_TYPE, B_BY_TOKEN>(next_B, at, c.B, from);
+    };
+    if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0);
+    int ahead = at.row(c, 1);
+    __syncthreads();
+    fetch_all(rows[0]);
+    for (i64 i = 0; i < at.tiles; i++) {
+        const float *B_t = B[i % 2] + at.part * STATES;
+        __syncwarp();
+        publish_delta(tile, delta, bias, c, at, at.t0(i));
+        publish<X_TYPE, X_BY_TOKEN>(tile, &ForwardStep::x, x, c, at, at.t0(i));
+        publish_states<B_TYPE, B_BY_TOKEN>(B[i % 2], next_B);
+        if (threadIdx.x < TILE) rows[(i + 1) % 3][threadIdx.x] = ahead;
+        if (__syncthreads_and(!alive || (c.softplus && slowest * sum < -127.f))) break;  // else steps may be negative
+        fetch_all(rows[(i + 1) % 3]);
+        ahead = at.row(c, i + 2);
+        float within = 0.f;
+#pragma unroll
+        for (int j = 0; j < TILE; j++) {
+            const int t = ADJOINT ? j : TILE - 1 - j;
+            const ForwardStep step = tile[t * PITCH + at.c];
+            const float input = ADJOINT ? step.x : step.dt * step.x;
+            if (ADJOINT) within += step.dt;
+#pragma unroll
+            for (int n = 0; n < STATES; n++)
+                ends[n] += decay((sum + within) * A[n], t * STATES + n) * (input * B_t[t * PADDED + n]);
+            if (!ADJOINT) within += step.dt;
+        }
+        sum += within;
+    }
+    store_states(ends, c.ends, at.in_segment(c, receiver), at.part, alive);
+    if (alive && at.part == 0) c.sums[at.in_segment(c, receiver)] = sum;
+}
+
+// ends[s] becomes the state before segment s (ADJOINT: the gradient after it); one thread a state
+INLINE void carry(const Call &c) {
+    const i64 row = c.channels * N, i = (i64)blockIdx.x * THREADS + threadIdx.x, scan = i / row, at = i % row;
+    if (scan >= c.batch * c.scans) return;
+    const float A = c.A[scan % c.scans * row + at] * LOG2E;
+    float h = c.carry ? c.carry[i] : 0.f;
+    constexpr int AHEAD = 8;
+    for (i64 s0 = 0; s0 < c.segments; s0 += AHEAD) {
+        float end[AHEAD], sum[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const i64 s = min(s0 + j, c.segments - 1), from = scan * c.segments + (ADJOINT ? c.segments - 1 - s : s);
+            end[j] = s ? c.ends[from * row + at] : 0.f;
+            sum[j] = s ? c.sums[from * c.channels + at / N] : 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const i64 s = s0 + j, to = scan * c.segments + (ADJOINT ? c.segments - 1 - s : s);
+            h = exp2_fast(A * sum[j]) * h + end[j];
+            if (s < c.segments) c.ends[to * row + at] = h;
+        }
+    }
+}
+
+struct alignas(16) BackwardStep {
+    static constexpr bool HAS_SLOPE = true;
+    float dt, x, dy, slope;
+};
 
 // With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. Tiles from the last to the first; a tile's states are
 // recomputed from its start and stay in registers.
-extern "C" __global__ void __launch_bounds__(THREADS) scan_backward(const Call c) {
-    __shared__ float x[TILE * PITCH], dt[TILE * PITCH], slope[TILE * PITCH], dy[TILE * PITCH];
+INLINE void backward(const Call &c) {
+    // dB and dC of GROUP steps are summed over channels together: enough values for each lane to end with its own
+    constexpr int GROUP = WIDTH > 2 * STATES ? WIDTH / (2 * STATES) : 1, VALUES = GROUP * 2 * STATES;
+    static_assert(GROUP <= TILE, "a tile holds a group of steps");
     __shared__ int rows[3][TILE];
+    __shared__ __align__(16) BackwardStep steps[WARPS][TILE * PITCH];
     __shared__ __align__(16) float B[TILE * PADDED], C[TILE * PADDED];
-    __shared__ float partial[TILE * WARPS * 2 * PADDED];
-    const Block at(c);
-    const int lane = threadIdx.x / SPLIT, part = threadIdx.x % SPLIT * STATES, warp = threadIdx.x / 32;
-    const i64 d = at.d0 + lane, channel = at.k * c.channels + d;
-    const bool alive = d < c.channels;
-    const i64 per_batch = at.b * c.scans * c.channels + channel, state_at = per_batch * N + part;
-    float A[STATES], g[STATES], dA[STATES], dD = 0.f, dbias = 0.f;
-#pragma unroll
-    for (int n = 0; n < STATES; n++) {
-        bool inside = alive && part + n < N;
-        A[n] = inside ? c.A[channel * N + part + n] * LOG2E : 0.f;
-        g[n] = inside && c.last ? c.last[state_at + n] : 0.f;
-        dA[n] = 0.f;
-    }
-    const float skip = alive && c.D ? c.D[channel] : 0.f;
-    const i64 tiles = ROUND_UP(c.length, TILE);
+    __shared__ float partial[WARPS][TILE * 2 * PADDED];  // dB and dC of a tile
+    const Place at(c, true);
+    const bool alive = at.d() < c.channels;
+    BackwardStep *tile = steps[at.warp];
+    const float *B_t = B + at.part * STATES, *C_t = C + at.part * STATES;
+    float A[STATES], g[STATES] = {}, dA[STATES] = {}, bias[OWN], dD = 0.f, dbias = 0.f;
+    load_decays(A, c, at);
+    load_bias(bias, c, at);
+    if (c.carry) load_states(g, c.carry, at.in_segment(c, at.s), at.part, alive);
+    const float skip = c.D ? c.D[at.channel(c)] : 0.f;
+    const int first = first_total(VALUES / 2, at.c);
+    const i64 first_start = (at.b * c.scans + at.k) * ROUND_UP(c.length, TILE);
 
-    float next_x[PER_CHANNEL], next_dt[PER_CHANNEL], next_dy[PER_CHANNEL], next_slope[PER_CHANNEL];
-    float next_B[PER_STATE], next_C[PER_STATE], next_h[STATES];
-    auto fetch = [&](i64 tile, const int *from) {
-        fetch_channels<X_TYPE, X_BY_TOKEN>(next_x, c, at, c.x, from);
-        fetch_channels<DELTA_TYPE, DELTA_BY_TOKEN>(next_dt, c, at, c.delta, from);
-        fetch_channels<Y_TYPE, Y_BY_TOKEN>(next_dy, c, at, c.y, from);
-        fetch_states<B_TYPE, B_BY_TOKEN>(next_B, c, at, c.B, from);
-        fetch_states<C_TYPE, C_BY_TOKEN>(next_C, c, at, c.C, from);
-        const i64 first = ((at.b * c.scans + at.k) * tiles + max(tile, 0LL)) * c.channels * N;
-#pragma unroll
-        for (int n = 0; n < STATES; n++)
-            next_h[n] = c.starts[first + min(d, c.channels - 1) * N + min(part + n, N - 1)];
+    unsigned x[OWN], delta[OWN], dy[OWN], next_B[PER_STATE], next_C[PER_STATE];
+    float start[STATES];
+    auto fetch_all = [&](i64 i, const int *from) {
+        fetch<X_TYPE, X_BY_TOKEN>(x, c, at, c.x, from);
+        fetch<DELTA_TYPE, DELTA_BY_TOKEN>(delta, c, at, c.delta, from);
+        fetch<DY_TYPE, DY_BY_TOKEN>(dy, c, at, c.dy, from);
+        fetch_states<B_TYPE, B_BY_TOKEN>(next_B, at, c.B, from);
+        fetch_states<C_TYPE, C_BY_TOKEN>(next_C, at, c.C, from);
+        load_states(start, c.starts, (first_start + max(at.t0(i), 0LL) / TILE) * c.channels + at.d(), at.part, alive);
     };
-    if (threadIdx.x < TILE) rows[(tiles - 1) % 3][threadIdx.x] = at.row(c, (tiles - 1) * TILE);
-    if (threadIdx.x < TILE) rows[(tiles + 1) % 3][threadIdx.x] = at.row(c, (tiles - 2) * TILE);
+    if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0);
+    int ahead = at.row(c, 1);
     __syncthreads();
-    fetch(tiles - 1, rows[(tiles - 1) % 3]);
-    for (i64 tile = tiles - 1; tile >= 0; tile--) {
-        const i64 t0 = tile * TILE;
-        const int *here = rows[tile % 3];
-        activate(next_dt, next_slope, c, at);
-        put_channels<X_BY_TOKEN>(x, next_x, c, at, t0);
-        put_channels<DELTA_BY_TOKEN>(dt, next_dt, c, at, t0);
-        put_channels<DELTA_BY_TOKEN>(slope, next_slope, c, at, t0);
-        put_channels<Y_BY_TOKEN>(dy, next_dy, c, at, t0);
-        put_states<B_BY_TOKEN>(B, next_B, c, t0);
-        put_states<C_BY_TOKEN>(C, next_C, c, t0);
-        float before[TILE][STATES];  // state before each step
+    fetch_all(0, rows[0]);
+    for (i64 i = 0; i < at.tiles; i++) {
+        const i64 t0 = at.t0(i);
+        const int *here = rows[i % 3];
+        __syncwarp();
+        publish_delta(tile, delta, bias, c, at, t0);
+        publish<X_TYPE, X_BY_TOKEN>(tile, &BackwardStep::x, x, c, at, t0);
+        publish<DY_TYPE, DY_BY_TOKEN>(tile, &BackwardStep::dy, dy, c, at, t0);
+        publish_states<B_TYPE, B_BY_TOKEN>(B, next_B);
+        publish_states<C_TYPE, C_BY_TOKEN>(C, next_C);
+        if (threadIdx.x < TILE) rows[(i + 1) % 3][threadIdx.x] = ahead;
+        float h[TILE + 1][STATES], a[KEEP_DECAY ? TILE : 1][STATES];  // h[t]: state before step t
 #pragma unroll
-        for (int n = 0; n < STATES; n++) before[0][n] = alive && part + n < N ? next_h[n] : 0.f;
+        for (int n = 0; n < STATES; n++) h[0][n] = start[n];
         __syncthreads();
-        fetch(tile - 1, rows[(tile + 2) % 3]);
-        const int ahead = at.row(c, t0 - 2 * TILE);
+        fetch_all(i + 1, rows[(i + 1) % 3]);
+        ahead = at.row(c, i + 2);
 #pragma unroll
-        for (int t = 0; t + 1 < TILE; t++) {
-            const float step = dt[t * PITCH + lane], input = step * x[t * PITCH + lane];
-#pragma unroll
-            for (int n = 0; n < STATES; n++)
-                before[t + 1][n] = exp2_fast(step * A[n]) * before[t][n] + input * B[t * PADDED + part + n];
-        }
-#pragma unroll
-        for (int t = TILE - 1; t >= 0; t--) {
-            const float u = x[t * PITCH + lane], step = dt[t * PITCH + lane], out = dy[t * PITCH + lane];
-            const float input = step * u;
-            float dinput = 0.f, dlog = 0.f, v[2 * STATES];  // v: contributions to dB, then to dC
+        for (int t = 0; t < TILE; t++) {
+            const BackwardStep step = tile[t * PITCH + at.c];
+            const float input = step.dt * step.x;
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
-                const float b = B[t * PADDED + part + n], decayed = exp2_fast(step * A[n]);
-                const float gn = g[n] + out * C[t * PADDED + part + n], carried = gn * decayed;
-                const float w = carried * before[t][n];
-                v[n] = gn * input;
-                v[STATES + n] = out * (decayed * before[t][n] + input * b);
-                dinput += gn * b;
-                dlog += w * A[n];
-                dA[n] += w * step;
-                g[n] = carried;
+                const float a_n = decay(step.dt * A[n], t * STATES + n);
+                h[t + 1][n] = a_n * h[t][n] + input * B_t[t * PADDED + n];
+                if (KEEP_DECAY) a[t][n] = a_n;
             }
-            dinput = sum_split(dinput);
-            dlog = sum_split(dlog);
-            // sum v over the channels of the warp: halve the values a lane holds while there are several
-            int held = 2 * STATES, first = 0;
+        }
+        float dinput[SPLIT], dlog[SPLIT], dBC[VALUES];
 #pragma unroll
-            for (int mask = SPLIT; mask < 32; mask <<= 1) {
-                if (held > 1) {
-                    held /= 2;
-                    const bool upper = threadIdx.x & mask;
-                    first += upper ? held : 0;
+        for (int t = TILE - 1; t >= 0; t--) {
+            const BackwardStep step = tile[t * PITCH + at.c];
+            const float input = step.dt * step.x;
+            float *dB = dBC + t % GROUP * 2 * STATES, *dC = dB + STATES;
+            dinput[t % SPLIT] = dlog[t % SPLIT] = 0.f;
 #pragma unroll
-                    for (int i = 0; i < held; i++) {
-                        const float keep = upper ? v[held + i] : v[i], give = upper ? v[i] : v[held + i];
-                        v[i] = keep + __shfl_xor_sync(~0u, give, mask);
-                    }
-                } else {
-                    v[0] += __shfl_xor_sync(~0u, v[0], mask);
+            for (int n = 0; n < STATES; n++) {
+                const float a_n = KEEP_DECAY ? a[t][n] : decay(step.dt * A[n], t * STATES + n);
+                const float g_n = g[n] + step.dy * C_t[t * PADDED + n];
+                g[n] = g_n * a_n;
+                const float w = g[n] * h[t][n];
+                dB[n] = g_n * input;
+                dC[n] = step.dy * h[t + 1][n];
+                dinput[t % SPLIT] += g_n * B_t[t * PADDED + n];
+                dlog[t % SPLIT] += w * A[n];
+                dA[n] += w * step.dt;
+            }
+            if (t % GROUP == 0) {
+                sum_channels<VALUES / 2>(dBC, at);
+#pragma unroll
+                for (int v = 0; v < VALUES / WIDTH; v++) {
+                    const int value = first + v, n = value % STATES, is_C = value / STATES % 2, own = t + value / (2 * STATES);
+                    partial[at.warp][(own * 2 + is_C) * PADDED + at.part * STATES + n] = dBC[v];
                 }
             }
-#pragma unroll
-            for (int i = 0; i < held; i++) {
-                const int value = first + i, n = value % STATES, is_C = value / STATES;
-                partial[((t * WARPS + warp) * 2 + is_C) * PADDED + part + n] = v[i];
-            }
-            if (part == 0) {  // x and dt now hold their gradients
-                const float ddelta = (dinput * u + dlog * LN2) * slope[t * PITCH + lane];
-                dD += out * u;
-                dbias += ddelta;
-                x[t * PITCH + lane] = dinput * step + skip * out;
-                dt[t * PITCH + lane] = ddelta;
-            }
-            __syncwarp();
-        }
-        if (threadIdx.x < TILE) rows[(tile + 1) % 3][threadIdx.x] = ahead;
-        __syncthreads();
-#pragma unroll
-        for (int j = 0; j < PER_CHANNEL; j++) {
-            const int i = threadIdx.x + j * THREADS;
-            const Place p(i, false);
-            if (i < TILE * CHANNELS && t0 + p.t < c.length && at.d0 + p.d < c.channels) {
-                const i64 token = (at.b * c.length + here[p.t]) * c.scans + at.k;
-                const i64 into = token * c.channels + at.d0 + p.d;
-                store<DX_TYPE>(c.dx, into, x[p.t * PITCH + p.d]);
-                store<DELTA_TYPE>(c.ddelta, into, dt[p.t * PITCH + p.d]);
-            }
-        }
-        for (int i = threadIdx.x; i < TILE * 2 * PADDED; i += THREADS) {
-            const int t = i / (2 * PADDED), is_C = i / PADDED % 2, n = i % PADDED;
-            if (t0 + t < c.length && n < N) {
-                float sum = 0.f;
-#pragma unroll
-                for (int w = 0; w < WARPS; w++) sum += partial[((t * WARPS + w) * 2 + is_C) * PADDED + n];
-                const i64 row = ((i64)blockIdx.x * c.batch + at.b) * c.length + here[t];
-                (is_C ? c.dC : c.dB)[(row * c.scans + at.k) * N + n] = sum;
+            if (t % SPLIT == 0) {
+                const int own = t + at.part;
+                const BackwardStep mine = tile[own * PITCH + at.c];
+                sum_parts<SPLIT / 2>(dinput, at);
+                sum_parts<SPLIT / 2>(dlog, at);
+                const float ddelta = (dinput[0] * mine.x + dlog[0] * LN2) * mine.slope;
+                dD += mine.dy * mine.x;
+                if (t0 + own < at.end) dbias += ddelta;
+                const i64 token = (at.b * c.length + here[own]) * c.scans + at.k;
+                if (alive && t0 + own < at.end) {
+                    store<X_TYPE>(c.dx, token * c.channels + at.d(), dinput[0] * mine.dt + skip * mine.dy);
+                    store<DELTA_TYPE>(c.ddelta, token * c.channels + at.d(), ddelta);
+                }
             }
         }
         __syncthreads();
-    }
+        const i64 block = blockIdx.x % ROUND_UP(c.channels, CHANNELS);
+        for (int v = threadIdx.x; v < TILE * 2 * PADDED; v += THREADS) {
+            const int t = v / (2 * PADDED), is_C = v / PADDED % 2, n = v % PADDED;
+            float sum = 0.f;
 #pragma unroll
-    for (int n = 0; n < STATES; n++)
-        if (alive && part + n < N) {
-            c.dinitial[state_at + n] = g[n];
-            c.dA[state_at + n] = dA[n];
+            for (int w = 0; w < WARPS; w++) sum += partial[w][v];
+            const i64 token = block * c.batch * c.length + at.b * c.length + here[t];
+            if (t0 + t < at.end && n < N) (is_C ? c.dC : c.dB)[(token * c.scans + at.k) * N + n] = sum;
         }
-    if (alive && part == 0) {
-        c.dD[per_batch] = dD;
-        c.dbias[per_batch] = dbias;
     }
+    const i64 piece = ((at.b * c.segments + at.s) * c.scans + at.k) * c.channels + at.d();
+    store_states(dA, c.dA, piece, at.part, alive);
+    if (at.s == 0) store_states(g, c.last, (at.b * c.scans + at.k) * c.channels + at.d(), at.part, alive);
+#pragma unroll
+    for (int mask = WIDTH; mask < 32; mask *= 2) {
+        dD += __shfl_xor_sync(~0u, dD, mask);
+        dbias += __shfl_xor_sync(~0u, dbias, mask);
+    }
+    if (alive && at.part == 0) c.dD[piece] = dD, c.dbias[piece] = dbias;
 }
+
+template <int TYPE> struct alignas(VECTOR * sizeof(typename Element<TYPE>::bits)) Pack {
+    typename Element<TYPE>::bits v[VECTOR];
+};
+
+// out[o, i] = sum over the terms j of in[o, j, i], in order; VECTOR neighbours a thread
+INLINE void sum(const Sum &s) {
+    const i64 i = (i64)blockIdx.x * THREADS + threadIdx.x, inner = s.inner / VECTOR, o = i / inner;
+    if (o >= s.outer) return;
+    const Pack<IN_TYPE> *in = (const Pack<IN_TYPE> *)s.in + o * s.terms * inner + i % inner;
+    float total[VECTOR] = {};
+#pragma unroll 4
+    for (i64 j = 0; j < s.terms; j++) {
+        const Pack<IN_TYPE> term = in[j * inner];
+#pragma unroll
+        for (int v = 0; v < VECTOR; v++) total[v] += decode<IN_TYPE>(term.v[v]);
+    }
+    Pack<OUT_TYPE> out;
+#pragma unroll
+    for (int v = 0; v < VECTOR; v++) out.v[v] = encode<OUT_TYPE>(total[v]);
+    ((Pack<OUT_TYPE> *)s.out)[i] = out;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) entry(const ARGUMENT argument) { ENTRY(argument); }
