@@ -32,7 +32,6 @@ class _Call(ctypes.Structure):
         [(n, _Strided) for n in _STRIDED]
         + [(n, ctypes.c_void_p) for n in _POINTERS]
         + [(n, ctypes.c_int64) for n in _SIZES]
-        + [("softplus", ctypes.c_int)]
     )
 
 
@@ -100,7 +99,7 @@ def unavailable() -> str | None:
 @functools.cache
 def _kernel(entry: str, threads: int, device: int, *defines: tuple[str, int]) -> ctypes.c_void_p:
     defaults = dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT"), 1) | {"TILE": 16}
-    defaults |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "WRITE_STARTS", "ADJOINT", "IN_TYPE", "OUT_TYPE"), 0)
+    defaults |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "WRITE_STARTS", "ADJOINT", "IN_TYPE", "OUT_TYPE"), 0)
     defaults |= {f"{n.upper()}_{what}": 0 for n in _STRIDED for what in ("TYPE", "BY_TOKEN")}
     values = {"ENTRY": entry, "ARGUMENT": "Sum" if entry == "sum" else "Call", "THREADS": threads}
     values |= defaults | dict(defines)
@@ -117,7 +116,13 @@ class _Scan:
         self.segments = -(-length // plan.segment)
         self.blocks = -(-channels // plan.channels)
         sizes = (batch, length, K, channels, self.segments, plan.segment)
-        self.common = dict(zip(_SIZES, sizes, strict=True), order=self.order, softplus=softplus)
+        self.common = dict(zip(_SIZES, sizes, strict=True), order=self.order)
+        self.layout = tuple(zip(("N", "STATES", "SPLIT", "TILE"), (N, *plan[:3]), strict=True)) + (
+            ("POLYNOMIAL", plan.polynomial),
+            ("KEEP_DECAY", int(plan.keep_decay)),
+            ("RESIDENT", plan.resident),
+            ("SOFTPLUS", int(softplus)),
+        )
 
     def launch(self, entry: str, blocks: int | None = None, *defines: tuple[str, int], **arguments) -> None:
         """One block a (channel block, scan, segment, image), or as many as asked."""
@@ -125,19 +130,18 @@ class _Scan:
         call, types = _Call(), []
         for name, value in (self.common | arguments).items():
             if isinstance(value, Tensor) and name in _STRIDED:
-                # an axis of size 1 is broadcast
-                strides = [s if n > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
+                # in bytes; an axis of size 1 is broadcast
+                size = value.element_size()
+                strides = [s * size if n > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
                 if max(strides[1], strides[3]) >= 2**31:
-                    raise ValueError(f"{name}'s strides {value.stride()} reach 2^31: make it contiguous")
+                    raise ValueError(f"{name}'s strides {value.stride()} reach 2^31 bytes: make it contiguous")
                 setattr(call, name, _Strided(value.data_ptr(), strides[0], strides[2], strides[1], strides[3]))
                 types.append((f"{name.upper()}_TYPE", _TYPES[value.dtype]))
-                types.append((f"{name.upper()}_BY_TOKEN", int(strides[1] == 1 and strides[3] != 1)))
+                types.append((f"{name.upper()}_BY_TOKEN", int(strides[1] == size != strides[3])))
             elif value is not None:
                 setattr(call, name, value.data_ptr() if isinstance(value, Tensor) else value)
-        layout = (("N", self.N), ("STATES", plan.states), ("SPLIT", plan.split), ("TILE", plan.tile))
-        layout += (("POLYNOMIAL", plan.polynomial), ("KEEP_DECAY", int(plan.keep_decay)), ("RESIDENT", plan.resident))
         device = arguments["A"].device.index
-        function = _kernel(entry, plan.threads, device, *layout, *types, *defines)
+        function = _kernel(entry, plan.threads, device, *self.layout, *types, *defines)
         nvrtc.launch(function, blocks or self.blocks * K * self.segments * batch, plan.threads, call, device)
 
     def carries(self, boundary: Tensor | None, adjoint: bool, **arguments) -> Tensor | None:

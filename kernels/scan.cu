@@ -7,7 +7,7 @@
 // side by side: `reach` sums what a segment passes on, `carry` chains the segments, then each starts from its right state.
 //
 // Macros: ENTRY, ARGUMENT; THREADS, RESIDENT (blocks a processor), N, STATES, SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes;
-// KEEP_DECAY: the backward keeps a tile's decays rather than compute them twice; WRITE_STARTS; ADJOINT;
+// KEEP_DECAY: the backward keeps a tile's decays rather than compute them twice; SOFTPLUS; WRITE_STARTS; ADJOINT;
 // X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE (0 float, 1 bfloat16, 2 half); X_BY_TOKEN and so on: that tensor's tokens,
 // not its channels or states, are neighbours in memory; IN_TYPE, OUT_TYPE, VECTOR of `sum`.
 
@@ -22,7 +22,7 @@ constexpr int WARPS = THREADS / 32, WIDTH = 32 / SPLIT, CHANNELS = THREADS / SPL
 constexpr int OWN = TILE / SPLIT, PER_STATE = ROUND_UP(TILE * PADDED, THREADS);
 constexpr int PITCH = WIDTH + 1;  // of a warp's tile in shared memory: both ways of filling it miss bank conflicts
 
-struct Strided { const void *data; i64 batch, scan; int token, inner; };
+struct Strided { const char *data; i64 batch, scan; int token, inner; };  // strides in bytes
 
 struct Call {
     Strided x, delta, B, C, dy;
@@ -31,12 +31,11 @@ struct Call {
     const int *order;    // (scans, length) or null
     float *ends, *sums;  // as carry, and (batch, scans, segments, channels): what each segment receives from its neighbour
     float *starts;       // (batch, scans, tiles, channels, N): state before each tile
-    void *y, *dx, *ddelta;      // (batch, length, scans, channels)
+    char *y, *dx, *ddelta;      // (batch, length, scans, channels)
     float *last;                // (batch, scans, channels, N): last state, or gradient of the initial state
     float *dA, *dD, *dbias;     // (batch, segments, scans, channels, N or nothing)
     float *dB, *dC;             // (channel blocks, batch, length, scans, N)
     i64 batch, length, scans, channels, segments, segment;  // segment: its steps, a multiple of TILE
-    int softplus;
 };
 
 struct Sum { const void *in; void *out; i64 outer, terms, inner; };
@@ -44,7 +43,7 @@ struct Sum { const void *in; void *out; i64 outer, terms, inner; };
 template <int TYPE> struct Element { typedef unsigned short bits; };
 template <> struct Element<0> { typedef unsigned bits; };
 
-template <int TYPE> INLINE unsigned load(const void *p, i64 i) { return ((const typename Element<TYPE>::bits *)p)[i]; }
+template <int TYPE> INLINE unsigned load(const char *p) { return *(const typename Element<TYPE>::bits *)p; }
 
 template <int TYPE> INLINE float decode(unsigned bits) {
     if (TYPE == 0) return __uint_as_float(bits);
@@ -70,19 +69,15 @@ template <int TYPE> INLINE typename Element<TYPE>::bits encode(float f) {
 #endif
 }
 
-template <int TYPE> INLINE void store(void *p, i64 i, float f) {
-    ((typename Element<TYPE>::bits *)p)[i] = encode<TYPE>(f);
-}
-
 INLINE float exp2_fast(float v) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
 
-INLINE float log2_fast(float v) {
+INLINE float reciprocal_fast(float v) {
     float r;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
 
@@ -103,127 +98,134 @@ INLINE float decay(float log2_decay, int i) {
     return i * POLYNOMIAL % 16 + POLYNOMIAL >= 16 ? exp2_polynomial(log2_decay) : exp2_fast(log2_decay);
 }
 
-// log(1 + e), 0 <= e <= 1; float inputs: relative accuracy down to the smallest e; half precision: 2e-5
-INLINE float log1p_small(float e) {
-    if (DELTA_TYPE != 0) return e < 1.f / 128 ? e - 0.5f * e * e : LN2 * log2_fast(1.f + e);
-    const float s = __fdividef(e, e + 2.f), q = s * s;
-    const float p = 3.333315734e-1f + q * (2.001245514e-1f + q * (1.398030134e-1f + q * 1.408916763e-1f));
-    return 2.f * s * (1.f + q * p);
+// log(1 + exp(v)) = max(v, 0) + log(1 + e), e = exp(-|v|) at most 1. log(1 + e) = 2 atanh(s), s = e / (2 + e): relative
+// accuracy 4e-9 down to the smallest e.
+INLINE float softplus(float v) {
+    const float e = exp2_fast(-fabsf(v) * LOG2E), s = e * reciprocal_fast(e + 2.f), q = s * s;
+    const float p = 2.001245514e-1f + q * (1.398030134e-1f + q * 1.408916763e-1f);
+    return fmaxf(v, 0.f) + 2.f * s * (1.f + q * (3.333315734e-1f + q * p));
 }
-
-INLINE float softplus(float v) { return fmaxf(v, 0.f) + log1p_small(exp2_fast(-fabsf(v) * LOG2E)); }
 
 INLINE float sigmoid(float v) {
     const float e = exp2_fast(-fabsf(v) * LOG2E);
-    return __fdividef(v > 0 ? 1.f : e, 1.f + e);
+    return (v > 0 ? 1.f : e) * reciprocal_fast(1.f + e);
 }
 
 // What a block and a lane work on: a channel of one scan in one segment of time, walked forwards or backwards.
 struct Place {
-    i64 b, k, s, d0, begin, end, tiles;
-    int warp, lane, c, part;  // c: channel within the warp
-    bool backwards;
+    i64 b, k, s, d0, begin, end;                // d0: the warp's first channel
+    int warp, lane, c, part, channels, tiles;  // c: channel within the warp, which has so many
+    bool backwards, alive;
     const int *order;
 
     INLINE Place(const Call &call, bool backwards) : backwards(backwards) {
         const i64 blocks = ROUND_UP(call.channels, CHANNELS);
+        warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % WIDTH, part = lane / WIDTH;
         i64 i = blockIdx.x;
-        d0 = i % blocks * CHANNELS, i /= blocks;
+        d0 = i % blocks * CHANNELS + warp * WIDTH, i /= blocks;
         k = i % call.scans, i /= call.scans;
         s = i % call.segments, b = i / call.segments;
         begin = s * call.segment, end = min(begin + call.segment, call.length), tiles = ROUND_UP(end - begin, TILE);
-        warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % WIDTH, part = lane / WIDTH;
-        d0 += warp * WIDTH;
+        channels = (int)min(max(call.channels - d0, 0LL), (i64)WIDTH), alive = c < channels;
         order = call.order ? call.order + k * call.length : 0;
     }
     INLINE i64 d() const { return d0 + c; }
-    INLINE i64 t0(i64 i) const { return begin + (backwards ? tiles - 1 - i : i) * TILE; }
+    INLINE i64 t0(int i) const { return begin + (i64)(backwards ? tiles - 1 - i : i) * TILE; }
+    INLINE int steps(int i) const { return (int)min(end - t0(i), (i64)TILE); }  // of the i-th tile
     // token visited at step threadIdx.x of the i-th tile, for the threads that stage the rows of tiles
-    INLINE int row(const Call &call, i64 i) const {
-        const i64 t = min(max(t0(i) + threadIdx.x % TILE, 0LL), call.length - 1);
+    INLINE int row(const Call &call, int i) const {
+        const i64 t = min(max(t0(i) + threadIdx.x, 0LL), call.length - 1);
         return order ? order[t] : (int)t;
     }
-    INLINE bool inside(const Call &call, i64 t, int channel) const { return t < end && d0 + channel < call.channels; }
     INLINE i64 channel(const Call &call) const { return k * call.channels + min(d(), call.channels - 1); }
+    INLINE i64 in_scan(const Call &call) const { return (b * call.scans + k) * call.channels + d(); }
     INLINE i64 in_segment(const Call &call, i64 segment) const {  // index into (batch, scans, segments, channels)
         return ((b * call.scans + k) * call.segments + segment) * call.channels + d();
     }
 };
 
-// A warp's (TILE, WIDTH) tile of one tensor: element j of a lane is step t of channel c. Neighbouring lanes take
-// neighbours in memory; with channels as neighbours a lane keeps to its own channel, steps j * SPLIT + part.
-struct Share {
-    int t, c;
-    INLINE Share(const Place &at, int j, bool by_token) {
-        const int i = j * 32 + at.lane;
-        t = by_token ? i % TILE : i / WIDTH, c = by_token ? i / TILE : i % WIDTH;
+// A warp's (TILE, WIDTH) tile of x, delta or dy. Element j of a lane is step t(j) of channel c(j): with channels as
+// neighbours in memory a lane keeps to its own channel and takes steps j * SPLIT + part; else it keeps to one step.
+// Loads are unconditional, so that all are in flight together, and stay undecoded until they are wanted.
+template <int TYPE, bool BY_TOKEN> struct Channels {
+    const char *from;
+    int token, inner, lane, channels;
+    unsigned raw[OWN];
+
+    INLINE Channels(const Call &call, const Place &at, const Strided &a)
+        : token(a.token), inner(a.inner), lane(at.lane), channels(at.channels) {
+        from = a.data + at.b * a.batch + at.k * a.scan + min(at.d0, call.channels - 1) * inner;
+        if (!BY_TOKEN) from += (i64)allowed(0) * inner;
+    }
+    INLINE int t(int j) const { return BY_TOKEN ? lane % TILE : j * SPLIT + lane / WIDTH; }
+    INLINE int c(int j) const { return BY_TOKEN ? j * (32 / TILE) + lane / TILE : lane % WIDTH; }
+    INLINE int allowed(int j) const { return min(c(j), max(channels - 1, 0)); }
+    INLINE bool inside(int j, int steps) const { return t(j) < steps && c(j) < channels; }
+    INLINE float value(int j) const { return decode<TYPE>(raw[j]); }
+    INLINE void fetch(const int *rows) {
+#pragma unroll
+        for (int j = 0; j < OWN; j++)
+            raw[j] = load<TYPE>(from + (i64)rows[t(j)] * token + (BY_TOKEN ? (i64)allowed(j) * inner : 0));
+    }
+    // Steps past the end and channels past the last get zeros: decay 1 and no input
+    template <class STEP> INLINE void publish(STEP *tile, float STEP::*field, int steps) const {
+#pragma unroll
+        for (int j = 0; j < OWN; j++) tile[t(j) * PITCH + c(j)].*field = inside(j, steps) ? value(j) : 0.f;
     }
 };
 
-// Loads are unconditional, so that all are in flight together, and stay undecoded until `publish` needs them
-template <int TYPE, bool BY_TOKEN>
-INLINE void fetch(unsigned *raw, const Call &call, const Place &at, const Strided &a, const int *rows) {
-    const i64 base = at.b * a.batch + at.k * a.scan;
-#pragma unroll
-    for (int j = 0; j < OWN; j++) {
-        const Share e(at, j, BY_TOKEN);
-        raw[j] = load<TYPE>(a.data, base + (i64)rows[e.t] * a.token + min(at.d0 + e.c, call.channels - 1) * a.inner);
-    }
-}
+// delta, with its bias and softplus
+struct Delta : Channels<DELTA_TYPE, DELTA_BY_TOKEN> {
+    float bias[OWN];
 
-template <int TYPE, bool BY_TOKEN>
-INLINE void fetch_states(unsigned *raw, const Place &at, const Strided &a, const int *rows) {
-    const i64 base = at.b * a.batch + at.k * a.scan;
+    INLINE Delta(const Call &call, const Place &at) : Channels(call, at, call.delta) {
+        const i64 first = at.k * call.channels + min(at.d0, call.channels - 1);
 #pragma unroll
-    for (int j = 0; j < PER_STATE; j++) {
-        const int i = min(threadIdx.x + j * THREADS, TILE * PADDED - 1);
-        const int t = BY_TOKEN ? i % TILE : i / PADDED, n = BY_TOKEN ? i / TILE : i % PADDED;
-        raw[j] = load<TYPE>(a.data, base + (i64)rows[t] * a.token + (i64)min(n, N - 1) * a.inner);
+        for (int j = 0; j < OWN; j++) bias[j] = call.bias ? call.bias[first + allowed(j)] : 0.f;
     }
-}
+    template <class STEP> INLINE void publish(STEP *tile, int steps) const {
+#pragma unroll
+        for (int j = 0; j < OWN; j++) {
+            STEP &step = tile[t(j) * PITCH + c(j)];
+            const float v = value(j) + bias[j], dt = SOFTPLUS ? softplus(v) : v;
+            step.dt = inside(j, steps) ? dt : 0.f;
+            if constexpr (STEP::HAS_SLOPE) step.slope = SOFTPLUS ? sigmoid(v) : 1.f;
+        }
+    }
+};
 
-template <int TYPE, bool BY_TOKEN> INLINE void publish_states(float *tile, const unsigned *raw) {
-#pragma unroll
-    for (int j = 0; j < PER_STATE; j++) {
-        const int i = threadIdx.x + j * THREADS;
-        const int t = BY_TOKEN ? i % TILE : i / PADDED, n = BY_TOKEN ? i / TILE : i % PADDED;
-        if (i < TILE * PADDED) tile[t * PADDED + n] = n < N ? decode<TYPE>(raw[j]) : 0.f;
-    }
-}
+// A tile of B or C, shared by the block
+template <int TYPE, bool BY_TOKEN> struct States {
+    const char *from;
+    int token, inner;
+    unsigned raw[PER_STATE];
 
-// Steps past the end and channels past the last get zeros: decay 1 and no input
-template <int TYPE, bool BY_TOKEN, class STEP>
-INLINE void publish(STEP *tile, float STEP::*field, const unsigned *raw, const Call &call, const Place &at, i64 t0) {
+    INLINE States(const Place &at, const Strided &a)
+        : from(a.data + at.b * a.batch + at.k * a.scan), token(a.token), inner(a.inner) {}
+    INLINE int t(int i) const { return BY_TOKEN ? i % TILE : i / PADDED; }
+    INLINE int n(int i) const { return BY_TOKEN ? i / TILE : i % PADDED; }
+    INLINE void fetch(const int *rows) {
 #pragma unroll
-    for (int j = 0; j < OWN; j++) {
-        const Share e(at, j, BY_TOKEN);
-        tile[e.t * PITCH + e.c].*field = at.inside(call, t0 + e.t, e.c) ? decode<TYPE>(raw[j]) : 0.f;
+        for (int j = 0; j < PER_STATE; j++) {
+            int i = threadIdx.x + j * THREADS;
+            if (TILE * PADDED % THREADS) i = min(i, TILE * PADDED - 1);
+            raw[j] = load<TYPE>(from + (i64)rows[t(i)] * token + (i64)min(n(i), N - 1) * inner);
+        }
     }
-}
-
-INLINE void load_bias(float *bias, const Call &call, const Place &at) {
+    INLINE void publish(float *tile) const {
 #pragma unroll
-    for (int j = 0; j < OWN; j++) {
-        const Share e(at, j, DELTA_BY_TOKEN);
-        bias[j] = call.bias ? call.bias[at.k * call.channels + min(at.d0 + e.c, call.channels - 1)] : 0.f;
+        for (int j = 0; j < PER_STATE; j++) {
+            const int i = threadIdx.x + j * THREADS;
+            if (TILE * PADDED % THREADS == 0 || i < TILE * PADDED)
+                tile[t(i) * PADDED + n(i)] = n(i) < N ? decode<TYPE>(raw[j]) : 0.f;
+        }
     }
-}
-
-template <class STEP>
-INLINE void publish_delta(STEP *tile, const unsigned *raw, const float *bias, const Call &call, const Place &at, i64 t0) {
-#pragma unroll
-    for (int j = 0; j < OWN; j++) {
-        const Share e(at, j, DELTA_BY_TOKEN);
-        const float v = decode<DELTA_TYPE>(raw[j]) + bias[j];
-        tile[e.t * PITCH + e.c].dt = at.inside(call, t0 + e.t, e.c) ? (call.softplus ? softplus(v) : v) : 0.f;
-        if constexpr (STEP::HAS_SLOPE) tile[e.t * PITCH + e.c].slope = call.softplus ? sigmoid(v) : 1.f;
-    }
-}
+};
 
 // A lane's states of its channel, from or to an array (..., channels, N); `at` indexes (..., channels)
 INLINE void load_states(float *h, const float *from, i64 at, int part, bool alive) {
     const float *p = from + at * N + part * STATES;
-    if constexpr (N % 4 == 0 && STATES % 4 == 0) {
+    if constexpr (N == PADDED && STATES % 4 == 0) {
 #pragma unroll
         for (int n = 0; n < STATES; n += 4) {
             const float4 v = alive ? *(const float4 *)(p + n) : make_float4(0.f, 0.f, 0.f, 0.f);
@@ -237,7 +239,7 @@ INLINE void load_states(float *h, const float *from, i64 at, int part, bool aliv
 
 INLINE void store_states(const float *h, float *to, i64 at, int part, bool alive) {
     float *p = to + at * N + part * STATES;
-    if constexpr (N % 4 == 0 && STATES % 4 == 0) {
+    if constexpr (N == PADDED && STATES % 4 == 0) {
 #pragma unroll
         for (int n = 0; n < STATES; n += 4)
             if (alive) *(float4 *)(p + n) = make_float4(h[n], h[n + 1], h[n + 2], h[n + 3]);
@@ -253,6 +255,18 @@ INLINE void load_decays(float *A, const Call &call, const Place &at) {
 #pragma unroll
     for (int n = 0; n < STATES; n++) A[n] *= LOG2E;
 }
+
+// A lane's place in (batch, length, scans, channels): address of token 0, and bytes to the next token
+template <int TYPE> struct Output {
+    char *to;
+    int token;
+
+    INLINE Output(const Call &call, const Place &at, char *data) : token(call.scans * call.channels * sizeof(bits)) {
+        to = data + ((at.b * call.length * call.scans + at.k) * call.channels + at.d()) * sizeof(bits);
+    }
+    INLINE void store(int row, float v) const { *(bits *)(to + (i64)row * token) = encode<TYPE>(v); }
+    typedef typename Element<TYPE>::bits bits;
+};
 
 // A level of a sum over lanes: of 2 * HALF values each lane of a pair keeps one half, and the other lane adds its own
 template <int HALF> INLINE void exchange(float *v, bool upper, int mask) {
@@ -290,111 +304,102 @@ struct alignas(8) ForwardStep {
     float dt, x;
 };
 
+// One barrier a tile: what is shared by the block has a second buffer, rows are staged two tiles ahead in a ring of 4
 INLINE void forward(const Call &c) {
-    __shared__ int rows[3][TILE];  // of the present tile, the next and the one after
+    __shared__ int rows[4][TILE];
     __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
-    __shared__ __align__(16) float B[2][TILE * PADDED], C[2][TILE * PADDED];
+    __shared__ __align__(16) float shared_B[2][TILE * PADDED], shared_C[2][TILE * PADDED];
     const Place at(c, false);
-    const bool alive = at.d() < c.channels;
+    Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x);
+    Delta delta(c, at);
+    States<B_TYPE, B_BY_TOKEN> B(at, c.B);
+    States<C_TYPE, C_BY_TOKEN> C(at, c.C);
+    const Output<X_TYPE> out(c, at, c.y);
     ForwardStep *tile = steps[at.warp];
-    float A[STATES], h[STATES] = {}, bias[OWN];
+    float A[STATES], h[STATES] = {};
     load_decays(A, c, at);
-    load_bias(bias, c, at);
-    if (c.carry) load_states(h, c.carry, at.in_segment(c, at.s), at.part, alive);
+    if (c.carry) load_states(h, c.carry, at.in_segment(c, at.s), at.part, at.alive);
     const float skip = c.D ? c.D[at.channel(c)] : 0.f;
+    const i64 tiles = ROUND_UP(c.length, TILE), first_start = (at.b * c.scans + at.k) * tiles + at.begin / TILE;
 
-    unsigned x[OWN], delta[OWN], next_B[PER_STATE], next_C[PER_STATE];
-    auto fetch_all = [&](const int *from) {
-        fetch<X_TYPE, X_BY_TOKEN>(x, c, at, c.x, from);
-        fetch<DELTA_TYPE, DELTA_BY_TOKEN>(delta, c, at, c.delta, from);
-        fetch_states<B_TYPE, B_BY_TOKEN>(next_B, at, c.B, from);
-        if (!WRITE_STARTS) fetch_states<C_TYPE, C_BY_TOKEN>(next_C, at, c.C, from);
+    auto fetch = [&](const int *from) {
+        x.fetch(from), delta.fetch(from), B.fetch(from);
+        if (!WRITE_STARTS) C.fetch(from);
     };
-    if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0);
-    int ahead = at.row(c, 1);
+    int ahead = 0;
+    if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
     __syncthreads();
-    fetch_all(rows[0]);
-    for (i64 i = 0; i < at.tiles; i++) {
-        const i64 t0 = at.t0(i);
-        const int *here = rows[i % 3];
-        const float *B_t = B[i % 2] + at.part * STATES, *C_t = C[i % 2] + at.part * STATES;
+    fetch(rows[0]);
+    for (int i = 0; i < at.tiles; i++) {
+        const int count = at.steps(i), *here = rows[i % 4];
+        const float *B_t = shared_B[i % 2] + at.part * STATES, *C_t = shared_C[i % 2] + at.part * STATES;
         __syncwarp();
-        publish_delta(tile, delta, bias, c, at, t0);
-        publish<X_TYPE, X_BY_TOKEN>(tile, &ForwardStep::x, x, c, at, t0);
-        publish_states<B_TYPE, B_BY_TOKEN>(B[i % 2], next_B);
-        if (!WRITE_STARTS) publish_states<C_TYPE, C_BY_TOKEN>(C[i % 2], next_C);
-        if (threadIdx.x < TILE) rows[(i + 1) % 3][threadIdx.x] = ahead;
+        delta.publish(tile, count);
+        x.publish(tile, &ForwardStep::x, count);
+        B.publish(shared_B[i % 2]);
+        if (!WRITE_STARTS) C.publish(shared_C[i % 2]);
+        if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
         __syncthreads();
-        fetch_all(rows[(i + 1) % 3]);
-        ahead = at.row(c, i + 2);
-        if (WRITE_STARTS) {
-            const i64 tiles = ROUND_UP(c.length, TILE);
-            store_states(h, c.starts, ((at.b * c.scans + at.k) * tiles + t0 / TILE) * c.channels + at.d(), at.part, alive);
-        }
+        fetch(rows[(i + 1) % 4]);
+        if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
+        if (WRITE_STARTS) store_states(h, c.starts, (first_start + i) * c.channels + at.d(), at.part, at.alive);
         float y[SPLIT];
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             const ForwardStep step = tile[t * PITCH + at.c];
             const float input = step.dt * step.x;
-            float out = 0.f;
+            y[t % SPLIT] = 0.f;
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
                 h[n] = decay(step.dt * A[n], t * STATES + n) * h[n] + input * B_t[t * PADDED + n];
-                if (!WRITE_STARTS) out += h[n] * C_t[t * PADDED + n];
+                if (!WRITE_STARTS) y[t % SPLIT] += h[n] * C_t[t * PADDED + n];
             }
-            y[t % SPLIT] = out;
             if (!WRITE_STARTS && t % SPLIT == SPLIT - 1) {
                 const int own = t - (SPLIT - 1) + at.part;
-                const i64 token = (at.b * c.length + here[own]) * c.scans + at.k;
                 sum_parts<SPLIT / 2>(y, at);
-                if (alive && t0 + own < at.end)
-                    store<X_TYPE>(c.y, token * c.channels + at.d(), y[0] + skip * tile[own * PITCH + at.c].x);
+                if (at.alive && own < count) out.store(here[own], y[0] + skip * tile[own * PITCH + at.c].x);
             }
         }
     }
-    if (!WRITE_STARTS && at.s == c.segments - 1)
-        store_states(h, c.last, (at.b * c.scans + at.k) * c.channels + at.d(), at.part, alive);
+    if (!WRITE_STARTS && at.s == c.segments - 1) store_states(h, c.last, at.in_scan(c), at.part, at.alive);
 }
 
 // What a segment alone passes on to the next: its last state from a zero start, sum_t exp(A sum_{i>t} dt_i) dt_t x_t B_t;
 // ADJOINT, with dy for x and C for B: to the one before, sum_t exp(A sum_{i<=t} dt_i) dy_t C_t. Walked away from the
 // receiving end, so that it can stop where every weight has underflowed to 0.
 INLINE void reach(const Call &c) {
-    __shared__ int rows[3][TILE];
+    __shared__ int rows[4][TILE];
     __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
-    __shared__ __align__(16) float B[2][TILE * PADDED];
+    __shared__ __align__(16) float shared_B[2][TILE * PADDED];
     const Place at(c, !ADJOINT);
     const i64 receiver = ADJOINT ? at.s - 1 : at.s + 1;
     if (receiver < 0 || receiver == c.segments) return;
-    const bool alive = at.d() < c.channels;
+    Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x);
+    Delta delta(c, at);
+    States<B_TYPE, B_BY_TOKEN> B(at, c.B);
     ForwardStep *tile = steps[at.warp];
-    float A[STATES], ends[STATES] = {}, bias[OWN], sum = 0.f, slowest = -__int_as_float(0x7f800000);
+    float A[STATES], ends[STATES] = {}, sum = 0.f, slowest = -__int_as_float(0x7f800000);
     load_decays(A, c, at);
-    load_bias(bias, c, at);
 #pragma unroll
     for (int n = 0; n < STATES; n++)
         if (at.part * STATES + n < N) slowest = fmaxf(slowest, A[n]);
 
-    unsigned x[OWN], delta[OWN], next_B[PER_STATE];
-    auto fetch_all = [&](const int *from) {
-        fetch<X_TYPE, X_BY_TOKEN>(x, c, at, c.x, from);
-        fetch<DELTA_TYPE, DELTA_BY_TOKEN>(delta, c, at, c.delta, from);
-        fetch_states<B_TYPE, B_BY_TOKEN>(next_B, at, c.B, from);
-    };
-    if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0);
-    int ahead = at.row(c, 1);
+    int ahead = 0;
+    if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
     __syncthreads();
-    fetch_all(rows[0]);
-    for (i64 i = 0; i < at.tiles; i++) {
-        const float *B_t = B[i % 2] + at.part * STATES;
+    x.fetch(rows[0]), delta.fetch(rows[0]), B.fetch(rows[0]);
+    for (int i = 0; i < at.tiles; i++) {
+        const int count = at.steps(i), *next = rows[(i + 1) % 4];
+        const float *B_t = shared_B[i % 2] + at.part * STATES;
         __syncwarp();
-        publish_delta(tile, delta, bias, c, at, at.t0(i));
-        publish<X_TYPE, X_BY_TOKEN>(tile, &ForwardStep::x, x, c, at, at.t0(i));
-        publish_states<B_TYPE, B_BY_TOKEN>(B[i % 2], next_B);
-        if (threadIdx.x < TILE) rows[(i + 1) % 3][threadIdx.x] = ahead;
-        if (__syncthreads_and(!alive || (c.softplus && slowest * sum < -127.f))) break;  // else steps may be negative
-        fetch_all(rows[(i + 1) % 3]);
-        ahead = at.row(c, i + 2);
+        delta.publish(tile, count);
+        x.publish(tile, &ForwardStep::x, count);
+        B.publish(shared_B[i % 2]);
+        if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
+        const bool passed = SOFTPLUS && slowest * sum < -127.f;  // without softplus later steps may be negative
+        if (__syncthreads_and(passed || !at.alive)) break;
+        x.fetch(next), delta.fetch(next), B.fetch(next);
+        if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
         float within = 0.f;
 #pragma unroll
         for (int j = 0; j < TILE; j++) {
@@ -409,8 +414,8 @@ INLINE void reach(const Call &c) {
         }
         sum += within;
     }
-    store_states(ends, c.ends, at.in_segment(c, receiver), at.part, alive);
-    if (alive && at.part == 0) c.sums[at.in_segment(c, receiver)] = sum;
+    store_states(ends, c.ends, at.in_segment(c, receiver), at.part, at.alive);
+    if (at.alive && at.part == 0) c.sums[at.in_segment(c, receiver)] = sum;
 }
 
 // ends[s] becomes the state before segment s (ADJOINT: the gradient after it); one thread a state
@@ -448,52 +453,50 @@ INLINE void backward(const Call &c) {
     // dB and dC of GROUP steps are summed over channels together: enough values for each lane to end with its own
     constexpr int GROUP = WIDTH > 2 * STATES ? WIDTH / (2 * STATES) : 1, VALUES = GROUP * 2 * STATES;
     static_assert(GROUP <= TILE, "a tile holds a group of steps");
-    __shared__ int rows[3][TILE];
+    __shared__ int rows[4][TILE];
     __shared__ __align__(16) BackwardStep steps[WARPS][TILE * PITCH];
-    __shared__ __align__(16) float B[TILE * PADDED], C[TILE * PADDED];
+    __shared__ __align__(16) float shared_B[TILE * PADDED], shared_C[TILE * PADDED];
     __shared__ float partial[WARPS][TILE * 2 * PADDED];  // dB and dC of a tile
     const Place at(c, true);
-    const bool alive = at.d() < c.channels;
+    Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x);
+    Channels<DY_TYPE, DY_BY_TOKEN> dy(c, at, c.dy);
+    Delta delta(c, at);
+    States<B_TYPE, B_BY_TOKEN> B(at, c.B);
+    States<C_TYPE, C_BY_TOKEN> C(at, c.C);
+    const Output<X_TYPE> dx(c, at, c.dx);
+    const Output<DELTA_TYPE> ddelta(c, at, c.ddelta);
+    const float *B_t = shared_B + at.part * STATES, *C_t = shared_C + at.part * STATES;
     BackwardStep *tile = steps[at.warp];
-    const float *B_t = B + at.part * STATES, *C_t = C + at.part * STATES;
-    float A[STATES], g[STATES] = {}, dA[STATES] = {}, bias[OWN], dD = 0.f, dbias = 0.f;
+    float A[STATES], g[STATES] = {}, dA[STATES] = {}, dD = 0.f, dbias = 0.f, start[STATES];
     load_decays(A, c, at);
-    load_bias(bias, c, at);
-    if (c.carry) load_states(g, c.carry, at.in_segment(c, at.s), at.part, alive);
+    if (c.carry) load_states(g, c.carry, at.in_segment(c, at.s), at.part, at.alive);
     const float skip = c.D ? c.D[at.channel(c)] : 0.f;
     const int first = first_total(VALUES / 2, at.c);
-    const i64 first_start = (at.b * c.scans + at.k) * ROUND_UP(c.length, TILE);
+    const i64 first_start = (at.b * c.scans + at.k) * ROUND_UP(c.length, TILE) + at.begin / TILE;
+    const i64 block = blockIdx.x % ROUND_UP(c.channels, CHANNELS);
+    const i64 states_at = ((block * c.batch + at.b) * c.length * c.scans + at.k) * N;  // into dB and dC, of token 0
 
-    unsigned x[OWN], delta[OWN], dy[OWN], next_B[PER_STATE], next_C[PER_STATE];
-    float start[STATES];
-    auto fetch_all = [&](i64 i, const int *from) {
-        fetch<X_TYPE, X_BY_TOKEN>(x, c, at, c.x, from);
-        fetch<DELTA_TYPE, DELTA_BY_TOKEN>(delta, c, at, c.delta, from);
-        fetch<DY_TYPE, DY_BY_TOKEN>(dy, c, at, c.dy, from);
-        fetch_states<B_TYPE, B_BY_TOKEN>(next_B, at, c.B, from);
-        fetch_states<C_TYPE, C_BY_TOKEN>(next_C, at, c.C, from);
-        load_states(start, c.starts, (first_start + max(at.t0(i), 0LL) / TILE) * c.channels + at.d(), at.part, alive);
+    auto fetch = [&](int i, const int *from) {
+        x.fetch(from), delta.fetch(from), dy.fetch(from), B.fetch(from), C.fetch(from);
+        load_states(start, c.starts, (first_start + max(at.tiles - 1 - i, 0)) * c.channels + at.d(), at.part, at.alive);
     };
-    if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0);
-    int ahead = at.row(c, 1);
+    int ahead = 0;
+    if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
     __syncthreads();
-    fetch_all(0, rows[0]);
-    for (i64 i = 0; i < at.tiles; i++) {
-        const i64 t0 = at.t0(i);
-        const int *here = rows[i % 3];
-        __syncwarp();
-        publish_delta(tile, delta, bias, c, at, t0);
-        publish<X_TYPE, X_BY_TOKEN>(tile, &BackwardStep::x, x, c, at, t0);
-        publish<DY_TYPE, DY_BY_TOKEN>(tile, &BackwardStep::dy, dy, c, at, t0);
-        publish_states<B_TYPE, B_BY_TOKEN>(B, next_B);
-        publish_states<C_TYPE, C_BY_TOKEN>(C, next_C);
-        if (threadIdx.x < TILE) rows[(i + 1) % 3][threadIdx.x] = ahead;
+    fetch(0, rows[0]);
+    for (int i = 0; i < at.tiles; i++) {
+        const int count = at.steps(i), *here = rows[i % 4];
+        delta.publish(tile, count);
+        x.publish(tile, &BackwardStep::x, count);
+        dy.publish(tile, &BackwardStep::dy, count);
+        B.publish(shared_B), C.publish(shared_C);
+        if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
         float h[TILE + 1][STATES], a[KEEP_DECAY ? TILE : 1][STATES];  // h[t]: state before step t
 #pragma unroll
         for (int n = 0; n < STATES; n++) h[0][n] = start[n];
         __syncthreads();
-        fetch_all(i + 1, rows[(i + 1) % 3]);
-        ahead = at.row(c, i + 2);
+        fetch(i + 1, rows[(i + 1) % 4]);
+        if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             const BackwardStep step = tile[t * PITCH + at.c];
@@ -537,36 +540,33 @@ INLINE void backward(const Call &c) {
                 const BackwardStep mine = tile[own * PITCH + at.c];
                 sum_parts<SPLIT / 2>(dinput, at);
                 sum_parts<SPLIT / 2>(dlog, at);
-                const float ddelta = (dinput[0] * mine.x + dlog[0] * LN2) * mine.slope;
+                const float grad = (dinput[0] * mine.x + dlog[0] * LN2) * mine.slope;
                 dD += mine.dy * mine.x;
-                if (t0 + own < at.end) dbias += ddelta;
-                const i64 token = (at.b * c.length + here[own]) * c.scans + at.k;
-                if (alive && t0 + own < at.end) {
-                    store<X_TYPE>(c.dx, token * c.channels + at.d(), dinput[0] * mine.dt + skip * mine.dy);
-                    store<DELTA_TYPE>(c.ddelta, token * c.channels + at.d(), ddelta);
+                if (at.alive && own < count) {
+                    dbias += grad;
+                    dx.store(here[own], dinput[0] * mine.dt + skip * mine.dy);
+                    ddelta.store(here[own], grad);
                 }
             }
         }
         __syncthreads();
-        const i64 block = blockIdx.x % ROUND_UP(c.channels, CHANNELS);
         for (int v = threadIdx.x; v < TILE * 2 * PADDED; v += THREADS) {
             const int t = v / (2 * PADDED), is_C = v / PADDED % 2, n = v % PADDED;
             float sum = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) sum += partial[w][v];
-            const i64 token = block * c.batch * c.length + at.b * c.length + here[t];
-            if (t0 + t < at.end && n < N) (is_C ? c.dC : c.dB)[(token * c.scans + at.k) * N + n] = sum;
+            if (t < count && n < N) (is_C ? c.dC : c.dB)[states_at + here[t] * c.scans * N + n] = sum;
         }
     }
     const i64 piece = ((at.b * c.segments + at.s) * c.scans + at.k) * c.channels + at.d();
-    store_states(dA, c.dA, piece, at.part, alive);
-    if (at.s == 0) store_states(g, c.last, (at.b * c.scans + at.k) * c.channels + at.d(), at.part, alive);
+    store_states(dA, c.dA, piece, at.part, at.alive);
+    if (at.s == 0) store_states(g, c.last, at.in_scan(c), at.part, at.alive);
 #pragma unroll
     for (int mask = WIDTH; mask < 32; mask *= 2) {
         dD += __shfl_xor_sync(~0u, dD, mask);
         dbias += __shfl_xor_sync(~0u, dbias, mask);
     }
-    if (alive && at.part == 0) c.dD[piece] = dD, c.dbias[piece] = dbias;
+    if (at.alive && at.part == 0) c.dD[piece] = dD, c.dbias[piece] = dbias;
 }
 
 template <int TYPE> struct alignas(VECTOR * sizeof(typename Element<TYPE>::bits)) Pack {
