@@ -13,6 +13,16 @@ from mambavision.kernels import nvrtc
 
 _SOURCE = pathlib.Path(__file__).with_name("scan.cu")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ENTRIES = {
+    "scan_forward": "forward<false>",
+    "scan_starts": "forward<true>",
+    "scan_reach": "reach<false>",
+    "scan_reach_back": "reach<true>",
+    "scan_carry": "carry<false>",
+    "scan_carry_back": "carry<true>",
+    "scan_backward": "backward",
+    "scan_sum": "sum",
+}
 _STRIDED = ("x", "delta", "B", "C", "dy")
 _POINTERS = ("A", "D", "bias", "carry", "order", "ends", "sums", "starts", "y", "dx", "ddelta", "last")
 _POINTERS += ("dA", "dD", "dbias", "dB", "dC")
@@ -32,6 +42,7 @@ class _Call(ctypes.Structure):
         [(n, _Strided) for n in _STRIDED]
         + [(n, ctypes.c_void_p) for n in _POINTERS]
         + [(n, ctypes.c_int64) for n in _SIZES]
+        + [("row", ctypes.c_int)]
     )
 
 
@@ -77,7 +88,7 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
     def warps(split: int) -> float:
         return batch * scans * channels * split / 32
 
-    split = max(fewest, padded // (4 if backward else 16))
+    split = min(most, max(fewest, padded // (4 if backward else 16)))
     while split < most and padded // split > 4 and warps(split) < wanted:
         split *= 2
     segments = max(1, min(math.ceil(wanted / warps(split)), length // 256))
@@ -85,10 +96,10 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
         split *= 2
     states = padded // split
     tile = 8 if states == 16 else 16
-    blocks = -(-channels * split // 128)
+    blocks = -(-channels * split // (32 if backward and padded > 64 else 128))  # 48 KB of shared memory hold them
     threads = -(-channels * split // (32 * blocks)) * 32
     segment = -(-length // (segments * tile)) * tile
-    return Plan(states, split, tile, threads, segment, keep_decay=states <= 4)
+    return Plan(states, split, tile, threads, segment, resident=(384 if backward else 512) // threads)
 
 
 def unavailable() -> str | None:
@@ -97,13 +108,13 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def _kernel(entry: str, threads: int, device: int, *defines: tuple[str, int]) -> ctypes.c_void_p:
+def _kernel(name: str, threads: int, device: int, *defines: tuple[str, int]) -> ctypes.c_void_p:
     defaults = dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT"), 1) | {"TILE": 16}
-    defaults |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "WRITE_STARTS", "ADJOINT", "IN_TYPE", "OUT_TYPE"), 0)
+    defaults |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "IN_TYPE", "OUT_TYPE"), 0)
     defaults |= {f"{n.upper()}_{what}": 0 for n in _STRIDED for what in ("TYPE", "BY_TOKEN")}
-    values = {"ENTRY": entry, "ARGUMENT": "Sum" if entry == "sum" else "Call", "THREADS": threads}
-    values |= defaults | dict(defines)
-    return nvrtc.kernel(_SOURCE, "entry", tuple(f"{n}={v}" for n, v in values.items()), device)
+    values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
+    values |= defaults | dict(defines, THREADS=threads)
+    return nvrtc.kernel(_SOURCE, name, tuple(f"{n}={v}" for n, v in values.items()), device)
 
 
 class _Scan:
@@ -116,7 +127,7 @@ class _Scan:
         self.segments = -(-length // plan.segment)
         self.blocks = -(-channels // plan.channels)
         sizes = (batch, length, K, channels, self.segments, plan.segment)
-        self.common = dict(zip(_SIZES, sizes, strict=True), order=self.order)
+        self.common = dict(zip(_SIZES, sizes, strict=True), order=self.order, row=K * channels)
         self.layout = tuple(zip(("N", "STATES", "SPLIT", "TILE"), (N, *plan[:3]), strict=True)) + (
             ("POLYNOMIAL", plan.polynomial),
             ("KEEP_DECAY", int(plan.keep_decay)),
@@ -124,24 +135,24 @@ class _Scan:
             ("SOFTPLUS", int(softplus)),
         )
 
-    def launch(self, entry: str, blocks: int | None = None, *defines: tuple[str, int], **arguments) -> None:
+    def launch(self, name: str, blocks: int | None = None, **arguments) -> None:
         """One block a (channel block, scan, segment, image), or as many as asked."""
         plan, (batch, _, K, _) = self.plan, self.shape
         call, types = _Call(), []
-        for name, value in (self.common | arguments).items():
-            if isinstance(value, Tensor) and name in _STRIDED:
+        for field, value in (self.common | arguments).items():
+            if isinstance(value, Tensor) and field in _STRIDED:
                 # in bytes; an axis of size 1 is broadcast
                 size = value.element_size()
                 strides = [s * size if n > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
                 if max(strides[1], strides[3]) >= 2**31:
-                    raise ValueError(f"{name}'s strides {value.stride()} reach 2^31 bytes: make it contiguous")
-                setattr(call, name, _Strided(value.data_ptr(), strides[0], strides[2], strides[1], strides[3]))
-                types.append((f"{name.upper()}_TYPE", _TYPES[value.dtype]))
-                types.append((f"{name.upper()}_BY_TOKEN", int(strides[1] == size != strides[3])))
+                    raise ValueError(f"{field}'s strides {value.stride()} reach 2^31 bytes: make it contiguous")
+                setattr(call, field, _Strided(value.data_ptr(), strides[0], strides[2], strides[1], strides[3]))
+                types.append((f"{field.upper()}_TYPE", _TYPES[value.dtype]))
+                types.append((f"{field.upper()}_BY_TOKEN", int(strides[1] == size != strides[3])))
             elif value is not None:
-                setattr(call, name, value.data_ptr() if isinstance(value, Tensor) else value)
+                setattr(call, field, value.data_ptr() if isinstance(value, Tensor) else value)
         device = arguments["A"].device.index
-        function = _kernel(entry, plan.threads, device, *self.layout, *types, *defines)
+        function = _kernel(name, plan.threads, device, *self.layout, *types)
         nvrtc.launch(function, blocks or self.blocks * K * self.segments * batch, plan.threads, call, device)
 
     def carries(self, boundary: Tensor | None, adjoint: bool, **arguments) -> Tensor | None:
@@ -152,10 +163,11 @@ class _Scan:
         batch, _, K, channels = self.shape
         ends = A.new_empty(batch, K, self.segments, channels, self.N)
         arguments |= dict(ends=ends, sums=A.new_empty(ends.shape[:-1]))
-        direction = ("ADJOINT", int(adjoint))
-        self.launch("reach", None, direction, **arguments)
+        back = "_back" if adjoint else ""
+        self.launch("scan_reach" + back, **arguments)
         states = batch * K * channels * self.N
-        self.launch("carry", -(-states // self.plan.threads), direction, A=A, carry=boundary, ends=ends, sums=arguments["sums"])
+        sums = arguments["sums"]
+        self.launch("scan_carry" + back, -(-states // self.plan.threads), A=A, carry=boundary, ends=ends, sums=sums)
         return ends
 
 
@@ -168,7 +180,7 @@ def _sum(source: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     defines = (("IN_TYPE", _TYPES[source.dtype]), ("OUT_TYPE", _TYPES[dtype]), ("VECTOR", vector))
     argument = _Sum(source.data_ptr(), out.data_ptr(), outer, source.shape[dim], inner)
     blocks = -(-outer * inner // (vector * threads))
-    nvrtc.launch(_kernel("sum", threads, device, *defines), blocks, threads, argument, device)
+    nvrtc.launch(_kernel("scan_sum", threads, device, *defines), blocks, threads, argument, device)
     return out
 
 
@@ -196,7 +208,7 @@ def scan(
     inputs = dict(x=x, delta=delta, A=A, bias=delta_bias)
     carry = run.carries(initial_state, False, B=B, **inputs)
     y, last = x.new_empty(delta.shape), A.new_empty(len(x), *A.shape)
-    run.launch("forward", B=B, C=C, D=D, carry=carry, y=y, last=last, **inputs)
+    run.launch("scan_forward", B=B, C=C, D=D, carry=carry, y=y, last=last, **inputs)
     if merge:
         y = y[:, :, 0] if y.shape[2] == 1 else _sum(y, 2, x.dtype)
     return y, last
@@ -227,7 +239,7 @@ def scan_backward(
 
     starts = A.new_empty(batch, K, -(-length // run.plan.tile), channels, N)
     carry = run.carries(initial_state, False, B=B, **inputs)
-    run.launch("forward", None, ("WRITE_STARTS", 1), B=B, carry=carry, starts=starts, **inputs)
+    run.launch("scan_starts", B=B, carry=carry, starts=starts, **inputs)
     carry = run.carries(grad_state, True, **inputs | dict(x=dy, B=C))
 
     dx, ddelta = x.new_empty(delta.shape), torch.empty_like(delta, memory_format=torch.contiguous_format)
@@ -236,7 +248,7 @@ def scan_backward(
     dD, dbias = (A.new_empty(batch * run.segments, K, channels) for _ in range(2))
     dinitial = A.new_empty(batch, *A.shape)
     run.launch(
-        "backward", B=B, C=C, D=D, dy=dy, carry=carry, starts=starts, last=dinitial,
+        "scan_backward", B=B, C=C, D=D, dy=dy, carry=carry, starts=starts, last=dinitial,
         dx=dx, ddelta=ddelta, dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias, **inputs,
     )  # fmt: skip
     if x.shape[2] == 1 and K > 1:

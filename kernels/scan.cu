@@ -6,8 +6,8 @@
 // Loads of the next tile are in flight while the present one is worked on. Long sequences are cut into segments that run
 // side by side: `reach` sums what a segment passes on, `carry` chains the segments, then each starts from its right state.
 //
-// Macros: ENTRY, ARGUMENT; THREADS, RESIDENT (blocks a processor), N, STATES, SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes;
-// KEEP_DECAY: the backward keeps a tile's decays rather than compute them twice; SOFTPLUS; WRITE_STARTS; ADJOINT;
+// Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor), N, STATES, SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes;
+// KEEP_DECAY: the backward keeps a tile's decays rather than compute them twice; SOFTPLUS;
 // X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE (0 float, 1 bfloat16, 2 half); X_BY_TOKEN and so on: that tensor's tokens,
 // not its channels or states, are neighbours in memory; IN_TYPE, OUT_TYPE, VECTOR of `sum`.
 
@@ -36,6 +36,7 @@ struct Call {
     float *dA, *dD, *dbias;     // (batch, segments, scans, channels, N or nothing)
     float *dB, *dC;             // (channel blocks, batch, length, scans, N)
     i64 batch, length, scans, channels, segments, segment;  // segment: its steps, a multiple of TILE
+    int row;  // scans * channels
 };
 
 struct Sum { const void *in; void *out; i64 outer, terms, inner; };
@@ -43,7 +44,7 @@ struct Sum { const void *in; void *out; i64 outer, terms, inner; };
 template <int TYPE> struct Element { typedef unsigned short bits; };
 template <> struct Element<0> { typedef unsigned bits; };
 
-template <int TYPE> INLINE unsigned load(const char *p) { return *(const typename Element<TYPE>::bits *)p; }
+template <int TYPE> INLINE unsigned load(const char *p) { return __ldg((const typename Element<TYPE>::bits *)p); }
 
 template <int TYPE> INLINE float decode(unsigned bits) {
     if (TYPE == 0) return __uint_as_float(bits);
@@ -67,6 +68,17 @@ template <int TYPE> INLINE typename Element<TYPE>::bits encode(float f) {
     const unsigned u = __float_as_uint(f);
     return f != f ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 #endif
+}
+
+// One number from here on: the compiler would add or multiply the parts of an address again at every access
+template <class P> INLINE P fixed(P address) {
+    asm("" : "+l"(address));
+    return address;
+}
+
+INLINE int fixed(int step) {
+    asm("" : "+r"(step));
+    return step;
 }
 
 INLINE float exp2_fast(float v) {
@@ -155,22 +167,20 @@ template <int TYPE, bool BY_TOKEN> struct Channels {
     INLINE Channels(const Call &call, const Place &at, const Strided &a)
         : token(a.token), inner(a.inner), lane(at.lane), channels(at.channels) {
         from = a.data + at.b * a.batch + at.k * a.scan + min(at.d0, call.channels - 1) * inner;
-        if (!BY_TOKEN) from += (i64)allowed(0) * inner;
+        from = fixed(BY_TOKEN ? from : from + (i64)allowed(0) * inner);
     }
     INLINE int t(int j) const { return BY_TOKEN ? lane % TILE : j * SPLIT + lane / WIDTH; }
     INLINE int c(int j) const { return BY_TOKEN ? j * (32 / TILE) + lane / TILE : lane % WIDTH; }
     INLINE int allowed(int j) const { return min(c(j), max(channels - 1, 0)); }
-    INLINE bool inside(int j, int steps) const { return t(j) < steps && c(j) < channels; }
     INLINE float value(int j) const { return decode<TYPE>(raw[j]); }
     INLINE void fetch(const int *rows) {
 #pragma unroll
         for (int j = 0; j < OWN; j++)
             raw[j] = load<TYPE>(from + (i64)rows[t(j)] * token + (BY_TOKEN ? (i64)allowed(j) * inner : 0));
     }
-    // Steps past the end and channels past the last get zeros: decay 1 and no input
-    template <class STEP> INLINE void publish(STEP *tile, float STEP::*field, int steps) const {
+    template <class STEP> INLINE void publish(STEP *tile, float STEP::*field) const {
 #pragma unroll
-        for (int j = 0; j < OWN; j++) tile[t(j) * PITCH + c(j)].*field = inside(j, steps) ? value(j) : 0.f;
+        for (int j = 0; j < OWN; j++) tile[t(j) * PITCH + c(j)].*field = value(j);
     }
 };
 
@@ -183,16 +193,24 @@ struct Delta : Channels<DELTA_TYPE, DELTA_BY_TOKEN> {
 #pragma unroll
         for (int j = 0; j < OWN; j++) bias[j] = call.bias ? call.bias[first + allowed(j)] : 0.f;
     }
-    template <class STEP> INLINE void publish(STEP *tile, int steps) const {
+    template <class STEP> INLINE void publish(STEP *tile) const {
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
             STEP &step = tile[t(j) * PITCH + c(j)];
-            const float v = value(j) + bias[j], dt = SOFTPLUS ? softplus(v) : v;
-            step.dt = inside(j, steps) ? dt : 0.f;
+            const float v = value(j) + bias[j];
+            step.dt = SOFTPLUS ? softplus(v) : v;
             if constexpr (STEP::HAS_SLOPE) step.slope = SOFTPLUS ? sigmoid(v) : 1.f;
         }
     }
 };
+
+// Steps past the end and channels past the last become zeros: decay 1 and no input
+template <class STEP> INLINE void blank_outside(STEP *tile, const Place &at, int steps) {
+    if (steps == TILE && at.channels == WIDTH) return;
+    __syncwarp();
+    for (int t = at.part; t < TILE; t += SPLIT)
+        if (t >= steps || !at.alive) tile[t * PITCH + at.c] = STEP();
+}
 
 // A tile of B or C, shared by the block
 template <int TYPE, bool BY_TOKEN> struct States {
@@ -201,7 +219,7 @@ template <int TYPE, bool BY_TOKEN> struct States {
     unsigned raw[PER_STATE];
 
     INLINE States(const Place &at, const Strided &a)
-        : from(a.data + at.b * a.batch + at.k * a.scan), token(a.token), inner(a.inner) {}
+        : from(fixed(a.data + at.b * a.batch + at.k * a.scan)), token(a.token), inner(a.inner) {}
     INLINE int t(int i) const { return BY_TOKEN ? i % TILE : i / PADDED; }
     INLINE int n(int i) const { return BY_TOKEN ? i / TILE : i % PADDED; }
     INLINE void fetch(const int *rows) {
@@ -261,10 +279,10 @@ template <int TYPE> struct Output {
     char *to;
     int token;
 
-    INLINE Output(const Call &call, const Place &at, char *data) : token(call.scans * call.channels * sizeof(bits)) {
-        to = data + ((at.b * call.length * call.scans + at.k) * call.channels + at.d()) * sizeof(bits);
+    INLINE Output(const Call &call, const Place &at, char *data) : token(fixed(call.row * (int)sizeof(bits))) {
+        to = fixed(data + ((at.b * call.length * call.scans + at.k) * call.channels + at.d()) * sizeof(bits));
     }
-    INLINE void store(int row, float v) const { *(bits *)(to + (i64)row * token) = encode<TYPE>(v); }
+    INLINE void store(int row, float v) const { __stwb((bits *)(to + (i64)row * token), encode<TYPE>(v)); }
     typedef typename Element<TYPE>::bits bits;
 };
 
@@ -305,7 +323,7 @@ struct alignas(8) ForwardStep {
 };
 
 // One barrier a tile: what is shared by the block has a second buffer, rows are staged two tiles ahead in a ring of 4
-INLINE void forward(const Call &c) {
+template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
     __shared__ int rows[4][TILE];
     __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
     __shared__ __align__(16) float shared_B[2][TILE * PADDED], shared_C[2][TILE * PADDED];
@@ -324,7 +342,7 @@ INLINE void forward(const Call &c) {
 
     auto fetch = [&](const int *from) {
         x.fetch(from), delta.fetch(from), B.fetch(from);
-        if (!WRITE_STARTS) C.fetch(from);
+        if (!ONLY_STARTS) C.fetch(from);
     };
     int ahead = 0;
     if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
@@ -334,15 +352,16 @@ INLINE void forward(const Call &c) {
         const int count = at.steps(i), *here = rows[i % 4];
         const float *B_t = shared_B[i % 2] + at.part * STATES, *C_t = shared_C[i % 2] + at.part * STATES;
         __syncwarp();
-        delta.publish(tile, count);
-        x.publish(tile, &ForwardStep::x, count);
+        delta.publish(tile);
+        x.publish(tile, &ForwardStep::x);
+        blank_outside(tile, at, count);
         B.publish(shared_B[i % 2]);
-        if (!WRITE_STARTS) C.publish(shared_C[i % 2]);
+        if (!ONLY_STARTS) C.publish(shared_C[i % 2]);
         if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
         __syncthreads();
         fetch(rows[(i + 1) % 4]);
         if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
-        if (WRITE_STARTS) store_states(h, c.starts, (first_start + i) * c.channels + at.d(), at.part, at.alive);
+        if (ONLY_STARTS) store_states(h, c.starts, (first_start + i) * c.channels + at.d(), at.part, at.alive);
         float y[SPLIT];
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
@@ -352,22 +371,22 @@ INLINE void forward(const Call &c) {
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
                 h[n] = decay(step.dt * A[n], t * STATES + n) * h[n] + input * B_t[t * PADDED + n];
-                if (!WRITE_STARTS) y[t % SPLIT] += h[n] * C_t[t * PADDED + n];
+                if (!ONLY_STARTS) y[t % SPLIT] += h[n] * C_t[t * PADDED + n];
             }
-            if (!WRITE_STARTS && t % SPLIT == SPLIT - 1) {
+            if (!ONLY_STARTS && t % SPLIT == SPLIT - 1) {
                 const int own = t - (SPLIT - 1) + at.part;
                 sum_parts<SPLIT / 2>(y, at);
                 if (at.alive && own < count) out.store(here[own], y[0] + skip * tile[own * PITCH + at.c].x);
             }
         }
     }
-    if (!WRITE_STARTS && at.s == c.segments - 1) store_states(h, c.last, at.in_scan(c), at.part, at.alive);
+    if (!ONLY_STARTS && at.s == c.segments - 1) store_states(h, c.last, at.in_scan(c), at.part, at.alive);
 }
 
 // What a segment alone passes on to the next: its last state from a zero start, sum_t exp(A sum_{i>t} dt_i) dt_t x_t B_t;
 // ADJOINT, with dy for x and C for B: to the one before, sum_t exp(A sum_{i<=t} dt_i) dy_t C_t. Walked away from the
 // receiving end, so that it can stop where every weight has underflowed to 0.
-INLINE void reach(const Call &c) {
+template <bool ADJOINT> INLINE void reach(const Call &c) {
     __shared__ int rows[4][TILE];
     __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
     __shared__ __align__(16) float shared_B[2][TILE * PADDED];
@@ -389,11 +408,12 @@ INLINE void reach(const Call &c) {
     __syncthreads();
     x.fetch(rows[0]), delta.fetch(rows[0]), B.fetch(rows[0]);
     for (int i = 0; i < at.tiles; i++) {
-        const int count = at.steps(i), *next = rows[(i + 1) % 4];
+        const int *next = rows[(i + 1) % 4];
         const float *B_t = shared_B[i % 2] + at.part * STATES;
         __syncwarp();
-        delta.publish(tile, count);
-        x.publish(tile, &ForwardStep::x, count);
+        delta.publish(tile);
+        x.publish(tile, &ForwardStep::x);
+        blank_outside(tile, at, at.steps(i));
         B.publish(shared_B[i % 2]);
         if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
         const bool passed = SOFTPLUS && slowest * sum < -127.f;  // without softplus later steps may be negative
@@ -419,7 +439,7 @@ INLINE void reach(const Call &c) {
 }
 
 // ends[s] becomes the state before segment s (ADJOINT: the gradient after it); one thread a state
-INLINE void carry(const Call &c) {
+template <bool ADJOINT> INLINE void carry(const Call &c) {
     const i64 row = c.channels * N, i = (i64)blockIdx.x * THREADS + threadIdx.x, scan = i / row, at = i % row;
     if (scan >= c.batch * c.scans) return;
     const float A = c.A[scan % c.scans * row + at] * LOG2E;
@@ -471,7 +491,8 @@ INLINE void backward(const Call &c) {
     load_decays(A, c, at);
     if (c.carry) load_states(g, c.carry, at.in_segment(c, at.s), at.part, at.alive);
     const float skip = c.D ? c.D[at.channel(c)] : 0.f;
-    const int first = first_total(VALUES / 2, at.c);
+    const int first = first_total(VALUES / 2, at.c), states_row = fixed((int)c.scans * N);
+    const int slot = first / STATES * PADDED + at.part * STATES + first % STATES;  // of a lane's totals in partial
     const i64 first_start = (at.b * c.scans + at.k) * ROUND_UP(c.length, TILE) + at.begin / TILE;
     const i64 block = blockIdx.x % ROUND_UP(c.channels, CHANNELS);
     const i64 states_at = ((block * c.batch + at.b) * c.length * c.scans + at.k) * N;  // into dB and dC, of token 0
@@ -486,9 +507,10 @@ INLINE void backward(const Call &c) {
     fetch(0, rows[0]);
     for (int i = 0; i < at.tiles; i++) {
         const int count = at.steps(i), *here = rows[i % 4];
-        delta.publish(tile, count);
-        x.publish(tile, &BackwardStep::x, count);
-        dy.publish(tile, &BackwardStep::dy, count);
+        delta.publish(tile);
+        x.publish(tile, &BackwardStep::x);
+        dy.publish(tile, &BackwardStep::dy);
+        blank_outside(tile, at, count);
         B.publish(shared_B), C.publish(shared_C);
         if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
         float h[TILE + 1][STATES], a[KEEP_DECAY ? TILE : 1][STATES];  // h[t]: state before step t
@@ -530,10 +552,7 @@ INLINE void backward(const Call &c) {
             if (t % GROUP == 0) {
                 sum_channels<VALUES / 2>(dBC, at);
 #pragma unroll
-                for (int v = 0; v < VALUES / WIDTH; v++) {
-                    const int value = first + v, n = value % STATES, is_C = value / STATES % 2, own = t + value / (2 * STATES);
-                    partial[at.warp][(own * 2 + is_C) * PADDED + at.part * STATES + n] = dBC[v];
-                }
+                for (int v = 0; v < VALUES / WIDTH; v++) partial[at.warp][slot + t * 2 * PADDED + v] = dBC[v];
             }
             if (t % SPLIT == 0) {
                 const int own = t + at.part;
@@ -550,12 +569,14 @@ INLINE void backward(const Call &c) {
             }
         }
         __syncthreads();
-        for (int v = threadIdx.x; v < TILE * 2 * PADDED; v += THREADS) {
-            const int t = v / (2 * PADDED), is_C = v / PADDED % 2, n = v % PADDED;
+#pragma unroll
+        for (int j = 0; j < ROUND_UP(TILE * 2 * PADDED, THREADS); j++) {
+            const unsigned v = threadIdx.x + j * THREADS, t = v / (2 * PADDED), is_C = v / PADDED % 2, n = v % PADDED;
+            if (t >= count || n >= N) continue;
             float sum = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) sum += partial[w][v];
-            if (t < count && n < N) (is_C ? c.dC : c.dB)[states_at + here[t] * c.scans * N + n] = sum;
+            (is_C ? c.dC : c.dB)[states_at + n + (i64)here[t] * states_row] = sum;
         }
     }
     const i64 piece = ((at.b * c.segments + at.s) * c.scans + at.k) * c.channels + at.d();
@@ -591,4 +612,4 @@ INLINE void sum(const Sum &s) {
     ((Pack<OUT_TYPE> *)s.out)[i] = out;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) entry(const ARGUMENT argument) { ENTRY(argument); }
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) KERNEL(const ARGUMENT argument) { ENTRY(argument); }
