@@ -4,6 +4,7 @@ import ctypes
 import functools
 import math
 import pathlib
+import struct
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from mambavision.kernels import nvrtc
 
 _SOURCE = pathlib.Path(__file__).with_name("scan.cu")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ENTRIES = {
     "scan_forward": "forward<false>",
     "scan_starts": "forward<true>",
@@ -20,40 +20,40 @@ _ENTRIES = {
     "scan_reach_back": "reach<true>",
     "scan_carry": "carry<false>",
     "scan_carry_back": "carry<true>",
-    "scan_backward": "backward",
+    "scan_backward": "backward<>",
     "scan_sum": "sum",
 }
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# scan.cu's Call and Sum: fields, then their layout
 _STRIDED = ("x", "delta", "B", "C", "dy")
 _POINTERS = ("A", "D", "bias", "carry", "order", "ends", "sums", "starts", "y", "dx", "ddelta", "last")
 _POINTERS += ("dA", "dD", "dbias", "dB", "dC")
-_SIZES = ("batch", "length", "scans", "channels", "segments", "segment")
+_CALL = struct.Struct("Pqqii" * len(_STRIDED) + "P" * len(_POINTERS) + "qqqqqqi0q")
+_SUM = struct.Struct("PPqqq")
 
 
-class _Strided(ctypes.Structure):
-    _fields_ = (
-        [("data", ctypes.c_void_p)]
-        + [(n, ctypes.c_int64) for n in ("batch", "scan")]
-        + [(n, ctypes.c_int) for n in ("token", "inner")]
-    )
+class _Strided(NamedTuple):
+    """A (batch, L, K, inner) tensor for a kernel: address, strides in bytes (0 along axes of size 1), type, whether its
+    tokens are neighbours in memory."""
+
+    address: tuple[int, int, int, int, int]
+    type: int
+    by_token: int
 
 
-class _Call(ctypes.Structure):
-    _fields_ = (
-        [(n, _Strided) for n in _STRIDED]
-        + [(n, ctypes.c_void_p) for n in _POINTERS]
-        + [(n, ctypes.c_int64) for n in _SIZES]
-        + [("row", ctypes.c_int)]
-    )
+_ABSENT = _Strided((0,) * 5, 0, 0)
 
 
-class _Sum(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in ("source", "out")] + [
-        (n, ctypes.c_int64) for n in ("outer", "terms", "inner")
-    ]
+def _strided(v: Tensor) -> _Strided:
+    size = v.element_size()
+    batch, token, scan, inner = (s * size if n > 1 else 0 for s, n in zip(v.stride(), v.shape, strict=True))
+    if max(token, inner) >= 2**31:
+        raise ValueError(f"strides {v.stride()} of a {v.dtype} tensor reach 2^31 bytes: make it contiguous")
+    return _Strided((v.data_ptr(), batch, scan, token, inner), _TYPES[v.dtype], int(token == size != inner))
 
 
 class Plan(NamedTuple):
-    """How a scan is laid over the GPU: ``split`` lanes a channel hold ``states`` each and take ``tile`` steps at once."""
+    """How a scan is laid over the GPU: ``split`` lanes a channel hold ``states`` each, ``tile`` steps at once."""
 
     states: int
     split: int
@@ -81,7 +81,7 @@ def _processors(device: int) -> int:
 
 @functools.cache
 def plan(batch: int, length: int, scans: int, channels: int, N: int, processors: int, *, backward: bool) -> Plan:
-    """Few lanes a channel while channels fill the GPU with 8 warps a processor; then segments of time, then more lanes."""
+    """Few lanes a channel while that fills the GPU with 8 warps a processor; then segments of time; then more lanes."""
     padded, wanted = _power_of_two(N), 8 * processors
     fewest, most = max(1, padded // 16), min(padded, 16)
 
@@ -108,65 +108,58 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def _kernel(name: str, threads: int, device: int, *defines: tuple[str, int]) -> ctypes.c_void_p:
-    defaults = dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT"), 1) | {"TILE": 16}
-    defaults |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "IN_TYPE", "OUT_TYPE"), 0)
-    defaults |= {f"{n.upper()}_{what}": 0 for n in _STRIDED for what in ("TYPE", "BY_TOKEN")}
+def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int]) -> ctypes.c_void_p:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
-    values |= defaults | dict(defines, THREADS=threads)
-    return nvrtc.kernel(_SOURCE, name, tuple(f"{n}={v}" for n, v in values.items()), device)
+    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT"), 1) | {"TILE": 16, "THREADS": threads}
+    values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "IN_TYPE", "OUT_TYPE"), 0)
+    values |= {f"{n.upper()}_{what}": 0 for n in _STRIDED for what in ("TYPE", "BY_TOKEN")}
+    return nvrtc.kernel(_SOURCE, name, tuple(f"{n}={v}" for n, v in (values | dict(defines)).items()), device)
+
+
+@functools.cache
+def _scan_kernel(name: str, device: int, plan: Plan, N: int, softplus: bool, views: tuple[int, ...]) -> ctypes.c_void_p:
+    """``views``: type and by_token of each of _STRIDED."""
+    defines = {"N": N, "STATES": plan.states, "SPLIT": plan.split, "TILE": plan.tile, "RESIDENT": plan.resident}
+    defines |= {"POLYNOMIAL": plan.polynomial, "KEEP_DECAY": int(plan.keep_decay), "SOFTPLUS": int(softplus)}
+    names = [f"{n.upper()}_{what}" for n in _STRIDED for what in ("TYPE", "BY_TOKEN")]
+    return _kernel(name, device, plan.threads, *defines.items(), *zip(names, views, strict=True))
 
 
 class _Scan:
-    """The arguments that all kernels of one scan share."""
+    """What all kernels of one scan share."""
 
-    def __init__(self, plan: Plan, shape: torch.Size, N: int, order: Tensor | None, softplus: bool) -> None:
-        self.plan, self.N, self.shape = plan, N, shape
-        batch, length, K, channels = shape
-        self.order = None if order is None else order.to(torch.int32).contiguous()
+    def __init__(self, plan: Plan, shape: torch.Size, A: Tensor, softplus: bool) -> None:
+        self.plan, self.softplus, self.device = plan, softplus, A.device.index
+        self.batch, length, self.K, self.channels = shape
+        self.N = A.shape[-1]
         self.segments = -(-length // plan.segment)
-        self.blocks = -(-channels // plan.channels)
-        sizes = (batch, length, K, channels, self.segments, plan.segment)
-        self.common = dict(zip(_SIZES, sizes, strict=True), order=self.order, row=K * channels)
-        self.layout = tuple(zip(("N", "STATES", "SPLIT", "TILE"), (N, *plan[:3]), strict=True)) + (
-            ("POLYNOMIAL", plan.polynomial),
-            ("KEEP_DECAY", int(plan.keep_decay)),
-            ("RESIDENT", plan.resident),
-            ("SOFTPLUS", int(softplus)),
-        )
+        self.blocks = -(-self.channels // plan.channels)
+        row = self.K * self.channels
+        self.sizes = (self.batch, length, self.K, self.channels, self.segments, plan.segment, row)
 
-    def launch(self, name: str, blocks: int | None = None, **arguments) -> None:
+    def launch(self, name: str, blocks: int | None = None, **arguments: _Strided | Tensor | None) -> None:
         """One block a (channel block, scan, segment, image), or as many as asked."""
-        plan, (batch, _, K, _) = self.plan, self.shape
-        call, types = _Call(), []
-        for field, value in (self.common | arguments).items():
-            if isinstance(value, Tensor) and field in _STRIDED:
-                # in bytes; an axis of size 1 is broadcast
-                size = value.element_size()
-                strides = [s * size if n > 1 else 0 for s, n in zip(value.stride(), value.shape, strict=True)]
-                if max(strides[1], strides[3]) >= 2**31:
-                    raise ValueError(f"{field}'s strides {value.stride()} reach 2^31 bytes: make it contiguous")
-                setattr(call, field, _Strided(value.data_ptr(), strides[0], strides[2], strides[1], strides[3]))
-                types.append((f"{field.upper()}_TYPE", _TYPES[value.dtype]))
-                types.append((f"{field.upper()}_BY_TOKEN", int(strides[1] == size != strides[3])))
-            elif value is not None:
-                setattr(call, field, value.data_ptr() if isinstance(value, Tensor) else value)
-        device = arguments["A"].device.index
-        function = _kernel(name, plan.threads, device, *self.layout, *types)
-        nvrtc.launch(function, blocks or self.blocks * K * self.segments * batch, plan.threads, call, device)
+        values, views = [], []
+        for field in _STRIDED:
+            view = arguments.get(field, _ABSENT)
+            values += view.address
+            views += view[1:]
+        for field in _POINTERS:
+            tensor = arguments.get(field)
+            values.append(0 if tensor is None else tensor.data_ptr())
+        function = _scan_kernel(name, self.device, self.plan, self.N, self.softplus, tuple(views))
+        blocks = blocks or self.blocks * self.K * self.segments * self.batch
+        nvrtc.launch(function, blocks, self.plan.threads, _CALL.pack(*values, *self.sizes), self.device)
 
     def carries(self, boundary: Tensor | None, adjoint: bool, **arguments) -> Tensor | None:
         """State before each segment, (batch, K, segments, D, N); ``adjoint``: gradient of the state after each."""
         if self.segments == 1:
             return boundary
-        A = arguments["A"]
-        batch, _, K, channels = self.shape
-        ends = A.new_empty(batch, K, self.segments, channels, self.N)
-        arguments |= dict(ends=ends, sums=A.new_empty(ends.shape[:-1]))
-        back = "_back" if adjoint else ""
-        self.launch("scan_reach" + back, **arguments)
-        states = batch * K * channels * self.N
-        sums = arguments["sums"]
+        A, back = arguments["A"], "_back" if adjoint else ""
+        ends = A.new_empty(self.batch, self.K, self.segments, self.channels, self.N)
+        sums = A.new_empty(ends.shape[:-1])
+        self.launch("scan_reach" + back, ends=ends, sums=sums, **arguments)
+        states = self.batch * self.K * self.channels * self.N
         self.launch("scan_carry" + back, -(-states // self.plan.threads), A=A, carry=boundary, ends=ends, sums=sums)
         return ends
 
@@ -175,17 +168,20 @@ def _sum(source: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Sum over one axis of a contiguous tensor, in float32 and in order."""
     outer, inner = math.prod(source.shape[:dim]), math.prod(source.shape[dim + 1 :])
     out = source.new_empty(source.shape[:dim] + source.shape[dim + 1 :], dtype=dtype)
-    vector = math.gcd(inner, 16 // source.element_size())
-    threads, device = 256, source.device.index
-    defines = (("IN_TYPE", _TYPES[source.dtype]), ("OUT_TYPE", _TYPES[dtype]), ("VECTOR", vector))
-    argument = _Sum(source.data_ptr(), out.data_ptr(), outer, source.shape[dim], inner)
+    vector, threads, device = math.gcd(inner, 16 // source.element_size()), 256, source.device.index
+    types = (("IN_TYPE", _TYPES[source.dtype]), ("OUT_TYPE", _TYPES[dtype]), ("VECTOR", vector))
+    argument = _SUM.pack(source.data_ptr(), out.data_ptr(), outer, source.shape[dim], inner)
     blocks = -(-outer * inner // (vector * threads))
-    nvrtc.launch(_kernel("scan_sum", threads, device, *defines), blocks, threads, argument, device)
+    nvrtc.launch(_kernel("scan_sum", device, threads, *types), blocks, threads, argument, device)
     return out
 
 
 def _parameters(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if v is None else v.detach().float().contiguous() for v in tensors]
+
+
+def _order(order: Tensor | None) -> Tensor | None:
+    return None if order is None else order.to(torch.int32).contiguous()
 
 
 def scan(
@@ -202,13 +198,13 @@ def scan(
     merge: bool,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`reference.scan`, for float32, bfloat16 and float16 on an NVIDIA GPU, N up to 128."""
-    N = A.shape[-1]
     A, D, delta_bias, initial_state = _parameters(A, D, delta_bias, initial_state)
-    run = _Scan(plan(*delta.shape, N, _processors(x.device.index), backward=False), delta.shape, N, order, delta_softplus)
-    inputs = dict(x=x, delta=delta, A=A, bias=delta_bias)
-    carry = run.carries(initial_state, False, B=B, **inputs)
+    chosen = plan(*delta.shape, A.shape[-1], _processors(x.device.index), backward=False)
+    run = _Scan(chosen, delta.shape, A, delta_softplus)
+    inputs = dict(x=_strided(x), delta=_strided(delta), A=A, B=_strided(B), bias=delta_bias, order=_order(order))
+    carry = run.carries(initial_state, False, **inputs)
     y, last = x.new_empty(delta.shape), A.new_empty(len(x), *A.shape)
-    run.launch("scan_forward", B=B, C=C, D=D, carry=carry, y=y, last=last, **inputs)
+    run.launch("scan_forward", C=_strided(C), D=D, carry=carry, y=y, last=last, **inputs)
     if merge:
         y = y[:, :, 0] if y.shape[2] == 1 else _sum(y, 2, x.dtype)
     return y, last
@@ -233,14 +229,15 @@ def scan_backward(
     batch, length, K, channels = delta.shape
     N = A.shape[-1]
     A, D, delta_bias, initial_state, grad_state = _parameters(A, D, delta_bias, initial_state, grad_state)
-    run = _Scan(plan(*delta.shape, N, _processors(x.device.index), backward=True), delta.shape, N, order, delta_softplus)
-    dy = (grad_y[:, :, None] if merge else grad_y).expand(batch, length, -1, channels)
-    inputs = dict(x=x, delta=delta, A=A, bias=delta_bias)
+    run = _Scan(plan(*delta.shape, N, _processors(x.device.index), backward=True), delta.shape, A, delta_softplus)
+    dy = _strided((grad_y[:, :, None] if merge else grad_y).expand(batch, length, -1, channels))
+    inputs = dict(x=_strided(x), delta=_strided(delta), A=A, B=_strided(B), bias=delta_bias, order=_order(order))
+    C_view = _strided(C)
 
     starts = A.new_empty(batch, K, -(-length // run.plan.tile), channels, N)
-    carry = run.carries(initial_state, False, B=B, **inputs)
-    run.launch("scan_starts", B=B, carry=carry, starts=starts, **inputs)
-    carry = run.carries(grad_state, True, **inputs | dict(x=dy, B=C))
+    carry = run.carries(initial_state, False, **inputs)
+    run.launch("scan_starts", carry=carry, starts=starts, **inputs)
+    carry = run.carries(grad_state, True, **inputs | dict(x=dy, B=C_view))
 
     dx, ddelta = x.new_empty(delta.shape), torch.empty_like(delta, memory_format=torch.contiguous_format)
     dB, dC = (A.new_empty(run.blocks, batch, length, K, N) for _ in range(2))
@@ -248,7 +245,7 @@ def scan_backward(
     dD, dbias = (A.new_empty(batch * run.segments, K, channels) for _ in range(2))
     dinitial = A.new_empty(batch, *A.shape)
     run.launch(
-        "scan_backward", B=B, C=C, D=D, dy=dy, carry=carry, starts=starts, last=dinitial,
+        "scan_backward", C=C_view, D=D, dy=dy, carry=carry, starts=starts, last=dinitial,
         dx=dx, ddelta=ddelta, dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias, **inputs,
     )  # fmt: skip
     if x.shape[2] == 1 and K > 1:

@@ -105,9 +105,9 @@ def kernel(source: pathlib.Path, name: str, defines: tuple[str, ...], device: in
     return function
 
 
-def launch(function: ctypes.c_void_p, blocks: int, threads: int, argument: ctypes.Structure, device: int) -> None:
+def launch(function: ctypes.c_void_p, blocks: int, threads: int, argument: bytes, device: int) -> None:
     """Launch on torch's current stream of a device with one argument, passed by value."""
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+    arguments = (ctypes.c_char_p * 1)(argument)
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     with torch.cuda.device(device):
         result = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, None)

@@ -1,15 +1,16 @@
 // The selective scan on NVIDIA GPUs: forward and backward, any scan order and strides.
 //
-// Compiled by cuda.py through NVRTC, one ENTRY at a time. A channel's states are spread over SPLIT lanes of STATES each,
-// so that a warp walks WIDTH = 32 / SPLIT channels of one scan through time, TILE steps at once. In a tile a lane loads,
-// activates and stores only OWN = TILE / SPLIT steps of its channel; shared memory hands them to the lanes that need them.
-// Loads of the next tile are in flight while the present one is worked on. Long sequences are cut into segments that run
-// side by side: `reach` sums what a segment passes on, `carry` chains the segments, then each starts from its right state.
+// Compiled by cuda.py through NVRTC, one ENTRY at a time. A channel's states are spread over SPLIT lanes of STATES
+// each, so a warp walks WIDTH = 32 / SPLIT channels of one scan through time, TILE steps at once. Of a tile, a lane
+// loads, activates and stores only OWN = TILE / SPLIT steps of its channel; shared memory hands them to the lanes that
+// need them. Loads of the next tile are in flight while the present one is worked on. Long sequences are cut into
+// segments that run side by side: `reach` sums what each passes on, `carry` chains them, then all start right.
 //
-// Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor), N, STATES, SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes;
-// KEEP_DECAY: the backward keeps a tile's decays rather than compute them twice; SOFTPLUS;
-// X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE (0 float, 1 bfloat16, 2 half); X_BY_TOKEN and so on: that tensor's tokens,
-// not its channels or states, are neighbours in memory; IN_TYPE, OUT_TYPE, VECTOR of `sum`.
+// Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); N, STATES,
+// SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes; KEEP_DECAY: the backward keeps a tile's decays
+// rather than compute them twice; SOFTPLUS; X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE (0 float, 1 bfloat16, 2 half);
+// X_BY_TOKEN and so on: that tensor's tokens, not its channels or states, are neighbours in memory; and for `sum`
+// IN_TYPE, OUT_TYPE, VECTOR.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -29,7 +30,7 @@ struct Call {
     const float *A, *D, *bias;
     const float *carry;  // (batch, scans, segments, channels, N) or null: state before, or gradient after, each segment
     const int *order;    // (scans, length) or null
-    float *ends, *sums;  // as carry, and (batch, scans, segments, channels): what each segment receives from its neighbour
+    float *ends, *sums;  // as carry, and (batch, scans, segments, channels): what a segment receives from its neighbour
     float *starts;       // (batch, scans, tiles, channels, N): state before each tile
     char *y, *dx, *ddelta;      // (batch, length, scans, channels)
     float *last;                // (batch, scans, channels, N): last state, or gradient of the initial state
@@ -70,15 +71,17 @@ template <int TYPE> INLINE typename Element<TYPE>::bits encode(float f) {
 #endif
 }
 
-// One number from here on: the compiler would add or multiply the parts of an address again at every access
-template <class P> INLINE P fixed(P address) {
-    asm("" : "+l"(address));
-    return address;
+// A pointer kept whole: the compiler would rather add its parts again at every access
+template <class P> INLINE P *whole(P *p) {
+    asm("" : "+l"(p));
+    return p;
 }
 
-INLINE int fixed(int step) {
-    asm("" : "+r"(step));
-    return step;
+// row * bytes in one instruction, also where the compiler has widened bytes before a loop
+INLINE i64 offset(int row, int bytes) {
+    i64 product;
+    asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(row), "r"(bytes));
+    return product;
 }
 
 INLINE float exp2_fast(float v) {
@@ -167,7 +170,7 @@ template <int TYPE, bool BY_TOKEN> struct Channels {
     INLINE Channels(const Call &call, const Place &at, const Strided &a)
         : token(a.token), inner(a.inner), lane(at.lane), channels(at.channels) {
         from = a.data + at.b * a.batch + at.k * a.scan + min(at.d0, call.channels - 1) * inner;
-        from = fixed(BY_TOKEN ? from : from + (i64)allowed(0) * inner);
+        from = whole(BY_TOKEN ? from : from + (i64)allowed(0) * inner);
     }
     INLINE int t(int j) const { return BY_TOKEN ? lane % TILE : j * SPLIT + lane / WIDTH; }
     INLINE int c(int j) const { return BY_TOKEN ? j * (32 / TILE) + lane / TILE : lane % WIDTH; }
@@ -176,7 +179,7 @@ template <int TYPE, bool BY_TOKEN> struct Channels {
     INLINE void fetch(const int *rows) {
 #pragma unroll
         for (int j = 0; j < OWN; j++)
-            raw[j] = load<TYPE>(from + (i64)rows[t(j)] * token + (BY_TOKEN ? (i64)allowed(j) * inner : 0));
+            raw[j] = load<TYPE>(from + offset(rows[t(j)], token) + (BY_TOKEN ? offset(allowed(j), inner) : 0));
     }
     template <class STEP> INLINE void publish(STEP *tile, float STEP::*field) const {
 #pragma unroll
@@ -186,18 +189,18 @@ template <int TYPE, bool BY_TOKEN> struct Channels {
 
 // delta, with its bias and softplus
 struct Delta : Channels<DELTA_TYPE, DELTA_BY_TOKEN> {
-    float bias[OWN];
+    float bias[DELTA_BY_TOKEN ? OWN : 1];  // of the channel of element j
 
     INLINE Delta(const Call &call, const Place &at) : Channels(call, at, call.delta) {
         const i64 first = at.k * call.channels + min(at.d0, call.channels - 1);
 #pragma unroll
-        for (int j = 0; j < OWN; j++) bias[j] = call.bias ? call.bias[first + allowed(j)] : 0.f;
+        for (int j = 0; j < (DELTA_BY_TOKEN ? OWN : 1); j++) bias[j] = call.bias ? call.bias[first + allowed(j)] : 0.f;
     }
     template <class STEP> INLINE void publish(STEP *tile) const {
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
             STEP &step = tile[t(j) * PITCH + c(j)];
-            const float v = value(j) + bias[j];
+            const float v = value(j) + bias[DELTA_BY_TOKEN ? j : 0];
             step.dt = SOFTPLUS ? softplus(v) : v;
             if constexpr (STEP::HAS_SLOPE) step.slope = SOFTPLUS ? sigmoid(v) : 1.f;
         }
@@ -219,7 +222,7 @@ template <int TYPE, bool BY_TOKEN> struct States {
     unsigned raw[PER_STATE];
 
     INLINE States(const Place &at, const Strided &a)
-        : from(fixed(a.data + at.b * a.batch + at.k * a.scan)), token(a.token), inner(a.inner) {}
+        : from(whole(a.data + at.b * a.batch + at.k * a.scan)), token(a.token), inner(a.inner) {}
     INLINE int t(int i) const { return BY_TOKEN ? i % TILE : i / PADDED; }
     INLINE int n(int i) const { return BY_TOKEN ? i / TILE : i % PADDED; }
     INLINE void fetch(const int *rows) {
@@ -227,7 +230,7 @@ template <int TYPE, bool BY_TOKEN> struct States {
         for (int j = 0; j < PER_STATE; j++) {
             int i = threadIdx.x + j * THREADS;
             if (TILE * PADDED % THREADS) i = min(i, TILE * PADDED - 1);
-            raw[j] = load<TYPE>(from + (i64)rows[t(i)] * token + (i64)min(n(i), N - 1) * inner);
+            raw[j] = load<TYPE>(from + offset(rows[t(i)], token) + offset(min(n(i), N - 1), inner));
         }
     }
     INLINE void publish(float *tile) const {
@@ -279,10 +282,10 @@ template <int TYPE> struct Output {
     char *to;
     int token;
 
-    INLINE Output(const Call &call, const Place &at, char *data) : token(fixed(call.row * (int)sizeof(bits))) {
-        to = fixed(data + ((at.b * call.length * call.scans + at.k) * call.channels + at.d()) * sizeof(bits));
+    INLINE Output(const Call &call, const Place &at, char *data) : token(call.row * (int)sizeof(bits)) {
+        to = whole(data + ((at.b * call.length * call.scans + at.k) * call.channels + at.d()) * sizeof(bits));
     }
-    INLINE void store(int row, float v) const { __stwb((bits *)(to + (i64)row * token), encode<TYPE>(v)); }
+    INLINE void store(int row, float v) const { __stwb((bits *)(to + offset(row, token)), encode<TYPE>(v)); }
     typedef typename Element<TYPE>::bits bits;
 };
 
@@ -383,9 +386,9 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
     if (!ONLY_STARTS && at.s == c.segments - 1) store_states(h, c.last, at.in_scan(c), at.part, at.alive);
 }
 
-// What a segment alone passes on to the next: its last state from a zero start, sum_t exp(A sum_{i>t} dt_i) dt_t x_t B_t;
-// ADJOINT, with dy for x and C for B: to the one before, sum_t exp(A sum_{i<=t} dt_i) dy_t C_t. Walked away from the
-// receiving end, so that it can stop where every weight has underflowed to 0.
+// What a segment alone passes on to the next: its last state from a zero start, sum_t exp(A sum_{i>t} dt_i) dt_t x_t
+// B_t; ADJOINT, with dy for x and C for B: to the one before, sum_t exp(A sum_{i<=t} dt_i) dy_t C_t. Walked away from
+// the receiving end, so that it can stop where every weight has underflowed to 0.
 template <bool ADJOINT> INLINE void reach(const Call &c) {
     __shared__ int rows[4][TILE];
     __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
@@ -469,9 +472,9 @@ struct alignas(16) BackwardStep {
 
 // With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. Tiles from the last to the first; a tile's states are
 // recomputed from its start and stay in registers.
-INLINE void backward(const Call &c) {
-    // dB and dC of GROUP steps are summed over channels together: enough values for each lane to end with its own
-    constexpr int GROUP = WIDTH > 2 * STATES ? WIDTH / (2 * STATES) : 1, VALUES = GROUP * 2 * STATES;
+// dB and dC of GROUP steps are summed over channels together: enough values for each lane to end with its own.
+template <int GROUP = (WIDTH > 2 * STATES ? WIDTH / (2 * STATES) : 1)> INLINE void backward(const Call &c) {
+    constexpr int VALUES = GROUP * 2 * STATES;
     static_assert(GROUP <= TILE, "a tile holds a group of steps");
     __shared__ int rows[4][TILE];
     __shared__ __align__(16) BackwardStep steps[WARPS][TILE * PITCH];
@@ -491,7 +494,7 @@ INLINE void backward(const Call &c) {
     load_decays(A, c, at);
     if (c.carry) load_states(g, c.carry, at.in_segment(c, at.s), at.part, at.alive);
     const float skip = c.D ? c.D[at.channel(c)] : 0.f;
-    const int first = first_total(VALUES / 2, at.c), states_row = fixed((int)c.scans * N);
+    const int first = first_total(VALUES / 2, at.c), states_row = (int)c.scans * N * 4;
     const int slot = first / STATES * PADDED + at.part * STATES + first % STATES;  // of a lane's totals in partial
     const i64 first_start = (at.b * c.scans + at.k) * ROUND_UP(c.length, TILE) + at.begin / TILE;
     const i64 block = blockIdx.x % ROUND_UP(c.channels, CHANNELS);
@@ -576,7 +579,7 @@ INLINE void backward(const Call &c) {
             float sum = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) sum += partial[w][v];
-            (is_C ? c.dC : c.dB)[states_at + n + (i64)here[t] * states_row] = sum;
+            *(float *)((char *)((is_C ? c.dC : c.dB) + states_at + n) + offset(here[t], states_row)) = sum;
         }
     }
     const i64 piece = ((at.b * c.segments + at.s) * c.scans + at.k) * c.channels + at.d();

@@ -330,6 +330,51 @@ def test_offsets_beyond_32_bits(backend):
             assert torch.equal(whole[one], alone)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_batch_beyond_65535(backend):
+    """More images than a grid's y and z axes hold blocks."""
+    batch, length, dim = 70_000, 3, 5
+    g = torch.Generator("cuda").manual_seed(0)
+    u, delta = (torch.randn(batch, dim, length, generator=g, device="cuda") for _ in range(2))
+    B, C = (torch.randn(batch, 2, length, generator=g, device="cuda") for _ in range(2))
+    A = -torch.rand(dim, 2, generator=g, device="cuda")
+    fast, exact = (selective_scan(u, delta.abs(), A, B, C, backend=name) for name in (backend, "reference"))
+    torch.testing.assert_close(fast, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [Case(4096, 16, "bf16", 33), Case(3000, 16, "fp32", 96, "selective_scan")], ids=str)
+def test_segments_of_a_long_sequence_on_cuda(case):
+    """One image's few channels: the sequence is cut into segments that run side by side."""
+    check(case, "cuda", "cuda")
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_forward_and_backward():
+    case = Case(1134, 16, "bf16", 33)
+    args = {k: v.to("cuda") for k, v in make(case).items()}
+    leaves = {k: v.clone().requires_grad_() for k, v in args.items()}
+    r = torch.randn(2, 1134, 33, device="cuda", dtype=torch.bfloat16)
+
+    def step():
+        y = multi_scan(**leaves, orders=case.orders, grid=GRIDS[1134], backend="cuda")
+        return y, *torch.autograd.grad(y, list(leaves.values()), r)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # kernels are compiled outside the graph
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves["x"].mul_(0.5)
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
 def main(backend: str) -> None:
     torch.set_num_threads(1)
     results = {}
