@@ -3,17 +3,15 @@
 import ctypes
 import functools
 import pathlib
+import struct
 
 import torch
 from torch import Tensor
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class _Array(ctypes.Structure):
-    """A strided view of up to four axes (batch, token, scan, channel or state); strides count elements."""
-
-    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 4), ("dtype", ctypes.c_int)]
+_NO_ARRAY = (0,) * 6
+# scan.c's Call: 10 numbers, 7 arrays (address, four strides, dtype) and 16 addresses, 8 bytes each
+_pack = struct.Struct("68q").pack
 
 
 @functools.cache
@@ -27,6 +25,7 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(found[0]))
         for name in ("scan_forward", "scan_backward"):
             getattr(library, name).restype = None
+            getattr(library, name).argtypes = [ctypes.c_char_p]
         return library
     except (OSError, AttributeError) as error:
         return f"{found[0].name} cannot be loaded: {error}"
@@ -38,25 +37,32 @@ def unavailable() -> str | None:
     return library if isinstance(library, str) else None
 
 
-def _array(v: Tensor | None) -> _Array:
-    if v is None:
-        return _Array(None, (ctypes.c_int64 * 4)(), 0)
-    strides = [s if n > 1 else 0 for s, n in zip(v.stride(), v.shape, strict=True)]
-    return _Array(v.data_ptr(), (ctypes.c_int64 * 4)(*strides), _DTYPES[v.dtype])
+def _array(v: Tensor) -> tuple[int, ...]:
+    """Address, strides over (batch, token, scan, channel or state) in elements, dtype."""
+    return v.data_ptr(), *v.stride(), _DTYPES[v.dtype]
+
+
+def _merged(v: Tensor) -> tuple[int, ...]:
+    """The same for (batch, token, channel), which all scans share."""
+    batch, token, channel = v.stride()
+    return v.data_ptr(), batch, token, 0, channel, _DTYPES[v.dtype]
 
 
 def _fp32(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.detach().to(torch.float32).contiguous()
+    if v is None or (v.dtype == torch.float32 and v.is_contiguous()):
+        return v
+    return v.detach().to(torch.float32).contiguous()
 
 
-def _pointer(v: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if v is None else v.data_ptr())
+def _address(v: Tensor | None) -> int:
+    return 0 if v is None else v.data_ptr()
 
 
-def _sizes(x: Tensor, delta: Tensor, A: Tensor) -> tuple[ctypes.c_int64 * 6, int]:
-    batch, length, K, channels = delta.shape
-    sizes = (batch, length, K, channels, A.shape[-1], x.shape[2])
-    return (ctypes.c_int64 * 6)(*sizes), torch.get_num_threads()
+def _packed(v: Tensor) -> Tensor | None:
+    """Room for B or C as float32 with consecutive states, unless it is that already."""
+    if v.dtype == torch.float32 and (v.stride(3) == 1 or v.shape[3] == 1):
+        return None
+    return v.new_empty(v.shape, dtype=torch.float32)
 
 
 def scan(
@@ -74,20 +80,25 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`reference.scan`, for float32, bfloat16 and float16 on the CPU."""
     batch, length, K, channels = delta.shape
+    N = A.shape[2]
     A, D, delta_bias, initial_state = _fp32(A), _fp32(D), _fp32(delta_bias), _fp32(initial_state)
-    B, C = B.contiguous(), C.contiguous()  # small, and read once a channel block
-    y = x.new_empty(batch, length, channels, dtype=torch.float32) if merge else x.new_empty(delta.shape)
-    state = A.new_empty(batch, *A.shape)
-    sizes, threads = _sizes(x, delta, A)
+    packed_B, packed_C = _packed(B), _packed(C)
+    if merge:  # scans add up in y, so in float32 where there are several
+        y = x.new_empty(batch, length, channels, dtype=torch.float32 if K > 1 else x.dtype)
+    else:
+        y = x.new_empty(delta.shape)
+    state = A.new_empty(batch, K, channels, N)
+    threads = torch.get_num_threads()
     _library().scan_forward(
-        sizes,
-        ctypes.c_int(threads),
-        ctypes.c_int(delta_softplus),
-        ctypes.c_int(merge),
-        *(ctypes.byref(_array(v)) for v in (x, delta, B, C, y[:, :, None] if merge else y)),
-        *(_pointer(v) for v in (A, D, delta_bias, initial_state, order, state)),
+        _pack(
+            *(batch, length, K, channels, N, x.shape[2], threads, delta_softplus, merge, 1),
+            *(*_array(x), *_array(delta), *_array(B), *_array(C), *(_merged(y) if merge else _array(y))),
+            *(*_NO_ARRAY, *_NO_ARRAY),
+            *(_address(v) for v in (A, D, delta_bias, initial_state, order, packed_B, packed_C, state)),
+            *(0,) * 8,
+        )
     )
-    return y.to(x.dtype) if merge else y, state
+    return y.to(x.dtype), state
 
 
 def scan_backward(
@@ -110,26 +121,28 @@ def scan_backward(
     States are recomputed from a zero or given start, chunk by chunk; nothing but the inputs is kept from the forward.
     """
     batch, length, K, channels = delta.shape
-    N = A.shape[-1]
+    N = A.shape[2]
     A, D, delta_bias = _fp32(A), _fp32(D), _fp32(delta_bias)
-    B, C = B.contiguous(), C.contiguous()
     initial_state, grad_state = _fp32(initial_state), _fp32(grad_state)
-    sizes, threads = _sizes(x, delta, A)
+    packed_B, packed_C = _packed(B), _packed(C)
+    threads = torch.get_num_threads()
     blocks = -(-channels // 16)
     splits = max(1, min(blocks, -(-threads // (batch * K))))  # channel blocks per scan that run side by side
-    dx = A.new_empty(delta.shape)
+    dx = A.new_empty(delta.shape, dtype=x.dtype if x.shape[2] == K else torch.float32)
     ddelta = torch.empty_like(delta, memory_format=torch.contiguous_format)
     dB, dC = (A.new_zeros(splits, batch, length, K, N) for _ in range(2))
     dA, dD, dbias, dstate = (A.new_empty(batch, *shape) for shape in (A.shape, A.shape[:2], A.shape[:2], A.shape))
-    scratch = A.new_empty(threads, -(-length // 16), N, 16)
+    starts = A.new_empty(threads, -(-length // 16), N, 16)
     _library().scan_backward(
-        sizes,
-        ctypes.c_int(threads),
-        ctypes.c_int(delta_softplus),
-        ctypes.c_int(splits),
-        *(ctypes.byref(_array(v)) for v in (x, delta, B, C, grad_y[:, :, None] if merge else grad_y, dx, ddelta)),
-        *(_pointer(v) for v in (A, D, delta_bias, initial_state, order, grad_state)),
-        *(_pointer(v) for v in (dA, dB, dC, dD, dbias, dstate, scratch)),
+        _pack(
+            *(batch, length, K, channels, N, x.shape[2], threads, delta_softplus, merge, splits),
+            *(*_array(x), *_array(delta), *_array(B), *_array(C), *(_merged(grad_y) if merge else _array(grad_y))),
+            *(*_array(dx), *_array(ddelta)),
+            *(_address(v) for v in (A, D, delta_bias, initial_state, order, packed_B, packed_C, None, grad_state)),
+            *(_address(v) for v in (dA, dB, dC, dD, dbias, dstate, starts)),
+        )
     )
     dx = dx.sum(2, keepdim=True) if x.shape[2] == 1 and K > 1 else dx
-    return dx, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dbias.sum(0), dstate
+    dB, dC = (v[0] if splits == 1 else v.sum(0) for v in (dB, dC))
+    dA, dD, dbias = (v[0] if batch == 1 else v.sum(0) for v in (dA, dD, dbias))
+    return dx, ddelta, dA, dB, dC, dD, dbias, dstate

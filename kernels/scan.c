@@ -2,7 +2,8 @@
  *
  * A task walks one block of 16 channels through time with the state in registers. Tiles of TILE steps are staged in
  * local arrays: staging is where the scan order, the strides and the element type are dealt with, so the arithmetic
- * below sees only float vectors, one lane a channel. Lanes past the last channel hold zeros.
+ * below sees only float vectors, one lane a channel. Lanes past the last channel hold zeros. B and C are read in place
+ * where their states are consecutive floats, and packed that way first where they are not.
  *
  * Needs GCC or Clang (vector extensions); OpenMP is used if enabled. Called by cpu.py through ctypes. */
 
@@ -16,6 +17,9 @@
 
 #define LANES 16
 #define TILE 16
+#ifndef FORWARD_TILE
+#define FORWARD_TILE 64
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define LOG2E 1.44269504088896f
 #define LN2 0.693147180559945f
@@ -42,12 +46,26 @@
 
 typedef float vfloat __attribute__((vector_size(4 * LANES)));
 typedef int32_t vint __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vuint __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * LANES)));
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 /* axes: batch, token, scan, channel (or state); strides in elements */
-typedef struct { void *data; int64_t stride[4]; int dtype; } Array;
-typedef struct { int64_t batch, length, scans, channels, states, x_scans; } Sizes;
+typedef struct { void *data; int64_t stride[4]; int64_t dtype; } Array;
+
+/* What cpu.py packs: 8 bytes a field, in this order; null where a call has no such tensor */
+typedef struct {
+    int64_t batch, length, scans, channels, states, x_scans, threads, softplus, merge, splits;
+    Array x, delta, B, C, y; /* y: the output, or the gradient of it */
+    Array dx, ddelta;
+    const float *A, *D, *bias, *initial;
+    const int32_t *order;
+    float *packed_B, *packed_C; /* (batch, length, scans, states), used where B or C cannot be read in place */
+    float *state;
+    const float *dstate_last;
+    float *dA, *dB, *dC, *dD, *dbias, *dinitial, *starts;
+} Call;
 
 /* ---------------------------------------------------------------- elements */
 
@@ -92,6 +110,27 @@ INLINE void put(float *p, vfloat v) { memcpy(p, &v, sizeof v); }
 INLINE vfloat all(float f) { return f - (vfloat){0}; }
 INLINE vfloat pick(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (vint)a) | (~mask & (vint)b)); }
 
+/* 16 consecutive elements */
+INLINE vfloat load_vector(const Array *a, int64_t i) {
+    if (a->dtype == FLOAT32) return get((const float *)a->data + i);
+    vhalf bits;
+    memcpy(&bits, (const uint16_t *)a->data + i, sizeof bits);
+    if (a->dtype == BFLOAT16) return (vfloat)(__builtin_convertvector(bits, vuint) << 16);
+    vfloat v;
+    for (int j = 0; j < LANES; j++) v[j] = half_to_float(bits[j]);
+    return v;
+}
+
+INLINE void store_vector(const Array *a, int64_t i, vfloat v) {
+    if (a->dtype == FLOAT32) { put((float *)a->data + i, v); return; }
+    vuint bits = (vuint)v;
+    vhalf to = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, vhalf);
+    to |= __builtin_convertvector(v != v, vhalf); /* all ones is a NaN in both types */
+    if (a->dtype == FLOAT16)
+        for (int j = 0; j < LANES; j++) to[j] = float_to_half(v[j]);
+    memcpy((uint16_t *)a->data + i, &to, sizeof to);
+}
+
 /* v[i][j] -> v[j][i]; the first of two arguments of each step takes the lower halves of its groups */
 #define L8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define H8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
@@ -113,52 +152,58 @@ INLINE void transpose(vfloat v[16]) {
     SWAP(1, L1, H1)
 }
 
-INLINE int consecutive(const int64_t *rows) {
+INLINE int consecutive(const int64_t *rows, int steps) {
     int64_t same = 1;
-    for (int t = 1; t < TILE; t++) same &= rows[t] == rows[0] + t;
+    for (int t = 1; t < steps; t++) same &= rows[t] == rows[0] + t;
     return (int)same;
 }
 
-/* tile[t][i] = a[base + rows[t] * stride_row + i * stride], zeros for i >= count; width is LANES or the state count */
-PER_CPU static __attribute__((noinline)) void load_tile(float *tile, int width, const Array *a, int64_t base,
-                                                        const int64_t *rows, int steps, int count) {
+/* tile[t][i] = a[base + rows[t] * stride_row + i * stride], zeros for i >= count; it has room for whole blocks of 16 */
+PER_CPU static __attribute__((noinline)) void load_tile(float *tile, const Array *a, int64_t base, const int64_t *rows,
+                                                        int steps, int count) {
     const int64_t stride = a->stride[3], row = a->stride[1];
-    if (a->dtype == FLOAT32 && stride == 1 && count == width) {
-        for (int t = 0; t < steps; t++)
-            memcpy(tile + t * width, (const float *)a->data + base + rows[t] * row, 4 * (size_t)width);
+    if (stride == 1 && count == LANES) {
+        for (int t = 0; t < steps; t++) put(tile + t * LANES, load_vector(a, base + rows[t] * row));
         return;
     }
-    if (a->dtype == FLOAT32 && row == 1 && count == LANES && width == LANES && steps == TILE && consecutive(rows)) {
-        vfloat v[16];
-        for (int i = 0; i < LANES; i++) v[i] = get((const float *)a->data + base + rows[0] + i * stride);
-        transpose(v);
-        for (int t = 0; t < TILE; t++) put(tile + t * LANES, v[t]);
+    if (row == 1 && consecutive(rows, steps)) {
+        float lines[LANES][FORWARD_TILE]; /* whole runs of a channel first: that is what the caches prefetch */
+        for (int i = 0; i < LANES; i++) {
+            const int64_t from = base + rows[0] + i * stride;
+            int t = 0;
+            for (; i < count && t <= steps - LANES; t += LANES) put(lines[i] + t, load_vector(a, from + t));
+            for (; i < count && t < steps; t++) lines[i][t] = load(a, from + t);
+            for (; t % LANES || t < steps; t++) lines[i][t] = 0;
+        }
+        for (int t0 = 0; t0 < steps; t0 += LANES) {
+            vfloat v[16];
+            for (int i = 0; i < LANES; i++) v[i] = get(lines[i] + t0);
+            transpose(v);
+            for (int t = 0; t < LANES; t++) put(tile + (t0 + t) * LANES, v[t]);
+        }
         return;
     }
-    for (int t = 0; t < steps; t++)
-        for (int i = count; i < width; i++) tile[t * width + i] = 0;
-    if (stride == 1)
-        for (int t = 0; t < steps; t++)
-            for (int i = 0; i < count; i++) tile[t * width + i] = load(a, base + rows[t] * row + i);
-    else
-        for (int i = 0; i < count; i++)
-            for (int t = 0; t < steps; t++) tile[t * width + i] = load(a, base + rows[t] * row + i * stride);
+    for (int t = 0; t < steps; t++) {
+        for (int i = 0; i < count; i++) tile[t * LANES + i] = load(a, base + rows[t] * row + i * stride);
+        for (int i = count; i < LANES; i++) tile[t * LANES + i] = 0;
+    }
 }
 
 PER_CPU static __attribute__((noinline)) void store_tile(const float *tile, const Array *a, int64_t base,
                                                          const int64_t *rows, int steps, int count, int add) {
-    int64_t stride = a->stride[3], row = a->stride[1];
-    if (a->dtype == FLOAT32 && stride == 1 && count == LANES) {
+    const int64_t stride = a->stride[3], row = a->stride[1];
+    if (stride == 1 && count == LANES) {
         for (int t = 0; t < steps; t++) {
-            float *to = (float *)a->data + base + rows[t] * row;
-            for (int i = 0; i < LANES; i++) to[i] = tile[t * LANES + i] + (add ? to[i] : 0.f);
+            const int64_t to = base + rows[t] * row;
+            const vfloat v = get(tile + t * LANES);
+            store_vector(a, to, add ? v + load_vector(a, to) : v);
         }
         return;
     }
-    for (int i = 0; i < count; i++)
-        for (int t = 0; t < steps; t++) {
-            int64_t at = base + rows[t] * row + i * stride;
-            store(a, at, tile[t * LANES + i] + (add ? load(a, at) : 0.f));
+    for (int t = 0; t < steps; t++)
+        for (int i = 0; i < count; i++) {
+            const int64_t to = base + rows[t] * row + i * stride;
+            store(a, to, tile[t * LANES + i] + (add ? load(a, to) : 0.f));
         }
 }
 
@@ -168,12 +213,10 @@ INLINE void scan_rows(int64_t *rows, const int32_t *order, int64_t t0, int steps
 
 /* --------------------------------------------------------------- functions */
 
-/* 2^v to 1e-7 relative; results under 2^-126 become 2^-126. v above 127 is allowed only where said. */
-INLINE vfloat vexp2(vfloat v, int any_size) {
-    v = pick(v < -126.f, all(-126.f), v);
-    if (any_size) v = pick(v > 127.f, all(127.f), v);
-    vfloat shifted = v + 0x1.8p23f; /* rounds to the nearest integer, which lands in the low bits */
-    vfloat f = v - (shifted - 0x1.8p23f);
+/* 2^v to 1e-7 relative, exact at 0, for |v| up to 126 */
+INLINE vfloat vexp2(vfloat v) {
+    const vfloat shifted = v + 0x1.8p23f; /* rounds to the nearest integer, which lands in the low bits */
+    const vfloat f = v - (shifted - 0x1.8p23f);
     vfloat p = 0x1.41d332p-13f * f + 0x1.5f456ap-10f;
     p = p * f + 0x1.3b2dbcp-7f;
     p = p * f + 0x1.c6aed4p-5f;
@@ -182,6 +225,15 @@ INLINE vfloat vexp2(vfloat v, int any_size) {
     p = p * f + 1.f;
     return (vfloat)((vint)p + ((vint)shifted << 23));
 }
+
+/* the same for any v: results beyond 2^-126 and 2^127 become these */
+INLINE vfloat vexp2_clamped(vfloat v) {
+    v = pick(v < -126.f, all(-126.f), v);
+    return vexp2(pick(v > 127.f, all(127.f), v));
+}
+
+INLINE vfloat vabs(vfloat v) { return (vfloat)((vint)v & 0x7fffffff); }
+INLINE vfloat vmax(vfloat a, vfloat b) { return pick(a > b, a, b); }
 
 /* log(1 + e), 0 <= e <= 1, as 2 atanh(e / (2 + e)): relative accuracy down to the smallest e */
 INLINE vfloat vlog1p(vfloat e) {
@@ -195,20 +247,24 @@ INLINE vfloat vlog1p(vfloat e) {
     return 2.f * (s + s * q * p);
 }
 
-/* tile of delta: adds the bias, applies softplus and leaves its derivative in slope */
-PER_CPU static __attribute__((noinline)) void activate(float *tile, float *slope, int steps, const float *bias,
-                                                       int softplus) {
+/* tile of delta: adds the bias, applies softplus, leaves its derivative in slope and, per lane, the largest |delta| in
+ * peak */
+PER_CPU static __attribute__((noinline)) void activate(float *tile, float *slope, float *peak, int steps,
+                                                       const float *bias, int softplus) {
+    vfloat largest = {0};
     for (int t = 0; t < steps; t++) {
         vfloat v = get(tile + t * LANES) + get(bias);
-        vfloat derivative = all(1.f);
         if (softplus) {
-            vfloat e = vexp2(pick(v > 0.f, -v, v) * LOG2E, 0);
-            derivative = pick(v > 0.f, all(1.f), e) / (1.f + e);
+            const vfloat e = vexp2_clamped(-vabs(v) * LOG2E);
+            if (slope) put(slope + t * LANES, pick(v > 0.f, all(1.f), e) / (1.f + e));
             v = pick(v > 0.f, v, all(0.f)) + vlog1p(e);
+        } else if (slope) {
+            put(slope + t * LANES, all(1.f));
         }
+        largest = pick(vabs(v) <= largest, largest, vabs(v)); /* a NaN stays */
         put(tile + t * LANES, v);
-        if (slope) put(slope + t * LANES, derivative);
     }
+    put(peak, largest);
 }
 
 /* lane i of the result is the sum of v[i] over its lanes */
@@ -241,76 +297,101 @@ INLINE vfloat load_lanes(const float *from, int count) {
     return v;
 }
 
-typedef struct {
-    Sizes s;
-    int softplus, merge, splits, growing;
-    Array x, delta, B, C, y; /* y: the output, or the gradient of it */
-    Array dx, ddelta;
-    const float *A, *D, *bias, *initial;
-    const int32_t *order;
-    float *state;
-    const float *dstate_last;
-    float *dA, *dB, *dC, *dD, *dbias, *dinitial;
-} Call;
-
 INLINE int64_t at(const Array *a, int64_t b, int64_t k, int64_t d) {
     return b * a->stride[0] + k * a->stride[2] + d * a->stride[3];
 }
 
-INLINE void forward_block(const Call *c, int64_t b, int64_t k, int64_t d0, const int N, const int growing) {
-    const int64_t L = c->s.length, channels = c->s.channels;
+/* largest |A| of each lane */
+INLINE vfloat fastest(const vfloat *A, int64_t N) {
+    vfloat largest = {0};
+    for (int64_t n = 0; n < N; n++) largest = vmax(vabs(A[n]), largest);
+    return largest;
+}
+
+/* whether every exponent of a tile is in the range of vexp2: nearly always, and it spares the clamps */
+INLINE int in_range(vfloat fastest, const float *peak) {
+    const vint inside = fastest * get(peak) < 125.f;
+    int every = -1;
+    for (int i = 0; i < LANES; i++) every &= inside[i];
+    return every;
+}
+
+/* `states` states, at most 16, through one tile; y += C . h. B and C point at the first of them in token 0 */
+INLINE void forward_steps(const float *x, const float *dt, float *y, const int64_t *rows, int steps, const float *B,
+                          int64_t row_B, const float *C, int64_t row_C, const vfloat *A, vfloat *h, const int states,
+                          const int clamp) {
+    vfloat state[16];
+    for (int n = 0; n < states; n++) state[n] = h[n];
+    for (int t = 0; t < steps; t++) {
+        const float *Bt = B + rows[t] * row_B, *Ct = C + rows[t] * row_C;
+        const vfloat d = get(dt + t * LANES), du = d * get(x + t * LANES);
+        vfloat out = get(y + t * LANES);
+#pragma GCC unroll 16
+        for (int n = 0; n < states; n++) {
+            const vfloat a = clamp ? vexp2_clamped(d * A[n]) : vexp2(d * A[n]);
+            state[n] = a * state[n] + du * Bt[n];
+            out += state[n] * Ct[n];
+        }
+        put(y + t * LANES, out);
+    }
+    for (int n = 0; n < states; n++) h[n] = state[n];
+}
+
+PER_CPU static void forward_task(const Call *c, int64_t b, int64_t k, int64_t d0) {
+    const int64_t L = c->length, N = c->states, channels = c->channels;
     const int count = channels - d0 < LANES ? (int)(channels - d0) : LANES;
-    const int64_t per_channel = k * channels + d0, xk = c->s.x_scans == 1 ? 0 : k;
+    const int64_t per_channel = k * channels + d0, per_batch = b * c->scans * channels + per_channel;
+    const int64_t row_B = c->B.stride[1], row_C = c->C.stride[1];
+    const float *B = (const float *)c->B.data + at(&c->B, b, k, 0), *C = (const float *)c->C.data + at(&c->C, b, k, 0);
     vfloat A[N], h[N];
     load_states(A, c->A + per_channel * N, count, N, LOG2E);
-    load_states(h, c->initial ? c->initial + (b * c->s.scans * channels + per_channel) * N : 0, count, N, 1.f);
-    const vfloat D = load_lanes(c->D ? c->D + per_channel : 0, count);
-    float bias[LANES];
+    load_states(h, c->initial ? c->initial + per_batch * N : 0, count, N, 1.f);
+    const vfloat D = load_lanes(c->D ? c->D + per_channel : 0, count), rate = fastest(A, N);
+    float bias[LANES], peak[LANES];
     put(bias, load_lanes(c->bias ? c->bias + per_channel : 0, count));
     const int32_t *order = c->order ? c->order + k * L : 0;
-    float x[TILE * LANES], dt[TILE * LANES], y[TILE * LANES], B[TILE * N], C[TILE * N];
-    int64_t rows[TILE];
+    float x[FORWARD_TILE * LANES], dt[FORWARD_TILE * LANES], y[FORWARD_TILE * LANES];
+    int64_t rows[FORWARD_TILE];
 
-    for (int64_t t0 = 0; t0 < L; t0 += TILE) {
-        const int steps = L - t0 < TILE ? (int)(L - t0) : TILE;
+    for (int64_t t0 = 0; t0 < L; t0 += FORWARD_TILE) {
+        const int steps = L - t0 < FORWARD_TILE ? (int)(L - t0) : FORWARD_TILE;
         scan_rows(rows, order, t0, steps);
-        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count);
-        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count);
-        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N);
-        load_tile(C, N, &c->C, at(&c->C, b, k, 0), rows, steps, N);
-        activate(dt, 0, steps, bias, c->softplus);
-        for (int t = 0; t < steps; t++) {
-            const vfloat u = get(x + t * LANES), d = get(dt + t * LANES), du = d * u;
-            vfloat out = D * u;
-#pragma GCC unroll 16
-            for (int n = 0; n < N; n++) {
-                h[n] = vexp2(d * A[n], growing) * h[n] + du * B[t * N + n];
-                out += h[n] * C[t * N + n];
-            }
-            put(y + t * LANES, out);
+        load_tile(x, &c->x, at(&c->x, b, c->x_scans == 1 ? 0 : k, d0), rows, steps, count);
+        load_tile(dt, &c->delta, at(&c->delta, b, k, d0), rows, steps, count);
+        activate(dt, 0, peak, steps, bias, (int)c->softplus);
+        for (int t = 0; t < steps; t++) put(y + t * LANES, D * get(x + t * LANES));
+        const int clamp = !in_range(rate, peak);
+#define STEPS(states, clamp) \
+    forward_steps(x, dt, y, rows, steps, B + n, row_B, C + n, row_C, A + n, h + n, states, clamp)
+        for (int64_t n = 0; n < N; n += 16) {
+            if (clamp) STEPS(N - n < 16 ? (int)(N - n) : 16, 1);
+            else if (N - n >= 16) STEPS(16, 0);
+            else if (N - n == 1) STEPS(1, 0);
+            else STEPS((int)(N - n), 0);
         }
         store_tile(y, &c->y, at(&c->y, b, k, d0), rows, steps, count, c->merge && k > 0);
     }
-    store_states(c->state + (b * c->s.scans * channels + per_channel) * N, h, count, N);
+    store_states(c->state + per_batch * N, h, count, N);
 }
 
-/* Adjoint of forward_block. With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. */
-INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts, const int N,
-                           const int growing) {
-    const int64_t L = c->s.length, channels = c->s.channels, tiles = (L + TILE - 1) / TILE;
+/* Adjoint of forward_task. With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. */
+INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts, const int N) {
+    const int64_t L = c->length, channels = c->channels, tiles = (L + TILE - 1) / TILE;
     const int count = channels - d0 < LANES ? (int)(channels - d0) : LANES;
-    const int64_t per_channel = k * channels + d0, xk = c->s.x_scans == 1 ? 0 : k;
-    const int64_t per_batch = b * c->s.scans * channels + per_channel;
+    const int64_t per_channel = k * channels + d0, xk = c->x_scans == 1 ? 0 : k;
+    const int64_t per_batch = b * c->scans * channels + per_channel;
+    const int64_t row_B = c->B.stride[1], row_C = c->C.stride[1];
+    const float *B = (const float *)c->B.data + at(&c->B, b, k, 0), *C = (const float *)c->C.data + at(&c->C, b, k, 0);
     vfloat A[N], h[N], dA[N];
     vfloat states[TILE * N], decays[TILE * N];
     load_states(A, c->A + per_channel * N, count, N, LOG2E);
     load_states(h, c->initial ? c->initial + per_batch * N : 0, count, N, 1.f);
     memset(dA, 0, sizeof dA);
-    const vfloat D = load_lanes(c->D ? c->D + per_channel : 0, count);
-    float bias[LANES];
+    const vfloat D = load_lanes(c->D ? c->D + per_channel : 0, count), rate = fastest(A, N);
+    float bias[LANES], peak[LANES];
     put(bias, load_lanes(c->bias ? c->bias + per_channel : 0, count));
     const int32_t *order = c->order ? c->order + k * L : 0;
-    float x[TILE * LANES], dt[TILE * LANES], slope[TILE * LANES], dy[TILE * LANES], B[TILE * N], C[TILE * N];
+    float x[TILE * LANES], dt[TILE * LANES], slope[TILE * LANES], dy[TILE * LANES];
     int64_t rows[TILE];
 
     for (int64_t tile = 0; tile < tiles; tile++) { /* the state at the start of every tile */
@@ -319,14 +400,18 @@ INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int 
         memcpy(starts + tile * N, h, sizeof h);
         if (tile == tiles - 1) break;
         scan_rows(rows, order, t0, steps);
-        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count);
-        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count);
-        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N);
-        activate(dt, 0, steps, bias, c->softplus);
+        load_tile(x, &c->x, at(&c->x, b, xk, d0), rows, steps, count);
+        load_tile(dt, &c->delta, at(&c->delta, b, k, d0), rows, steps, count);
+        activate(dt, 0, peak, steps, bias, (int)c->softplus);
+        const int clamp = !in_range(rate, peak);
         for (int t = 0; t < steps; t++) {
+            const float *Bt = B + rows[t] * row_B;
             const vfloat d = get(dt + t * LANES), du = d * get(x + t * LANES);
+            if (clamp)
+                for (int n = 0; n < N; n++) h[n] = vexp2_clamped(d * A[n]) * h[n] + du * Bt[n];
+            else
 #pragma GCC unroll 16
-            for (int n = 0; n < N; n++) h[n] = vexp2(d * A[n], growing) * h[n] + du * B[t * N + n];
+                for (int n = 0; n < N; n++) h[n] = vexp2(d * A[n]) * h[n] + du * Bt[n];
         }
     }
 
@@ -337,37 +422,40 @@ INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int 
         const int steps = L - t0 < TILE ? (int)(L - t0) : TILE;
         const vfloat *start = starts + tile * N;
         scan_rows(rows, order, t0, steps);
-        load_tile(x, LANES, &c->x, at(&c->x, b, xk, d0), rows, steps, count);
-        load_tile(dt, LANES, &c->delta, at(&c->delta, b, k, d0), rows, steps, count);
-        load_tile(B, N, &c->B, at(&c->B, b, k, 0), rows, steps, N);
-        load_tile(C, N, &c->C, at(&c->C, b, k, 0), rows, steps, N);
-        load_tile(dy, LANES, &c->y, at(&c->y, b, k, d0), rows, steps, count);
-        activate(dt, slope, steps, bias, c->softplus);
+        load_tile(x, &c->x, at(&c->x, b, xk, d0), rows, steps, count);
+        load_tile(dt, &c->delta, at(&c->delta, b, k, d0), rows, steps, count);
+        load_tile(dy, &c->y, at(&c->y, b, k, d0), rows, steps, count);
+        activate(dt, slope, peak, steps, bias, (int)c->softplus);
+        const int clamp = !in_range(rate, peak);
         for (int t = 0; t < steps; t++) {
+            const float *Bt = B + rows[t] * row_B;
             const vfloat d = get(dt + t * LANES), du = d * get(x + t * LANES);
             const vfloat *before = t ? states + (t - 1) * N : start;
+            vfloat *decay = decays + t * N, *after = states + t * N;
+            if (clamp)
+                for (int n = 0; n < N; n++) decay[n] = vexp2_clamped(d * A[n]);
+            else
 #pragma GCC unroll 16
-            for (int n = 0; n < N; n++) {
-                const vfloat a = vexp2(d * A[n], growing);
-                decays[t * N + n] = a;
-                states[t * N + n] = a * before[n] + du * B[t * N + n];
-            }
+                for (int n = 0; n < N; n++) decay[n] = vexp2(d * A[n]);
+#pragma GCC unroll 16
+            for (int n = 0; n < N; n++) after[n] = decay[n] * before[n] + du * Bt[n];
         }
         for (int t = steps - 1; t >= 0; t--) {
+            const float *Bt = B + rows[t] * row_B, *Ct = C + rows[t] * row_C;
             const vfloat u = get(x + t * LANES), d = get(dt + t * LANES), du = d * u, out = get(dy + t * LANES);
             const vfloat *before = t ? states + (t - 1) * N : start;
             vfloat ddu = {0}, dlog = {0};
-            const int64_t row = (((split * c->s.batch + b) * L + rows[t]) * c->s.scans + k) * N;
+            const int64_t row = (((split * c->batch + b) * L + rows[t]) * c->scans + k) * N;
             for (int n0 = 0; n0 < N; n0 += 16) {
                 vfloat toB[16] = {0}, toC[16] = {0};
                 const int states_here = N - n0 < 16 ? N - n0 : 16;
 #pragma GCC unroll 16
                 for (int i = 0; i < states_here; i++) {
                     const int n = n0 + i;
-                    const vfloat gn = g[n] + out * C[t * N + n], ga = gn * decays[t * N + n], w = ga * before[n];
+                    const vfloat gn = g[n] + out * Ct[n], ga = gn * decays[t * N + n], w = ga * before[n];
                     toB[i] = gn * du;
                     toC[i] = out * states[t * N + n];
-                    ddu += gn * B[t * N + n];
+                    ddu += gn * Bt[n];
                     dlog += w * A[n];
                     dA[n] += w * d;
                     g[n] = ga;
@@ -395,60 +483,78 @@ INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int 
     }
 }
 
-/* N = 16 and 1 get their own unrolled code, where decays are known to stay at most 1 */
-PER_CPU static void forward_task(const Call *c, int64_t b, int64_t k, int64_t d0) {
-    if (c->growing || (c->s.states != 16 && c->s.states != 1)) forward_block(c, b, k, d0, (int)c->s.states, 1);
-    else if (c->s.states == 16) forward_block(c, b, k, d0, 16, 0);
-    else forward_block(c, b, k, d0, 1, 0);
-}
-
+/* N = 16 and 1 get their own unrolled code */
 PER_CPU static void backward_task(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts) {
-    if (c->growing || (c->s.states != 16 && c->s.states != 1)) backward_block(c, b, k, d0, split, starts, (int)c->s.states, 1);
-    else if (c->s.states == 16) backward_block(c, b, k, d0, split, starts, 16, 0);
-    else backward_block(c, b, k, d0, split, starts, 1, 0);
+    if (c->states == 16) backward_block(c, b, k, d0, split, starts, 16);
+    else if (c->states == 1) backward_block(c, b, k, d0, split, starts, 1);
+    else backward_block(c, b, k, d0, split, starts, (int)c->states);
 }
 
-/* without softplus delta may have either sign, so only A <= 0 with softplus is sure to decay */
-static int may_grow(const Sizes *s, const float *A, int softplus) {
-    for (int64_t i = 0; i < s->scans * s->channels * s->states; i++)
-        if (A[i] > 0) return 1;
-    return !softplus;
+/* B or C with its states consecutive and in float: itself, or the packed copy that pack_task then fills */
+static Array in_place(const Call *c, const Array *a, float *packed) {
+    const int64_t row = c->scans * c->states;
+    return packed ? (Array){packed, {c->length * row, row, c->states, 1}, FLOAT32} : *a;
 }
 
-void scan_forward(const Sizes *s, int threads, int softplus, int merge, const Array *x, const Array *delta,
-                  const Array *B, const Array *C, const Array *y, const float *A, const float *D, const float *bias,
-                  const float *initial, const int32_t *order, float *state) {
-    Call c = {*s, softplus, merge, 1, may_grow(s, A, softplus), *x, *delta, *B, *C, *y};
-    c.A = A, c.D = D, c.bias = bias, c.initial = initial, c.order = order, c.state = state;
-    const int64_t blocks = (s->channels + LANES - 1) / LANES, inner = merge ? s->scans : 1;
-    const int64_t tasks = s->batch * s->scans / inner * blocks; /* merged scans add up in one task, in order */
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+static void pack_task(const Call *c, const Array *from, const Array *to, int64_t b, int64_t k, int64_t t0) {
+    float tile[TILE * LANES];
+    int64_t rows[TILE];
+    const int steps = c->length - t0 < TILE ? (int)(c->length - t0) : TILE;
+    scan_rows(rows, 0, t0, steps);
+    for (int64_t n = 0; n < c->states; n += LANES) {
+        const int count = c->states - n < LANES ? (int)(c->states - n) : LANES;
+        load_tile(tile, from, at(from, b, k, n), rows, steps, count);
+        store_tile(tile, to, at(to, b, k, n), rows, steps, count, 0);
+    }
+}
+
+/* packs B and C where they need it, shared among the threads of the surrounding parallel region */
+static void pack(const Call *given, const Call *c) {
+    const int64_t tiles = (c->length + TILE - 1) / TILE, tasks = c->batch * c->scans * tiles;
+    if (!c->packed_B && !c->packed_C) return;
+#pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; task++) {
-        const int64_t group = task / blocks, d0 = task % blocks * LANES;
+        const int64_t b = task / tiles / c->scans, k = task / tiles % c->scans, t0 = task % tiles * TILE;
+        if (c->packed_B) pack_task(c, &given->B, &c->B, b, k, t0);
+        if (c->packed_C) pack_task(c, &given->C, &c->C, b, k, t0);
+    }
+}
+
+void scan_forward(const Call *given) {
+    Call call = *given, *c = &call;
+    c->B = in_place(c, &given->B, c->packed_B), c->C = in_place(c, &given->C, c->packed_C);
+    const int64_t blocks = (c->channels + LANES - 1) / LANES, inner = c->merge ? c->scans : 1;
+    const int64_t tasks = c->batch * c->scans / inner * blocks; /* merged scans add up in one task, in order */
+#pragma omp parallel num_threads((int)c->threads)
+    {
         FLUSH_DENORMALS;
-        for (int64_t k = 0; k < inner; k++)
-            forward_task(&c, group * inner / s->scans, (group * inner + k) % s->scans, d0);
+        pack(given, c);
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t task = 0; task < tasks; task++) {
+            const int64_t group = task / blocks, d0 = task % blocks * LANES;
+            for (int64_t k = 0; k < inner; k++)
+                forward_task(c, group * inner / c->scans, (group * inner + k) % c->scans, d0);
+        }
         RESTORE_DENORMALS;
     }
 }
 
-void scan_backward(const Sizes *s, int threads, int softplus, int splits, const Array *x, const Array *delta,
-                   const Array *B, const Array *C, const Array *dy, const Array *dx, const Array *ddelta,
-                   const float *A, const float *D, const float *bias, const float *initial, const int32_t *order,
-                   const float *dstate_last, float *dA, float *dB, float *dC, float *dD, float *dbias,
-                   float *dinitial, float *scratch) { /* scratch: threads x tiles x states x LANES */
-    Call c = {*s, softplus, 0, splits, may_grow(s, A, softplus), *x, *delta, *B, *C, *dy, *dx, *ddelta};
-    c.A = A, c.D = D, c.bias = bias, c.initial = initial, c.order = order, c.dstate_last = dstate_last;
-    c.dA = dA, c.dB = dB, c.dC = dC, c.dD = dD, c.dbias = dbias, c.dinitial = dinitial;
-    const int64_t blocks = (s->channels + LANES - 1) / LANES, tiles = (s->length + TILE - 1) / TILE;
-    const int64_t tasks = s->batch * s->scans * splits;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t task = 0; task < tasks; task++) {
-        const int64_t b = task / splits / s->scans, k = task / splits % s->scans, split = task % splits;
-        vfloat *starts = (vfloat *)scratch + omp_get_thread_num() * tiles * s->states;
+void scan_backward(const Call *given) { /* starts: threads x tiles x states x LANES */
+    Call call = *given, *c = &call;
+    c->B = in_place(c, &given->B, c->packed_B), c->C = in_place(c, &given->C, c->packed_C);
+    const int64_t blocks = (c->channels + LANES - 1) / LANES, tiles = (c->length + TILE - 1) / TILE;
+    const int64_t splits = c->splits, tasks = c->batch * c->scans * splits;
+#pragma omp parallel num_threads((int)c->threads)
+    {
+        vfloat *starts = (vfloat *)c->starts + omp_get_thread_num() * tiles * c->states;
         FLUSH_DENORMALS;
-        for (int64_t block = split; block < blocks; block += splits)
-            backward_task(&c, b, k, block * LANES, (int)split, starts);
+        pack(given, c);
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t task = 0; task < tasks; task++) {
+            const int64_t b = task / splits / c->scans, k = task / splits % c->scans, split = task % splits;
+            for (int64_t block = split; block < blocks; block += splits)
+                backward_task(c, b, k, block * LANES, (int)split, starts);
+        }
         RESTORE_DENORMALS;
     }
 }
