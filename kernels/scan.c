@@ -17,17 +17,25 @@
 
 #define LANES 16
 #define TILE 16
-#ifndef FORWARD_TILE
 #define FORWARD_TILE 64
-#endif
 #define INLINE static inline __attribute__((always_inline))
 #define LOG2E 1.44269504088896f
 #define LN2 0.693147180559945f
 
+/* PER_CPU functions are compiled for several instruction sets, and the loader takes the best one. A PER_CPU_TASK has a
+ * function of its own for AVX-512, which can look up 16 lanes in a register of 16; only GCC says that in plain C. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)
 #define PER_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#ifdef __clang__
+#define PER_CPU_TASK PER_CPU
+#else
+#define PER_CPU_TASK __attribute__((target_clones("arch=x86-64-v3", "default")))
+#define AVX512 __attribute__((target("arch=x86-64-v4")))
+#define LOOKUP(table, indices) __builtin_shuffle(table, indices)
+#endif
 #else
 #define PER_CPU
+#define PER_CPU_TASK
 #endif
 
 #if defined(__x86_64__)
@@ -109,6 +117,8 @@ INLINE vfloat get(const float *p) { vfloat v; memcpy(&v, p, sizeof v); return v;
 INLINE void put(float *p, vfloat v) { memcpy(p, &v, sizeof v); }
 INLINE vfloat all(float f) { return f - (vfloat){0}; }
 INLINE vfloat pick(vint mask, vfloat a, vfloat b) { return (vfloat)((mask & (vint)a) | (~mask & (vint)b)); }
+INLINE vfloat vabs(vfloat v) { return (vfloat)((vint)v & 0x7fffffff); }
+INLINE vfloat at_least(float low, vfloat v) { return pick(v < low, all(low), v); } /* a NaN stays one */
 
 /* 16 consecutive elements */
 INLINE vfloat load_vector(const Array *a, int64_t i) {
@@ -213,8 +223,23 @@ INLINE void scan_rows(int64_t *rows, const int32_t *order, int64_t t0, int steps
 
 /* --------------------------------------------------------------- functions */
 
-/* 2^v to 1e-7 relative, exact at 0, for |v| up to 126 */
-INLINE vfloat vexp2(vfloat v) {
+/* 2^(j/16) as bits, with j << 19 taken off: adding (16 i + j) << 19 gives 2^(i + j/16) */
+#define POWERS                                                                                  \
+    {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3,                       \
+     0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,                       \
+     0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,                       \
+     0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d}
+
+/* 2^v to 1e-7 relative, exact at 0, for |v| up to 126. `lookup`: a table of 16 in place of half of the polynomial. */
+INLINE vfloat vexp2(vfloat v, const int lookup) {
+#ifdef LOOKUP
+    if (lookup) {
+        const vfloat shifted = v + 0x1.8p19f, f = v - (shifted - 0x1.8p19f); /* v in sixteenths, and the rest */
+        const vfloat power = (vfloat)(LOOKUP((vint)POWERS, (vint)shifted) + ((vint)shifted << 19));
+        const vfloat p = (0x1.c6ac6ap-5f * f + 0x1.ebfff4p-3f) * f + 0x1.62e43p-1f;
+        return power * f * p + power;
+    }
+#endif
     const vfloat shifted = v + 0x1.8p23f; /* rounds to the nearest integer, which lands in the low bits */
     const vfloat f = v - (shifted - 0x1.8p23f);
     vfloat p = 0x1.41d332p-13f * f + 0x1.5f456ap-10f;
@@ -228,22 +253,14 @@ INLINE vfloat vexp2(vfloat v) {
 
 /* the same for any v: results beyond 2^-126 and 2^127 become these */
 INLINE vfloat vexp2_clamped(vfloat v) {
-    v = pick(v < -126.f, all(-126.f), v);
-    return vexp2(pick(v > 127.f, all(127.f), v));
+    v = at_least(-126.f, v);
+    return vexp2(pick(v > 127.f, all(127.f), v), 0);
 }
-
-INLINE vfloat vabs(vfloat v) { return (vfloat)((vint)v & 0x7fffffff); }
-INLINE vfloat vmax(vfloat a, vfloat b) { return pick(a > b, a, b); }
 
 /* log(1 + e), 0 <= e <= 1, as 2 atanh(e / (2 + e)): relative accuracy down to the smallest e */
 INLINE vfloat vlog1p(vfloat e) {
-    vfloat s = e / (e + 2.f), q = s * s;
-    vfloat p = q * (1.f / 15) + 1.f / 13;
-    p = p * q + 1.f / 11;
-    p = p * q + 1.f / 9;
-    p = p * q + 1.f / 7;
-    p = p * q + 1.f / 5;
-    p = p * q + 1.f / 3;
+    const vfloat s = e / (e + 2.f), q = s * s;
+    const vfloat p = ((0x1.1ed7bep-3f * q + 0x1.1ebd0ep-3f) * q + 0x1.99d208p-3f) * q + 0x1.555502p-2f;
     return 2.f * (s + s * q * p);
 }
 
@@ -255,9 +272,9 @@ PER_CPU static __attribute__((noinline)) void activate(float *tile, float *slope
     for (int t = 0; t < steps; t++) {
         vfloat v = get(tile + t * LANES) + get(bias);
         if (softplus) {
-            const vfloat e = vexp2_clamped(-vabs(v) * LOG2E);
+            const vfloat e = vexp2(at_least(-126.f, -vabs(v) * LOG2E), 0);
             if (slope) put(slope + t * LANES, pick(v > 0.f, all(1.f), e) / (1.f + e));
-            v = pick(v > 0.f, v, all(0.f)) + vlog1p(e);
+            v = at_least(0.f, v) + vlog1p(e);
         } else if (slope) {
             put(slope + t * LANES, all(1.f));
         }
@@ -304,7 +321,7 @@ INLINE int64_t at(const Array *a, int64_t b, int64_t k, int64_t d) {
 /* largest |A| of each lane */
 INLINE vfloat fastest(const vfloat *A, int64_t N) {
     vfloat largest = {0};
-    for (int64_t n = 0; n < N; n++) largest = vmax(vabs(A[n]), largest);
+    for (int64_t n = 0; n < N; n++) largest = pick(vabs(A[n]) <= largest, largest, vabs(A[n]));
     return largest;
 }
 
@@ -319,7 +336,7 @@ INLINE int in_range(vfloat fastest, const float *peak) {
 /* `states` states, at most 16, through one tile; y += C . h. B and C point at the first of them in token 0 */
 INLINE void forward_steps(const float *x, const float *dt, float *y, const int64_t *rows, int steps, const float *B,
                           int64_t row_B, const float *C, int64_t row_C, const vfloat *A, vfloat *h, const int states,
-                          const int clamp) {
+                          const int clamp, const int lookup) {
     vfloat state[16];
     for (int n = 0; n < states; n++) state[n] = h[n];
     for (int t = 0; t < steps; t++) {
@@ -328,7 +345,7 @@ INLINE void forward_steps(const float *x, const float *dt, float *y, const int64
         vfloat out = get(y + t * LANES);
 #pragma GCC unroll 16
         for (int n = 0; n < states; n++) {
-            const vfloat a = clamp ? vexp2_clamped(d * A[n]) : vexp2(d * A[n]);
+            const vfloat a = clamp ? vexp2_clamped(d * A[n]) : vexp2(d * A[n], lookup);
             state[n] = a * state[n] + du * Bt[n];
             out += state[n] * Ct[n];
         }
@@ -337,7 +354,7 @@ INLINE void forward_steps(const float *x, const float *dt, float *y, const int64
     for (int n = 0; n < states; n++) h[n] = state[n];
 }
 
-PER_CPU static void forward_task(const Call *c, int64_t b, int64_t k, int64_t d0) {
+INLINE void forward_block(const Call *c, int64_t b, int64_t k, int64_t d0, const int lookup) {
     const int64_t L = c->length, N = c->states, channels = c->channels;
     const int count = channels - d0 < LANES ? (int)(channels - d0) : LANES;
     const int64_t per_channel = k * channels + d0, per_batch = b * c->scans * channels + per_channel;
@@ -362,7 +379,7 @@ PER_CPU static void forward_task(const Call *c, int64_t b, int64_t k, int64_t d0
         for (int t = 0; t < steps; t++) put(y + t * LANES, D * get(x + t * LANES));
         const int clamp = !in_range(rate, peak);
 #define STEPS(states, clamp) \
-    forward_steps(x, dt, y, rows, steps, B + n, row_B, C + n, row_C, A + n, h + n, states, clamp)
+    forward_steps(x, dt, y, rows, steps, B + n, row_B, C + n, row_C, A + n, h + n, states, clamp, lookup)
         for (int64_t n = 0; n < N; n += 16) {
             if (clamp) STEPS(N - n < 16 ? (int)(N - n) : 16, 1);
             else if (N - n >= 16) STEPS(16, 0);
@@ -374,8 +391,9 @@ PER_CPU static void forward_task(const Call *c, int64_t b, int64_t k, int64_t d0
     store_states(c->state + per_batch * N, h, count, N);
 }
 
-/* Adjoint of forward_task. With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. */
-INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts, const int N) {
+/* Adjoint of forward_block. With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. */
+INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts, const int N,
+                           const int lookup) {
     const int64_t L = c->length, channels = c->channels, tiles = (L + TILE - 1) / TILE;
     const int count = channels - d0 < LANES ? (int)(channels - d0) : LANES;
     const int64_t per_channel = k * channels + d0, xk = c->x_scans == 1 ? 0 : k;
@@ -411,7 +429,7 @@ INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int 
                 for (int n = 0; n < N; n++) h[n] = vexp2_clamped(d * A[n]) * h[n] + du * Bt[n];
             else
 #pragma GCC unroll 16
-                for (int n = 0; n < N; n++) h[n] = vexp2(d * A[n]) * h[n] + du * Bt[n];
+                for (int n = 0; n < N; n++) h[n] = vexp2(d * A[n], lookup) * h[n] + du * Bt[n];
         }
     }
 
@@ -436,7 +454,7 @@ INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int 
                 for (int n = 0; n < N; n++) decay[n] = vexp2_clamped(d * A[n]);
             else
 #pragma GCC unroll 16
-                for (int n = 0; n < N; n++) decay[n] = vexp2(d * A[n]);
+                for (int n = 0; n < N; n++) decay[n] = vexp2(d * A[n], lookup);
 #pragma GCC unroll 16
             for (int n = 0; n < N; n++) after[n] = decay[n] * before[n] + du * Bt[n];
         }
@@ -484,10 +502,34 @@ INLINE void backward_block(const Call *c, int64_t b, int64_t k, int64_t d0, int 
 }
 
 /* N = 16 and 1 get their own unrolled code */
-PER_CPU static void backward_task(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts) {
-    if (c->states == 16) backward_block(c, b, k, d0, split, starts, 16);
-    else if (c->states == 1) backward_block(c, b, k, d0, split, starts, 1);
-    else backward_block(c, b, k, d0, split, starts, (int)c->states);
+INLINE void backward_any(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts, const int lookup) {
+    if (c->states == 16) backward_block(c, b, k, d0, split, starts, 16, lookup);
+    else if (c->states == 1) backward_block(c, b, k, d0, split, starts, 1, lookup);
+    else backward_block(c, b, k, d0, split, starts, (int)c->states, lookup);
+}
+
+#ifdef AVX512
+AVX512 static void forward_avx512(const Call *c, int64_t b, int64_t k, int64_t d0) { forward_block(c, b, k, d0, 1); }
+
+AVX512 static void backward_avx512(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts) {
+    backward_any(c, b, k, d0, split, starts, 1);
+}
+
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+}
+#else
+#define forward_avx512 forward_task
+#define backward_avx512 backward_task
+#define has_avx512() 0
+#endif
+
+PER_CPU_TASK static void forward_task(const Call *c, int64_t b, int64_t k, int64_t d0) { forward_block(c, b, k, d0, 0); }
+
+PER_CPU_TASK static void backward_task(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts) {
+    backward_any(c, b, k, d0, split, starts, 0);
 }
 
 /* B or C with its states consecutive and in float: itself, or the packed copy that pack_task then fills */
@@ -523,6 +565,7 @@ static void pack(const Call *given, const Call *c) {
 void scan_forward(const Call *given) {
     Call call = *given, *c = &call;
     c->B = in_place(c, &given->B, c->packed_B), c->C = in_place(c, &given->C, c->packed_C);
+    void (*const forward)(const Call *, int64_t, int64_t, int64_t) = has_avx512() ? forward_avx512 : forward_task;
     const int64_t blocks = (c->channels + LANES - 1) / LANES, inner = c->merge ? c->scans : 1;
     const int64_t tasks = c->batch * c->scans / inner * blocks; /* merged scans add up in one task, in order */
 #pragma omp parallel num_threads((int)c->threads)
@@ -533,7 +576,7 @@ void scan_forward(const Call *given) {
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t group = task / blocks, d0 = task % blocks * LANES;
             for (int64_t k = 0; k < inner; k++)
-                forward_task(c, group * inner / c->scans, (group * inner + k) % c->scans, d0);
+                forward(c, group * inner / c->scans, (group * inner + k) % c->scans, d0);
         }
         RESTORE_DENORMALS;
     }
@@ -543,6 +586,8 @@ void scan_backward(const Call *given) { /* starts: threads x tiles x states x LA
     Call call = *given, *c = &call;
     c->B = in_place(c, &given->B, c->packed_B), c->C = in_place(c, &given->C, c->packed_C);
     const int64_t blocks = (c->channels + LANES - 1) / LANES, tiles = (c->length + TILE - 1) / TILE;
+    void (*const backward)(const Call *, int64_t, int64_t, int64_t, int, vfloat *) =
+        has_avx512() ? backward_avx512 : backward_task;
     const int64_t splits = c->splits, tasks = c->batch * c->scans * splits;
 #pragma omp parallel num_threads((int)c->threads)
     {
@@ -553,7 +598,7 @@ void scan_backward(const Call *given) { /* starts: threads x tiles x states x LA
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t b = task / splits / c->scans, k = task / splits % c->scans, split = task % splits;
             for (int64_t block = split; block < blocks; block += splits)
-                backward_task(c, b, k, block * LANES, (int)split, starts);
+                backward(c, b, k, block * LANES, (int)split, starts);
         }
         RESTORE_DENORMALS;
     }

@@ -259,6 +259,54 @@ def test_extreme_decay_is_finite(dtype, backend):
     assert all(value.isfinite().all() for value in results.values())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["u", "delta", "B", "C"])
+def test_nan_and_infinity_are_not_hidden(name, dtype):
+    """One bad token spoils the rest of its channel, or of all channels from B and C, and nothing before it."""
+    skip_if_not_built("cpu")
+    case = Case(40, 16, dtype, 17, "selective_scan", options=True)
+    for bad in (float("nan"), float("inf")):
+        args = {k: v.clone() for k, v in make(case).items() if k != "z"}
+        args[name][0, ..., 3, 20] = bad
+        y, state = selective_scan(**args, delta_softplus=True, return_last_state=True, backend="cpu")
+        channel = slice(None) if name in "BC" else 3
+        assert not y[0, channel, 20].isfinite().any()
+        assert y[0, :, :20].isfinite().all() and y[1].isfinite().all()
+        if name != "C":
+            assert not state[0, channel].isfinite().all()
+        if name in ("u", "delta"):
+            others = torch.arange(17) != 3
+            assert y[0, others].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length, dim, d_state", [(150, 35, 16), (64, 16, 33), (129, 48, 1)])
+def test_any_layout_gives_the_same_bits(length, dim, d_state, dtype):
+    """Transposed and vector loads, packed B and C, and the element-by-element path see the same numbers."""
+    skip_if_not_built("cpu")
+    args = make(Case(length, d_state, dtype, dim, "selective_scan"))
+
+    def scanned(change=lambda v: v, backend="cpu"):
+        changed = {k: change(v) if v.dim() > 2 else v for k, v in args.items() if k != "z"}
+        return selective_scan(**changed, delta_softplus=True, backend=backend)
+
+    expected = scanned()
+    assert relative(expected.double(), scanned(torch.Tensor.double, "reference")) < FORWARD_LIMIT[dtype]
+    assert torch.equal(scanned(lambda v: v.mT.contiguous().mT), expected)
+    assert torch.equal(scanned(strided), expected)
+
+
+def test_decays_at_the_edge_of_the_exponents_range():
+    """exp(delta A) from 1 through the smallest normal number to 0, in tiles that need the clamp and in others."""
+    skip_if_not_built("cpu")
+    exponents = torch.cat([torch.linspace(-1e-6, -1, 50), torch.linspace(-80, -95, 46), -torch.logspace(2, 30, 64)])
+    delta = -exponents[None, None]
+    A, one = -torch.ones(1, 1), torch.ones(1, 1, exponents.numel())
+    y = selective_scan(0 * delta, delta, A, one, one, initial_state=torch.ones(1, 1, 1), backend="cpu")[0, 0]
+    exact = exponents.double().cumsum(0).exp()
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-37)
+
+
 def test_one_thread_and_two_agree():
     skip_if_not_built("cpu")
     case = Case(63, 4, "fp32", 37, orders=("row", "col", "row_reverse", "col_reverse"))

@@ -10,6 +10,8 @@ from typing import get_args
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambavision.ops import Backend, describe_backends, multi_scan, order_table, scan_order, selective_scan, use_backend
@@ -120,6 +122,43 @@ def test_opcheck(call, backend):
 @pytest.mark.parametrize("call", CALLS)
 def test_opcheck_on_cuda(call):
     check_operators(call, "triton", "cuda")
+
+
+def test_plain_calls_go_straight_to_the_kernel_and_give_the_same_bits():
+    args = selective_args(dtype=torch.float32, requires_grad=False)
+
+    def call():
+        return selective_scan(**args, delta_softplus=True, return_last_state=True, backend="cpu")
+
+    def operators():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+        return [event.key for event in profile.key_averages() if event.key.startswith("mambavision::")]
+
+    direct = call()
+    with Recorder() as recorder:
+        recorded = call()
+    assert [func.name() for func, _, _ in recorder.calls] == ["mambavision::scan"]
+    assert operators() == ["mambavision::scan"], "a profile shows the operator"
+    args["u"].requires_grad_()
+    with_graph = call()
+    assert with_graph[0].requires_grad and not direct[0].requires_grad
+    for others in (recorded, with_graph):
+        assert all(torch.equal(a, b) for a, b in zip(direct, others, strict=True))
+
+
+def test_tracers_and_fake_tensors_see_the_operator():
+    args = list(selective_args(requires_grad=False, options=False).values())
+
+    def call(*values):
+        return selective_scan(*values, delta_softplus=True, backend="cpu")
+
+    graph = make_fx(call)(*args)
+    assert any(node.target is torch.ops.mambavision.scan.default for node in graph.graph.nodes)
+    torch.testing.assert_close(graph(*args), call(*args))
+    with FakeTensorMode() as mode:
+        y = call(*(mode.from_tensor(v) for v in args))
+    assert isinstance(y, FakeTensor) and y.shape == args[0].shape
 
 
 def test_gradcheck_selective_scan():
