@@ -22,19 +22,15 @@
 #define LOG2E 1.44269504088896f
 #define LN2 0.693147180559945f
 
-/* PER_CPU functions are compiled for several instruction sets, and the loader takes the best one. A PER_CPU_TASK has a
- * function of its own for AVX-512, which can look up 16 lanes in a register of 16; only GCC says that in plain C. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)
+/* GCC compiles PER_CPU functions for several instruction sets, and the loader takes the best one. A PER_CPU_TASK has a
+ * function of its own for AVX-512, which can look up 16 lanes in a register of 16. Elsewhere the flags decide. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(__clang__)
 #define PER_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#ifdef __clang__
-#define PER_CPU_TASK PER_CPU
-#else
 #define PER_CPU_TASK __attribute__((target_clones("arch=x86-64-v3", "default")))
 #define AVX512 __attribute__((target("arch=x86-64-v4")))
 #define LOOKUP(table, indices) __builtin_shuffle(table, indices)
-#endif
 #else
-#define PER_CPU
+#define PER_CPU __attribute__((noinline))
 #define PER_CPU_TASK
 #endif
 
@@ -169,8 +165,7 @@ INLINE int consecutive(const int64_t *rows, int steps) {
 }
 
 /* tile[t][i] = a[base + rows[t] * stride_row + i * stride], zeros for i >= count; it has room for whole blocks of 16 */
-PER_CPU static __attribute__((noinline)) void load_tile(float *tile, const Array *a, int64_t base, const int64_t *rows,
-                                                        int steps, int count) {
+PER_CPU static void load_tile(float *tile, const Array *a, int64_t base, const int64_t *rows, int steps, int count) {
     const int64_t stride = a->stride[3], row = a->stride[1];
     if (stride == 1 && count == LANES) {
         for (int t = 0; t < steps; t++) put(tile + t * LANES, load_vector(a, base + rows[t] * row));
@@ -199,8 +194,8 @@ PER_CPU static __attribute__((noinline)) void load_tile(float *tile, const Array
     }
 }
 
-PER_CPU static __attribute__((noinline)) void store_tile(const float *tile, const Array *a, int64_t base,
-                                                         const int64_t *rows, int steps, int count, int add) {
+PER_CPU static void store_tile(const float *tile, const Array *a, int64_t base, const int64_t *rows, int steps,
+                               int count, int add) {
     const int64_t stride = a->stride[3], row = a->stride[1];
     if (stride == 1 && count == LANES) {
         for (int t = 0; t < steps; t++) {
@@ -239,6 +234,8 @@ INLINE vfloat vexp2(vfloat v, const int lookup) {
         const vfloat p = (0x1.c6ac6ap-5f * f + 0x1.ebfff4p-3f) * f + 0x1.62e43p-1f;
         return power * f * p + power;
     }
+#else
+    (void)lookup;
 #endif
     const vfloat shifted = v + 0x1.8p23f; /* rounds to the nearest integer, which lands in the low bits */
     const vfloat f = v - (shifted - 0x1.8p23f);
@@ -266,8 +263,7 @@ INLINE vfloat vlog1p(vfloat e) {
 
 /* tile of delta: adds the bias, applies softplus, leaves its derivative in slope and, per lane, the largest |delta| in
  * peak */
-PER_CPU static __attribute__((noinline)) void activate(float *tile, float *slope, float *peak, int steps,
-                                                       const float *bias, int softplus) {
+PER_CPU static void activate(float *tile, float *slope, float *peak, int steps, const float *bias, int softplus) {
     vfloat largest = {0};
     for (int t = 0; t < steps; t++) {
         vfloat v = get(tile + t * LANES) + get(bias);
@@ -526,7 +522,9 @@ static int has_avx512(void) {
 #define has_avx512() 0
 #endif
 
-PER_CPU_TASK static void forward_task(const Call *c, int64_t b, int64_t k, int64_t d0) { forward_block(c, b, k, d0, 0); }
+PER_CPU_TASK static void forward_task(const Call *c, int64_t b, int64_t k, int64_t d0) {
+    forward_block(c, b, k, d0, 0);
+}
 
 PER_CPU_TASK static void backward_task(const Call *c, int64_t b, int64_t k, int64_t d0, int split, vfloat *starts) {
     backward_any(c, b, k, d0, split, starts, 0);
