@@ -94,11 +94,11 @@ def scan(
             *(batch, length, K, channels, N, x.shape[2], threads, delta_softplus, merge, 1),
             *(*_array(x), *_array(delta), *_array(B), *_array(C), *(_merged(y) if merge else _array(y))),
             *(*_NO_ARRAY, *_NO_ARRAY),
-            *(_address(v) for v in (A, D, delta_bias, initial_state, order, packed_B, packed_C, state)),
+            *map(_address, (A, D, delta_bias, initial_state, order, packed_B, packed_C, state)),
             *(0,) * 8,
         )
     )
-    return y.to(x.dtype), state
+    return y if y.dtype == x.dtype else y.to(x.dtype), state
 
 
 def scan_backward(
@@ -138,8 +138,8 @@ def scan_backward(
             *(batch, length, K, channels, N, x.shape[2], threads, delta_softplus, merge, splits),
             *(*_array(x), *_array(delta), *_array(B), *_array(C), *(_merged(grad_y) if merge else _array(grad_y))),
             *(*_array(dx), *_array(ddelta)),
-            *(_address(v) for v in (A, D, delta_bias, initial_state, order, packed_B, packed_C, None, grad_state)),
-            *(_address(v) for v in (dA, dB, dC, dD, dbias, dstate, starts)),
+            *map(_address, (A, D, delta_bias, initial_state, order, packed_B, packed_C, None, grad_state)),
+            *map(_address, (dA, dB, dC, dD, dbias, dstate, starts)),
         )
     )
     dx = dx.sum(2, keepdim=True) if x.shape[2] == 1 and K > 1 else dx
