@@ -68,7 +68,7 @@ def _forward(
     SOFTPLUS: tl.constexpr, OUTPUT: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """``OUTPUT``: write y and the last state. Otherwise write the state at the start of every tile to ``starts``."""
-    block, k, b, _ = _place(channels, W)
+    block, k, b, batch = _place(channels, W)
     ch = block * W + tl.arange(0, W)  # int64, as all that offsets are made of
     valid = ch < channels
     per_channel = k * channels + ch

@@ -1,7 +1,7 @@
 _base_ = ["mamba_yolo_t_custom.py"]
 
 # A plain check that the network, its losses and its decoding fit together: it must learn 32 COCO photos by heart.
-# Trained and tested on the same photos, mirrored at most.
+# Trained and tested on the same 640x640 pictures, without augmentation.
 data_root = "../shared/data/tinycoco"
 ann_file = "annotations/instances_train2017.json"
 photos = dict(data_root=data_root, ann_file=ann_file, data_prefix=dict(img="images/train2017"), cache="ram")
@@ -11,12 +11,24 @@ train_dataloader = dict(
         pipeline=[
             dict(type="LoadPhoto", with_boxes=True),
             dict(type="LetterBox", size=640),
-            dict(type="RandomFlip", prob=0.5),
             dict(type="PackDetInputs"),
         ],
     ),
 )
-val_dataloader = dict(dataset=photos)
+val_dataloader = dict(
+    dataset=dict(
+        **photos,
+        pipeline=[
+            dict(type="LoadPhoto"),
+            dict(type="LetterBox", size=640),
+            dict(type="LoadAnnotations", with_bbox=True),
+            dict(
+                type="PackDetInputs",
+                meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "pad_param"),
+            ),
+        ],
+    ),
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=f"{data_root}/{ann_file}")
 test_evaluator = val_evaluator

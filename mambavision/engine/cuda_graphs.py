@@ -1,16 +1,16 @@
 """Networks replayed as CUDA graphs: hundreds of small launches from Python become one."""
 
 import contextlib
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _EAGER_CALLS = 2  # before a shape is recorded: a shape that comes once is not worth it, and libraries warm up in them
 
@@ -20,7 +20,7 @@ class CudaGraphs:
 
     Without gradients and in eval mode a shape that comes a third time is recorded, and replayed from then on. Training
     steps are recorded if ``record_training`` is set (see :class:`CudaGraphHook`), for the first shape only. Everything
-    else (CPU, tracing, other shapes) runs as it would without this class; so does a network that cannot be recorded.
+    else (CPU, tracing, other shapes) runs as it would without this class.
 
     A replay writes to the memory of the replay before: use up the results before the next call.
 
@@ -28,7 +28,10 @@ class CudaGraphs:
         owner: the network.
         method: name of its method; takes one tensor, returns nested tuples and lists of tensors, and may depend on the
             tensor's shape but not on its values.
-        limit: shapes that stay recorded.
+        limit: shapes that stay recorded; 0 records nothing.
+
+    Raises:
+        RuntimeError: from a call that cannot be recorded, because the method waits for the GPU, for example.
     """
 
     def __init__(self, owner: nn.Module, method: str, *, limit: int = 8) -> None:
@@ -54,7 +57,7 @@ class CudaGraphs:
     def __call__(self, x: Tensor):
         method = getattr(self.owner, self.method)
         trains = torch.is_grad_enabled()
-        if not x.is_cuda or trains != self.owner.training or (trains and not self.record_training):
+        if not x.is_cuda or self.limit == 0 or trains != self.owner.training or (trains and not self.record_training):
             return method(x)
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return method(x)
@@ -66,20 +69,23 @@ class CudaGraphs:
         self._calls[key] += 1
         if self._calls[key] <= _EAGER_CALLS or (trains and any(recorded[0] for recorded in self._recorded)):
             return method(x)
-        self._recorded[key] = self._record(method, x, trains)
+        self._recorded[key] = self._record(x, trains)
         return self._recorded[key](x)
 
-    def _record(self, method: Callable, x: Tensor, trains: bool) -> Callable:
-        if len(self._recorded) >= self.limit:
-            del self._recorded[next(iter(self._recorded))]
+    def _record(self, x: Tensor, trains: bool) -> Callable:
+        predicts = [key for key in self._recorded if not key[0]]
+        if len(predicts) >= self.limit:
+            del self._recorded[predicts[0]]
         self._tensors = [*self.owner.parameters(), *self.owner.buffers()]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            return _record_training(self.owner, self.method, x) if trains else _record(method, x, self._pool)
+            return (_TrainingGraphs if trains else _InferenceGraph)(self.owner, self.method, x, self._pool)
         except RuntimeError as error:
-            print_log(f"not recorded as a CUDA graph: {str(error).splitlines()[0]}", "current", level=logging.WARNING)
-            return method
+            raise RuntimeError(
+                f"{type(self.owner).__name__}.{self.method} cannot be recorded as a CUDA graph; graphs.limit = 0 turns "
+                f"recording off: {error}"
+            ) from error
 
 
 def _autocast_dtype() -> torch.dtype | None:
@@ -94,40 +100,91 @@ def _autocast_without_cache() -> Iterator[None]:
         yield
 
 
-def _record(method: Callable, x: Tensor, pool: tuple[int, int]) -> Callable:
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(False), torch.no_grad(), _autocast_without_cache():
-        static = x.clone()  # no inference tensor: it is written to outside inference mode as well
-        with torch.cuda.graph(graph, pool=pool):
-            results = method(static)
+def _capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.cuda.Stream | None = None):
+    """Record what this thread launches; others, such as a data loader's, may allocate meanwhile."""
+    return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
 
-    def replay(x: Tensor):
-        static.copy_(x)
-        graph.replay()
-        return results
 
-    return replay
+class _InferenceGraph:
+    def __init__(self, owner: nn.Module, method: str, x: Tensor, pool: tuple[int, int]) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(False), torch.no_grad(), _autocast_without_cache():
+            self.x = x.clone()  # no inference tensor: it is written to outside inference mode as well
+            with _capture(self.graph, pool):
+                self.results = getattr(owner, method)(self.x)
+
+    def __call__(self, x: Tensor):
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.results
 
 
 class _Method(nn.Module):
-    """A method as a module: make_graphed_callables wants to know whose parameters get gradients."""
+    """A method as a module, for functional_call."""
 
-    def __init__(self, owner: nn.Module, name: str) -> None:
+    def __init__(self, owner: nn.Module, method: str) -> None:
         super().__init__()
-        self.owner, self.name = owner, name
+        self.owner, self.method = owner, method
 
     def forward(self, x: Tensor):
-        return getattr(self.owner, self.name)(x)
+        return getattr(self.owner, self.method)(x)
 
 
-def _record_training(owner: nn.Module, method: str, x: Tensor) -> Callable:
-    """Forward and backward; recording runs the network a few times, which must not count in its running statistics."""
-    before = [buffer.clone() for buffer in owner.buffers()]
-    with _autocast_without_cache():
-        replay = torch.cuda.make_graphed_callables(_Method(owner, method), (x.clone(),), allow_unused_input=True)
-    for buffer, value in zip(owner.buffers(), before, strict=True):
-        buffer.copy_(value)
-    return replay
+class _TrainingGraphs:
+    """One graph forward, one backward, with gradients of the owner's parameters."""
+
+    def __init__(self, owner: nn.Module, method: str, x: Tensor, pool: tuple[int, int]) -> None:
+        named = {f"owner.{name}": p for name, p in owner.named_parameters() if p.requires_grad}
+        self.parameters = tuple(named.values())
+        # the same memory as new leaves: the parameters' own accumulators belong to the stream of the steps before
+        leaves = {name: p.detach().requires_grad_() for name, p in named.items()}
+        statistics = [buffer.clone() for buffer in owner.buffers()]
+        self.x = x.clone()
+
+        def forward() -> list[Tensor]:
+            with _autocast_without_cache():
+                results = torch.func.functional_call(_Method(owner, method), leaves, (self.x,))
+            flat, self.structure = tree_flatten(results)
+            return flat
+
+        def backward() -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(self.results, tuple(leaves.values()), self.grad_results, allow_unused=True)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set up what they need for this stream
+            self.results = forward()
+            self.grad_results = [torch.zeros_like(result) for result in self.results]
+            backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with _capture(self.forward_graph, pool, stream):
+            self.results = forward()
+        with _capture(self.backward_graph, pool, stream):
+            self.gradients = backward()
+        self.results = [result.detach() for result in self.results]
+        for buffer, value in zip(owner.buffers(), statistics, strict=True):
+            buffer.copy_(value)  # as if the network had not run here
+
+    def __call__(self, x: Tensor):
+        return tree_unflatten(_Replay.apply(self, x, *self.parameters), self.structure)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, graphs: _TrainingGraphs, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.graphs = graphs
+        graphs.x.copy_(x)
+        graphs.forward_graph.replay()
+        return tuple(result.detach() for result in graphs.results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        graphs = ctx.graphs
+        torch._foreach_copy_(graphs.grad_results, list(gradients))
+        graphs.backward_graph.replay()
+        return None, None, *(None if gradient is None else gradient.detach() for gradient in graphs.gradients)
 
 
 @HOOKS.register_module()

@@ -225,9 +225,9 @@ def test_one_training_step_of_the_published_t():
     losses = detector.bbox_head.loss_by_feat(*maps, gt, [{}, {}])
     items = fixture.meta["loss_items"]
     for key, name in (("loss_bbox", "box"), ("loss_cls", "cls"), ("loss_dfl", "dfl")):
-        assert losses[key].item() / 2 == pytest.approx(items[name], rel=2e-6), name
+        assert losses[key].item() / 2 == pytest.approx(items[name], rel=5e-6), name
     total = sum(losses.values())
-    assert total.item() == pytest.approx(fixture.meta["total_loss"], rel=2e-6)
+    assert total.item() == pytest.approx(fixture.meta["total_loss"], rel=5e-6)
 
     total.backward()
     noise = set(fixture.meta["mathematically_zero_grads"])
