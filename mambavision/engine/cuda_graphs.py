@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -197,11 +196,13 @@ class CudaGraphHook(Hook):
 
     def before_train(self, runner) -> None:
         """Switch recording on where it can be done."""
+        graphs = getattr(runner.model, "graphs", None)  # a data-parallel wrapper has none
         accumulates = getattr(runner.optim_wrapper, "_accumulative_counts", 1) > 1
-        if not is_model_wrapper(runner.model) and not accumulates:
-            runner.model.graphs.record_training = True
+        if isinstance(graphs, CudaGraphs) and not accumulates:
+            graphs.record_training = True
 
     def after_train(self, runner) -> None:
         """Give the graphs' memory back."""
-        if not is_model_wrapper(runner.model):
-            runner.model.graphs = CudaGraphs(runner.model, runner.model.graphs.method)
+        graphs = getattr(runner.model, "graphs", None)
+        if isinstance(graphs, CudaGraphs):
+            runner.model.graphs = CudaGraphs(graphs.owner, graphs.method, limit=graphs.limit)
