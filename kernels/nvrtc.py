@@ -105,10 +105,19 @@ def kernel(source: pathlib.Path, name: str, defines: tuple[str, ...], device: in
     return function
 
 
+@functools.cache
+def _launcher():
+    launch = _driver().cuLaunchKernel
+    launch.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    return launch
+
+
 def launch(function: ctypes.c_void_p, blocks: int, threads: int, argument: bytes, device: int) -> None:
     """Launch on torch's current stream of a device with one argument, passed by value."""
-    arguments = (ctypes.c_char_p * 1)(argument)
-    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    with torch.cuda.device(device):
-        result = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, None)
-    _check(result, "launching a kernel")
+    if torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            return launch(function, blocks, threads, argument, device)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    result = _launcher()(function, blocks, 1, 1, threads, 1, 1, 0, stream, (ctypes.c_char_p * 1)(argument), None)
+    if result:
+        _check(result, "launching a kernel")

@@ -9,8 +9,8 @@
 // Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); N, STATES,
 // SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes; KEEP_DECAY: the backward keeps a tile's decays
 // rather than compute them twice; SOFTPLUS; X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE (0 float, 1 bfloat16, 2 half);
-// X_BY_TOKEN and so on: that tensor's tokens, not its channels or states, are neighbours in memory; and for `sum`
-// IN_TYPE, OUT_TYPE, VECTOR.
+// X_BY_TOKEN and so on: that tensor's tokens, not its channels or states, are neighbours in memory; EVERY: steps from one
+// kept state to the next, 0 if none are kept, START_TYPE: their type; and for `sum` VECTOR.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -23,27 +23,34 @@ constexpr int WARPS = THREADS / 32, WIDTH = 32 / SPLIT, CHANNELS = THREADS / SPL
 constexpr int OWN = TILE / SPLIT, PER_STATE = ROUND_UP(TILE * PADDED, THREADS);
 constexpr int PITCH = WIDTH + 1;  // of a warp's tile in shared memory: both ways of filling it miss bank conflicts
 
-struct Strided { const char *data; i64 batch, scan; int token, inner; };  // strides in bytes
+struct View { i64 batch, scan; int token, inner; };  // strides in bytes
 
 struct Call {
-    Strided x, delta, B, C, dy;
+    const char *x, *delta, *B, *C, *dy;
     const float *A, *D, *bias;
-    const float *carry;  // (batch, scans, segments, channels, N) or null: state before, or gradient after, each segment
-    const int *order;    // (scans, length) or null
-    float *ends, *sums;  // as carry, and (batch, scans, segments, channels): what a segment receives from its neighbour
-    float *starts;       // (batch, scans, tiles, channels, N): state before each tile
-    char *y, *dx, *ddelta;      // (batch, length, scans, channels)
-    float *last;                // (batch, scans, channels, N): last state, or gradient of the initial state
-    float *dA, *dD, *dbias;     // (batch, segments, scans, channels, N or nothing)
-    float *dB, *dC;             // (channel blocks, batch, length, scans, N)
+    const float *initial, *gradient;  // (batch, scans, channels, N) or null: initial state, gradient of the last state
+    const int *order;                 // (scans, length) or null
+    float *ends, *sums;  // (batch, scans, segments, channels, N or nothing): what a segment receives from its neighbour
+    char *starts;        // (batch, scans, length / EVERY, channels, N): state before every so many steps
+    char *y, *dx, *ddelta;            // (batch, length, scans, channels)
+    float *last;                      // (batch, scans, channels, N): last state, or gradient of the initial state
+    float *dA, *dD, *dbias;           // (batch, segments, scans, channels, N or nothing)
+    float *dB, *dC;                   // (channel blocks, batch, length, scans, N)
+    View x_view, delta_view, B_view, C_view, dy_view;
     i64 batch, length, scans, channels, segments, segment;  // segment: its steps, a multiple of TILE
     int row;  // scans * channels
 };
 
-struct Sum { const void *in; void *out; i64 outer, terms, inner; };
+// out[o, i] = sum over the terms j of in[o, j, i]
+struct Job { const void *in; void *out; i64 outer, terms, inner, blocks; int in_type, out_type; };
+struct Sum { Job job[6]; };
 
 template <int TYPE> struct Element { typedef unsigned short bits; };
 template <> struct Element<0> { typedef unsigned bits; };
+
+template <int TYPE, int COUNT> struct alignas(COUNT * sizeof(typename Element<TYPE>::bits)) Pack {
+    typename Element<TYPE>::bits v[COUNT];
+};
 
 template <int TYPE> INLINE unsigned load(const char *p) { return __ldg((const typename Element<TYPE>::bits *)p); }
 
@@ -167,9 +174,9 @@ template <int TYPE, bool BY_TOKEN> struct Channels {
     int token, inner, lane, channels;
     unsigned raw[OWN];
 
-    INLINE Channels(const Call &call, const Place &at, const Strided &a)
+    INLINE Channels(const Call &call, const Place &at, const char *data, const View &a)
         : token(a.token), inner(a.inner), lane(at.lane), channels(at.channels) {
-        from = a.data + at.b * a.batch + at.k * a.scan + min(at.d0, call.channels - 1) * inner;
+        from = data + at.b * a.batch + at.k * a.scan + min(at.d0, call.channels - 1) * inner;
         from = whole(BY_TOKEN ? from : from + (i64)allowed(0) * inner);
     }
     INLINE int t(int j) const { return BY_TOKEN ? lane % TILE : j * SPLIT + lane / WIDTH; }
@@ -191,7 +198,7 @@ template <int TYPE, bool BY_TOKEN> struct Channels {
 struct Delta : Channels<DELTA_TYPE, DELTA_BY_TOKEN> {
     float bias[DELTA_BY_TOKEN ? OWN : 1];  // of the channel of element j
 
-    INLINE Delta(const Call &call, const Place &at) : Channels(call, at, call.delta) {
+    INLINE Delta(const Call &call, const Place &at) : Channels(call, at, call.delta, call.delta_view) {
         const i64 first = at.k * call.channels + min(at.d0, call.channels - 1);
 #pragma unroll
         for (int j = 0; j < (DELTA_BY_TOKEN ? OWN : 1); j++) bias[j] = call.bias ? call.bias[first + allowed(j)] : 0.f;
@@ -221,8 +228,8 @@ template <int TYPE, bool BY_TOKEN> struct States {
     int token, inner;
     unsigned raw[PER_STATE];
 
-    INLINE States(const Place &at, const Strided &a)
-        : from(whole(a.data + at.b * a.batch + at.k * a.scan)), token(a.token), inner(a.inner) {}
+    INLINE States(const Place &at, const char *data, const View &a)
+        : from(whole(data + at.b * a.batch + at.k * a.scan)), token(a.token), inner(a.inner) {}
     INLINE int t(int i) const { return BY_TOKEN ? i % TILE : i / PADDED; }
     INLINE int n(int i) const { return BY_TOKEN ? i / TILE : i % PADDED; }
     INLINE void fetch(const int *rows) {
@@ -271,6 +278,31 @@ INLINE void store_states(const float *h, float *to, i64 at, int part, bool alive
     }
 }
 
+// A lane's kept states of its channel, loaded undecoded; `at` as above
+struct Start {
+    static constexpr bool PACKED = N == PADDED;
+    typedef typename Element<START_TYPE>::bits bits;
+    Pack<START_TYPE, STATES> raw;
+
+    INLINE void fetch(const char *from, i64 at, int part, bool alive) {
+        const bits *p = (const bits *)from + at * N + part * STATES;
+        if (PACKED && alive) raw = *(const Pack<START_TYPE, STATES> *)p;
+#pragma unroll
+        for (int n = 0; n < STATES; n++)
+            if (!PACKED || !alive) raw.v[n] = alive && part * STATES + n < N ? p[n] : 0;
+    }
+    static INLINE void store(const float *h, char *to, i64 at, int part, bool alive) {
+        bits *p = (bits *)to + at * N + part * STATES;
+        Pack<START_TYPE, STATES> pack;
+#pragma unroll
+        for (int n = 0; n < STATES; n++) pack.v[n] = encode<START_TYPE>(h[n]);
+        if (PACKED && alive) *(Pack<START_TYPE, STATES> *)p = pack;
+#pragma unroll
+        for (int n = 0; n < STATES; n++)
+            if (!PACKED && alive && part * STATES + n < N) p[n] = pack.v[n];
+    }
+};
+
 INLINE void load_decays(float *A, const Call &call, const Place &at) {
     load_states(A, call.A, at.channel(call), at.part, true);
 #pragma unroll
@@ -306,19 +338,85 @@ template <int HALF> INLINE void sum_parts(float *v, const Place &at) {
     }
 }
 
-// Sums v over the channels of a warp: each lane gets 2 * HALF / WIDTH totals, from value first_total on
-template <int HALF, int MASK = 1> INLINE void sum_channels(float *v, const Place &at) {
-    if constexpr (MASK < WIDTH) {
-        exchange<HALF>(v, at.c & MASK, MASK);
-        sum_channels<HALF / 2, MASK * 2>(v, at);
-    }
+// c += a b of one warp's matrices, 16 x 8 and 8 x 8, their elements cut to 10 bits of mantissa
+INLINE void product(float *c, const float *a, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
-INLINE int first_total(int half, int c) {
-    int first = 0;
-    for (int mask = 1; mask < WIDTH; mask *= 2, half /= 2) first += c & mask ? half : 0;
-    return first;
-}
+// dB and dC of GROUP steps, summed over the channels of four neighbouring lanes by tensor cores: a product with a matrix
+// of ones and zeros that gives lane q = lane % 4 the totals of step q / PARTS of the group and of part q % PARTS of the
+// quad. A product takes four values a lane: dB and dC of two states (or, with one state a lane, of two steps).
+struct Totals {
+    static constexpr int PARTS = WIDTH < 4 ? 4 / WIDTH : 1, SUBSETS = WIDTH < 4 ? 1 : WIDTH / 4;
+    static constexpr int PAIR = STATES == 1 ? 2 : 1, GROUP = 4 / PARTS * PAIR, PRODUCTS = STATES == 1 ? 1 : STATES / 2;
+    static constexpr int PER_STEP = 2 * PADDED + 4, PER_SUBSET = TILE * PER_STEP + 16;  // padded against bank conflicts
+    static constexpr bool ROUNDED = B_TYPE == 1 && C_TYPE == 1;  // the product's 10 bits are more than the output's
+    float c[PRODUCTS][4], a[PRODUCTS][4];
+    int quad, q, wanted, to;
+
+    INLINE Totals(const Place &at) : quad(at.lane / 4), q(at.lane % 4) {
+        const int part = WIDTH < 4 ? quad * PARTS + q % PARTS : at.part, subset = WIDTH < 4 ? 0 : at.c / 4;
+        wanted = quad - (WIDTH < 4 ? q / WIDTH * 2 : 0);
+        to = (at.warp * SUBSETS + subset) * PER_SUBSET + q / PARTS * PAIR * PER_STEP + part * STATES;
+        clear();
+    }
+    INLINE void clear() {
+#pragma unroll
+        for (int m = 0; m < PRODUCTS; m++) c[m][0] = c[m][1] = c[m][2] = c[m][3] = 0.f;
+    }
+    INLINE void put(int t, int n, float dB, float dC) {
+        const int i = STATES == 1 ? t % 2 : n % 2;
+        a[n / 2][i] = dB, a[n / 2][2 + i] = dC;
+    }
+    // After the last of a step's states, steps from the last of a group to the first: into `partial`
+    INLINE void step(int t, float *partial) {
+        if (t % PAIR) return;
+        const int s = t % GROUP / PAIR * PARTS * 2;
+        const float b0 = wanted == s ? 1.f : 0.f, b1 = wanted == s + 1 ? 1.f : 0.f;
+#pragma unroll
+        for (int m = 0; m < PRODUCTS; m++) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+            if constexpr (!ROUNDED) {
+                float rest[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float high = __uint_as_float(__float_as_uint(a[m][i]) & 0xffffe000);
+                    rest[i] = a[m][i] - high, a[m][i] = high;
+                }
+                product(c[m], rest, b0, b1);
+            }
+            product(c[m], a[m], b0, b1);
+#else
+#pragma unroll
+            for (int from = 0; from < 4; from++) {
+                const bool mine = q == s / 2 + (WIDTH < 4 ? from / WIDTH : 0);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float v = __shfl_sync(~0u, a[m][i], from, 4);
+                    c[m][i % 2 * 2 + i / 2] += mine ? v : 0.f;
+                }
+            }
+#endif
+        }
+        if (t % GROUP) return;
+        float *p = partial + to + t * PER_STEP;
+        if constexpr (STATES == 1) {
+            p[0] = c[0][0], p[PADDED] = c[0][1], p[PER_STEP] = c[0][2], p[PER_STEP + PADDED] = c[0][3];
+        } else {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+#pragma unroll
+                for (int m = 0; m < PRODUCTS; m++)
+                    *(float2 *)(p + half * PADDED + m * 2) = make_float2(c[m][half], c[m][2 + half]);
+            }
+        }
+        clear();
+    }
+};
 
 struct alignas(8) ForwardStep {
     static constexpr bool HAS_SLOPE = false;
@@ -331,17 +429,19 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
     __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
     __shared__ __align__(16) float shared_B[2][TILE * PADDED], shared_C[2][TILE * PADDED];
     const Place at(c, false);
-    Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x);
+    Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x, c.x_view);
     Delta delta(c, at);
-    States<B_TYPE, B_BY_TOKEN> B(at, c.B);
-    States<C_TYPE, C_BY_TOKEN> C(at, c.C);
+    States<B_TYPE, B_BY_TOKEN> B(at, c.B, c.B_view);
+    States<C_TYPE, C_BY_TOKEN> C(at, c.C, c.C_view);
     const Output<X_TYPE> out(c, at, c.y);
     ForwardStep *tile = steps[at.warp];
     float A[STATES], h[STATES] = {};
     load_decays(A, c, at);
-    if (c.carry) load_states(h, c.carry, at.in_segment(c, at.s), at.part, at.alive);
+    if (c.segments > 1) load_states(h, c.ends, at.in_segment(c, at.s), at.part, at.alive);
+    else if (c.initial) load_states(h, c.initial, at.in_scan(c), at.part, at.alive);
     const float skip = c.D ? c.D[at.channel(c)] : 0.f;
-    const i64 tiles = ROUND_UP(c.length, TILE), first_start = (at.b * c.scans + at.k) * tiles + at.begin / TILE;
+    constexpr int PERIOD = EVERY ? EVERY : 1;
+    const i64 first_start = (at.b * c.scans + at.k) * ROUND_UP(c.length, PERIOD);
 
     auto fetch = [&](const int *from) {
         x.fetch(from), delta.fetch(from), B.fetch(from);
@@ -364,10 +464,13 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
         __syncthreads();
         fetch(rows[(i + 1) % 4]);
         if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
-        if (ONLY_STARTS) store_states(h, c.starts, (first_start + i) * c.channels + at.d(), at.part, at.alive);
+        const i64 t0 = at.t0(i);
         float y[SPLIT];
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
+            if (EVERY && t % PERIOD == 0 && (PERIOD <= TILE || t0 % PERIOD == 0))
+                Start::store(h, c.starts, (first_start + (t0 + t) / PERIOD) * c.channels + at.d(), at.part,
+                             at.alive && t < count);
             const ForwardStep step = tile[t * PITCH + at.c];
             const float input = step.dt * step.x;
             y[t % SPLIT] = 0.f;
@@ -396,9 +499,11 @@ template <bool ADJOINT> INLINE void reach(const Call &c) {
     const Place at(c, !ADJOINT);
     const i64 receiver = ADJOINT ? at.s - 1 : at.s + 1;
     if (receiver < 0 || receiver == c.segments) return;
-    Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x);
+    Channels<ADJOINT ? DY_TYPE : X_TYPE, ADJOINT ? DY_BY_TOKEN : X_BY_TOKEN> x(
+        c, at, ADJOINT ? c.dy : c.x, ADJOINT ? c.dy_view : c.x_view);
     Delta delta(c, at);
-    States<B_TYPE, B_BY_TOKEN> B(at, c.B);
+    States<ADJOINT ? C_TYPE : B_TYPE, ADJOINT ? C_BY_TOKEN : B_BY_TOKEN> B(
+        at, ADJOINT ? c.C : c.B, ADJOINT ? c.C_view : c.B_view);
     ForwardStep *tile = steps[at.warp];
     float A[STATES], ends[STATES] = {}, sum = 0.f, slowest = -__int_as_float(0x7f800000);
     load_decays(A, c, at);
@@ -446,7 +551,8 @@ template <bool ADJOINT> INLINE void carry(const Call &c) {
     const i64 row = c.channels * N, i = (i64)blockIdx.x * THREADS + threadIdx.x, scan = i / row, at = i % row;
     if (scan >= c.batch * c.scans) return;
     const float A = c.A[scan % c.scans * row + at] * LOG2E;
-    float h = c.carry ? c.carry[i] : 0.f;
+    const float *outside = ADJOINT ? c.gradient : c.initial;
+    float h = outside ? outside[i] : 0.f;
     constexpr int AHEAD = 8;
     for (i64 s0 = 0; s0 < c.segments; s0 += AHEAD) {
         float end[AHEAD], sum[AHEAD];
@@ -472,37 +578,38 @@ struct alignas(16) BackwardStep {
 
 // With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. Tiles from the last to the first; a tile's states are
 // recomputed from its start and stay in registers.
-// dB and dC of GROUP steps are summed over channels together: enough values for each lane to end with its own.
-template <int GROUP = (WIDTH > 2 * STATES ? WIDTH / (2 * STATES) : 1)> INLINE void backward(const Call &c) {
-    constexpr int VALUES = GROUP * 2 * STATES;
-    static_assert(GROUP <= TILE, "a tile holds a group of steps");
+template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
+    static_assert(PERIOD == TILE && TILE % Totals::GROUP == 0, "a tile begins at a kept state and holds whole groups");
+    constexpr int SUBSETS = WARPS * Totals::SUBSETS;
     __shared__ int rows[4][TILE];
     __shared__ __align__(16) BackwardStep steps[WARPS][TILE * PITCH];
     __shared__ __align__(16) float shared_B[TILE * PADDED], shared_C[TILE * PADDED];
-    __shared__ float partial[WARPS][TILE * 2 * PADDED];  // dB and dC of a tile
+    __shared__ __align__(16) float partial[SUBSETS * Totals::PER_SUBSET];  // dB and dC of a tile
     const Place at(c, true);
-    Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x);
-    Channels<DY_TYPE, DY_BY_TOKEN> dy(c, at, c.dy);
+    Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x, c.x_view);
+    Channels<DY_TYPE, DY_BY_TOKEN> dy(c, at, c.dy, c.dy_view);
     Delta delta(c, at);
-    States<B_TYPE, B_BY_TOKEN> B(at, c.B);
-    States<C_TYPE, C_BY_TOKEN> C(at, c.C);
+    States<B_TYPE, B_BY_TOKEN> B(at, c.B, c.B_view);
+    States<C_TYPE, C_BY_TOKEN> C(at, c.C, c.C_view);
     const Output<X_TYPE> dx(c, at, c.dx);
     const Output<DELTA_TYPE> ddelta(c, at, c.ddelta);
     const float *B_t = shared_B + at.part * STATES, *C_t = shared_C + at.part * STATES;
     BackwardStep *tile = steps[at.warp];
-    float A[STATES], g[STATES] = {}, dA[STATES] = {}, dD = 0.f, dbias = 0.f, start[STATES];
+    Totals totals(at);
+    Start start;
+    float A[STATES], g[STATES] = {}, dA[STATES] = {}, dD = 0.f, dbias = 0.f;
     load_decays(A, c, at);
-    if (c.carry) load_states(g, c.carry, at.in_segment(c, at.s), at.part, at.alive);
+    if (c.segments > 1) load_states(g, c.ends, at.in_segment(c, at.s), at.part, at.alive);
+    else if (c.gradient) load_states(g, c.gradient, at.in_scan(c), at.part, at.alive);
     const float skip = c.D ? c.D[at.channel(c)] : 0.f;
-    const int first = first_total(VALUES / 2, at.c), states_row = (int)c.scans * N * 4;
-    const int slot = first / STATES * PADDED + at.part * STATES + first % STATES;  // of a lane's totals in partial
+    const int states_row = (int)c.scans * N * 4;
     const i64 first_start = (at.b * c.scans + at.k) * ROUND_UP(c.length, TILE) + at.begin / TILE;
     const i64 block = blockIdx.x % ROUND_UP(c.channels, CHANNELS);
     const i64 states_at = ((block * c.batch + at.b) * c.length * c.scans + at.k) * N;  // into dB and dC, of token 0
 
     auto fetch = [&](int i, const int *from) {
         x.fetch(from), delta.fetch(from), dy.fetch(from), B.fetch(from), C.fetch(from);
-        load_states(start, c.starts, (first_start + max(at.tiles - 1 - i, 0)) * c.channels + at.d(), at.part, at.alive);
+        start.fetch(c.starts, (first_start + max(at.tiles - 1 - i, 0)) * c.channels + at.d(), at.part, at.alive);
     };
     int ahead = 0;
     if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
@@ -518,7 +625,7 @@ template <int GROUP = (WIDTH > 2 * STATES ? WIDTH / (2 * STATES) : 1)> INLINE vo
         if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
         float h[TILE + 1][STATES], a[KEEP_DECAY ? TILE : 1][STATES];  // h[t]: state before step t
 #pragma unroll
-        for (int n = 0; n < STATES; n++) h[0][n] = start[n];
+        for (int n = 0; n < STATES; n++) h[0][n] = decode<START_TYPE>(start.raw.v[n]);
         __syncthreads();
         fetch(i + 1, rows[(i + 1) % 4]);
         if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
@@ -533,12 +640,11 @@ template <int GROUP = (WIDTH > 2 * STATES ? WIDTH / (2 * STATES) : 1)> INLINE vo
                 if (KEEP_DECAY) a[t][n] = a_n;
             }
         }
-        float dinput[SPLIT], dlog[SPLIT], dBC[VALUES];
+        float dinput[SPLIT], dlog[SPLIT];
 #pragma unroll
         for (int t = TILE - 1; t >= 0; t--) {
             const BackwardStep step = tile[t * PITCH + at.c];
             const float input = step.dt * step.x;
-            float *dB = dBC + t % GROUP * 2 * STATES, *dC = dB + STATES;
             dinput[t % SPLIT] = dlog[t % SPLIT] = 0.f;
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
@@ -546,17 +652,12 @@ template <int GROUP = (WIDTH > 2 * STATES ? WIDTH / (2 * STATES) : 1)> INLINE vo
                 const float g_n = g[n] + step.dy * C_t[t * PADDED + n];
                 g[n] = g_n * a_n;
                 const float w = g[n] * h[t][n];
-                dB[n] = g_n * input;
-                dC[n] = step.dy * h[t + 1][n];
+                totals.put(t, n, g_n * input, step.dy * h[t + 1][n]);
                 dinput[t % SPLIT] += g_n * B_t[t * PADDED + n];
                 dlog[t % SPLIT] += w * A[n];
                 dA[n] += w * step.dt;
             }
-            if (t % GROUP == 0) {
-                sum_channels<VALUES / 2>(dBC, at);
-#pragma unroll
-                for (int v = 0; v < VALUES / WIDTH; v++) partial[at.warp][slot + t * 2 * PADDED + v] = dBC[v];
-            }
+            totals.step(t, partial);
             if (t % SPLIT == 0) {
                 const int own = t + at.part;
                 const BackwardStep mine = tile[own * PITCH + at.c];
@@ -578,7 +679,7 @@ template <int GROUP = (WIDTH > 2 * STATES ? WIDTH / (2 * STATES) : 1)> INLINE vo
             if (t >= count || n >= N) continue;
             float sum = 0.f;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += partial[w][v];
+            for (int w = 0; w < SUBSETS; w++) sum += partial[w * Totals::PER_SUBSET + v + t * 4];
             *(float *)((char *)((is_C ? c.dC : c.dB) + states_at + n) + offset(here[t], states_row)) = sum;
         }
     }
@@ -593,26 +694,38 @@ template <int GROUP = (WIDTH > 2 * STATES ? WIDTH / (2 * STATES) : 1)> INLINE vo
     if (at.alive && at.part == 0) c.dD[piece] = dD, c.dbias[piece] = dbias;
 }
 
-template <int TYPE> struct alignas(VECTOR * sizeof(typename Element<TYPE>::bits)) Pack {
-    typename Element<TYPE>::bits v[VECTOR];
-};
-
-// out[o, i] = sum over the terms j of in[o, j, i], in order; VECTOR neighbours a thread
-INLINE void sum(const Sum &s) {
-    const i64 i = (i64)blockIdx.x * THREADS + threadIdx.x, inner = s.inner / VECTOR, o = i / inner;
-    if (o >= s.outer) return;
-    const Pack<IN_TYPE> *in = (const Pack<IN_TYPE> *)s.in + o * s.terms * inner + i % inner;
+// In float32 and in order; VECTOR neighbours a thread
+template <int IN, int OUT> INLINE void sum(const Job &job, i64 block) {
+    const i64 i = block * THREADS + threadIdx.x, inner = job.inner / VECTOR, o = i / inner;
+    if (o >= job.outer) return;
+    const Pack<IN, VECTOR> *in = (const Pack<IN, VECTOR> *)job.in + o * job.terms * inner + i % inner;
     float total[VECTOR] = {};
-#pragma unroll 4
-    for (i64 j = 0; j < s.terms; j++) {
-        const Pack<IN_TYPE> term = in[j * inner];
+#pragma unroll 8
+    for (i64 j = 0; j < job.terms; j++) {
+        const Pack<IN, VECTOR> term = in[j * inner];
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) total[v] += decode<IN_TYPE>(term.v[v]);
+        for (int v = 0; v < VECTOR; v++) total[v] += decode<IN>(term.v[v]);
     }
-    Pack<OUT_TYPE> out;
+    Pack<OUT, VECTOR> out;
 #pragma unroll
-    for (int v = 0; v < VECTOR; v++) out.v[v] = encode<OUT_TYPE>(total[v]);
-    ((Pack<OUT_TYPE> *)s.out)[i] = out;
+    for (int v = 0; v < VECTOR; v++) out.v[v] = encode<OUT>(total[v]);
+    ((Pack<OUT, VECTOR> *)job.out)[i] = out;
+}
+
+// Several sums, one after the other in the grid
+INLINE void sums(const Sum &s) {
+    i64 block = blockIdx.x;
+    int j = 0;
+    while (block >= s.job[j].blocks) block -= s.job[j++].blocks;
+    const Job &job = s.job[j];
+    if (job.in_type == job.out_type) {
+        if (job.in_type == 0) sum<0, 0>(job, block);
+        if (job.in_type == 1) sum<1, 1>(job, block);
+        if (job.in_type == 2) sum<2, 2>(job, block);
+    } else {
+        if (job.out_type == 1) sum<0, 1>(job, block);
+        if (job.out_type == 2) sum<0, 2>(job, block);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) KERNEL(const ARGUMENT argument) { ENTRY(argument); }
