@@ -31,7 +31,6 @@ _POINTERS = struct.Struct("23P")
 _REST = struct.Struct("qqii" * len(_VIEWED) + "qqqqqqi0q")
 _JOB = struct.Struct("PPqqqqii")
 _SUM = struct.Struct(f"{6 * _JOB.size}s")
-EVERY = 16  # steps from one state that the forward keeps to the next
 
 
 class Plan(NamedTuple):
@@ -61,6 +60,11 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _tile(N: int) -> int:
+    """Steps of a backward's tile, which begins at a kept state."""
+    return 8 if N == 1 else 16
+
+
 @functools.cache
 def plan(batch: int, length: int, scans: int, channels: int, N: int, processors: int, *, backward: bool) -> Plan:
     """Few lanes a channel while that fills the GPU with 8 warps a processor; then segments of time; then more lanes."""
@@ -77,7 +81,7 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
     while split < most and segments == 1 and warps(split) < wanted:
         split *= 2
     states = padded // split
-    tile = 8 if states == 16 else 16
+    tile = _tile(N) if backward else 8 if states == 16 else 16
     blocks = -(-channels * split // (32 if backward and padded > 64 else 128))  # 48 KB of shared memory hold them
     threads = -(-channels * split // (32 * blocks)) * 32
     segment = -(-length // (segments * tile)) * tile
@@ -121,89 +125,105 @@ class _View(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """All of a call but its addresses: kernels with their blocks, the rest of their argument, sizes."""
+    """All of a call but its addresses: kernels and their blocks, the end of their argument, a scratch buffer's floats and
+    what begins where in it (bytes), and the sums that follow: kernel, blocks and the end of each job."""
 
     launches: tuple[tuple[ctypes.c_void_p, int], ...]
     rest: bytes
-    segments: int
-    blocks: int
+    scratch: int
+    offsets: tuple[int, ...]
+    sums: tuple[ctypes.c_void_p, int, tuple[tuple[int, ...], ...]] | None
+
+
+_SUM_THREADS = 256
 
 
 @functools.lru_cache(4096)
 def _layout(
     plan: Plan,
-    names: tuple[str, ...],
+    backward: bool,
+    merge: bool,
     device: int,
     shape: tuple[int, ...],
     N: int,
     softplus: bool,
     every: int,
     start_type: torch.dtype,
+    kept: bool,
     *views: tuple | None,
 ) -> _Layout:
-    """For the kernels ``names`` over delta's ``shape``; ``views``: shape, strides, dtype of each of _VIEWED."""
+    """Over delta's ``shape``; ``views``: shape, strides, dtype of each of _VIEWED.
+
+    ``every``: steps from a kept state to the next, 0 for none; ``kept``: the backward has them.
+    """
     batch, length, K, channels = shape
     segments, blocks = -(-length // plan.segment), -(-channels // plan.channels)
     defines = {"N": N, "STATES": plan.states, "SPLIT": plan.split, "TILE": plan.tile, "RESIDENT": plan.resident}
     defines |= {"POLYNOMIAL": plan.polynomial, "KEEP_DECAY": int(plan.keep_decay), "SOFTPLUS": int(softplus)}
-    defines |= {"START_TYPE": _TYPES[start_type]}
     values = []
     for name, view in zip(_VIEWED, views, strict=True):
         values += _View(*view).bytes() if view else (0,) * 4
         defines |= _View(*view).defines(name) if view else {}
+    if backward:
+        names = ("scan_reach_back", "scan_carry_back", "scan_backward")
+        names = names if kept else ("scan_reach", "scan_carry", "scan_starts", *names)
+    else:
+        names = ("scan_reach", "scan_carry", "scan_forward")
     launches = []
     for name in names:
         whole = blocks * K * segments * batch
-        if "carry" in name or "reach" in name:
-            if segments == 1:
-                continue
-            whole = -(-batch * K * channels * N // plan.threads) if "carry" in name else whole
+        chains = name in ("scan_carry", "scan_carry_back")
+        if chains:
+            whole = -(-batch * K * channels * N // plan.threads)
+        if segments == 1 and (chains or "reach" in name):
+            continue
         # what a kernel does not look at shall not compile it again
-        kept = every if name in ("scan_forward", "scan_starts", "scan_backward") else 0
-        function = _kernel(name, device, plan.threads, *(defines | {"EVERY": kept}).items())
-        launches.append((function, whole))
+        keeps = {} if chains or "reach" in name else {"EVERY": every, "START_TYPE": _TYPES[start_type]}
+        launches.append((_kernel(name, device, plan.threads, *(defines | keeps).items()), whole))
     sizes = (batch, length, K, channels, segments, plan.segment, K * channels)
-    return _Layout(tuple(launches), _REST.pack(*values, *sizes), segments, blocks)
 
-
-def _launch(layout: _Layout, plan: Plan, device: int, **tensors: Tensor | None) -> None:
-    address = tensors.get
-    argument = _POINTERS.pack(*(0 if (v := address(n)) is None else v.data_ptr() for n in _FIELDS)) + layout.rest
-    for function, blocks in layout.launches:
-        nvrtc.launch(function, blocks, plan.threads, argument, device)
-
-
-_FIELDS = ("x", "delta", "B", "C", "dy", "A", "D", "bias", "initial", "gradient", "order", "ends", "sums", "starts")
-_FIELDS += ("y", "dx", "ddelta", "last", "dA", "dD", "dbias", "dB", "dC")
-
-
-@functools.lru_cache(4096)
-def _sums_layout(device: int, *jobs: tuple[tuple[int, ...], torch.dtype, int, torch.dtype]) -> tuple:
-    threads = 256
-    inners = [math.prod(shape[dim + 1 :]) for shape, _, dim, _ in jobs]
-    widest = max(dtype.itemsize for _, dtype, _, _ in jobs)
-    vector = math.gcd(16 // widest, *inners)
-    rests, total = [], 0
-    for (shape, source, dim, out), inner in zip(jobs, inners, strict=True):
-        outer = math.prod(shape[:dim])
-        blocks = -(-outer * inner // (vector * threads))
-        rests.append((outer, shape[dim], inner, blocks, _TYPES[source], _TYPES[out]))
-        total += blocks
-    return _kernel("scan_sum", device, threads, ("VECTOR", vector)), total, threads, rests
-
-
-def _sums(device: int, *jobs: tuple[Tensor, int, torch.dtype]) -> list[Tensor]:
-    """Sums over one axis of contiguous tensors, in float32 and in order: tensor, axis, type of the sum."""
-    outs = [v.new_empty(v.shape[:dim] + v.shape[dim + 1 :], dtype=dtype) for v, dim, dtype in jobs]
-    key = [(v.shape, v.dtype, dim, dtype) for v, dim, dtype in jobs]
-    function, blocks, threads, rests = _sums_layout(device, *key)
-    packed = b"".join(
-        _JOB.pack(v.data_ptr(), out.data_ptr(), *rest)
-        for (v, _, _), out, rest in zip(jobs, outs, rests, strict=True)
+    states, tokens, f32 = batch * K * channels, batch * length * K, torch.float32
+    x, _, B, C, _ = (torch.float32 if view is None else view[2] for view in views)
+    floats = [states * segments * N * (segments > 1), states * segments * (segments > 1)]  # ends, sums
+    jobs = []  # outer, terms, inner, type, type of the sum
+    if backward:
+        pieces, row = batch * segments, K * channels
+        floats += [0 if kept else states * -(-length // every) * N, *[blocks * tokens * N] * 2]  # starts, dB, dC
+        floats += [pieces * row * N, pieces * row, pieces * row]  # dA, dD, dbias
+        jobs = [(1, blocks, tokens * N, f32, B), (1, blocks, tokens * N, f32, C)]
+        jobs += [(1, pieces, row * N, f32, f32), (1, pieces, row, f32, f32), (1, pieces, row, f32, f32)]
+    if merge:
+        floats.append(-(-tokens * channels * x.itemsize // 4))  # y or dx
+        jobs.append((batch * length, K, channels, x, x))
+    offsets = [0]
+    for count in floats:
+        offsets.append(offsets[-1] + -(-count // 64) * 256)
+    return _Layout(
+        tuple(launches), _REST.pack(*values, *sizes), offsets[-1] // 4, tuple(offsets), _summing(device, jobs)
     )
-    if blocks:
-        nvrtc.launch(function, blocks, threads, _SUM.pack(packed), device)
-    return outs
+
+
+def _summing(device: int, jobs: list[tuple]) -> tuple | None:
+    if not jobs:
+        return None
+    vector = math.gcd(16 // max(source.itemsize for *_, source, _ in jobs), *(inner for _, _, inner, _, _ in jobs))
+    rests = []
+    for outer, terms, inner, source, out in jobs:
+        blocks = -(-outer * inner // (vector * _SUM_THREADS))
+        rests.append((outer, terms, inner, blocks, _TYPES[source], _TYPES[out]))
+    function = _kernel("scan_sum", device, _SUM_THREADS, ("VECTOR", vector))
+    return function, sum(rest[3] for rest in rests), tuple(rests)
+
+
+def _sum(layout: _Layout, device: int, sources: tuple[int, ...], *sums: Tensor) -> None:
+    """The layout's sums, from addresses to tensors."""
+    function, blocks, rests = layout.sums
+    jobs = [_JOB.pack(a, v.data_ptr(), *rest) for a, v, rest in zip(sources, sums, rests, strict=True)]
+    nvrtc.launch(function, blocks, _SUM_THREADS, _SUM.pack(b"".join(jobs)), device)
+
+
+def _address(v: Tensor | None) -> int:
+    return 0 if v is None else v.data_ptr()
 
 
 def _parameter(v: Tensor | None) -> Tensor | None:
@@ -222,20 +242,22 @@ def _signature(v: Tensor) -> tuple:
     return v.shape, v.stride(), v.dtype
 
 
-def kept_dtype(dtype: torch.dtype, scans: int, N: int, *, shared: bool) -> torch.dtype | None:
-    """Type of the states that a forward keeps for its backward, every EVERY steps, or None if they would take more memory
-    than the inputs: delta, and x (``shared`` by the scans or not)."""
-    inputs = dtype.itemsize * (1 + (1 / scans if shared else 1))
-    if N * 4 / EVERY <= inputs:
-        return torch.float32
-    return dtype if dtype is torch.bfloat16 and N * 2 / EVERY <= inputs else None
-
-
 def kept_states(x: Tensor, delta: Tensor, A: Tensor) -> tuple[tuple[int, ...], torch.dtype] | None:
-    """Shape and type of the states that :func:`scan` keeps if asked, or None."""
+    """Shape and type of the states that :func:`scan` keeps if asked: (batch, K, ceil(L / tile of the backward), D, N).
+
+    None where they would take more memory than x and delta, which are kept anyway.
+    """
     batch, length, K, channels = delta.shape
-    dtype = kept_dtype(x.dtype, K, A.shape[-1], shared=x.shape[2] == 1)
-    return None if dtype is None else ((batch, K, -(-length // EVERY), channels, A.shape[-1]), dtype)
+    N = A.shape[-1]
+    every = _tile(N)
+    inputs = every * (delta.dtype.itemsize + x.dtype.itemsize * (1 / K if x.shape[2] == 1 else 1))
+    if N * 4 <= inputs:
+        dtype = torch.float32
+    elif x.dtype is torch.bfloat16 and N * 2 <= inputs:
+        dtype = torch.bfloat16
+    else:
+        return None
+    return (batch, K, -(-length // every), channels, N), dtype
 
 
 def scan(
@@ -258,28 +280,30 @@ def scan(
     ``starts``: an empty tensor of :func:`kept_states`, filled for :func:`scan_backward`.
     """
     device, shape, N = x.get_device(), delta.shape, A.shape[-1]
-    A, initial_state = _parameter(A), _parameter(initial_state)
-    chosen = plan(*shape, N, _processors(device), backward=False)
-    every, start_type = (0, torch.float32) if starts is None else (EVERY, starts.dtype)
-    views = _signature(x), _signature(delta), _signature(B), _signature(C), None
-    layout = _layout(chosen, _FORWARD, device, shape, N, delta_softplus, every, start_type, *views)
     batch, length, K, channels = shape
-    y, last = x.new_empty(shape), A.new_empty((batch, K, channels, N))
-    ends = sums = None
-    if layout.segments > 1:
-        ends, sums = A.new_empty((batch, K, layout.segments, channels, N)), A.new_empty((batch, K, layout.segments, channels))
-    _launch(
-        layout, chosen, device, x=x, delta=delta, B=B, C=C, A=A, D=_parameter(D), bias=_parameter(delta_bias),
-        initial=initial_state, order=_order(order), ends=ends, sums=sums, starts=starts, y=y, last=last,
+    A, D, bias, initial = _parameter(A), _parameter(D), _parameter(delta_bias), _parameter(initial_state)
+    order = _order(order)
+    every, start_type = 0, torch.float32
+    if starts is not None:
+        every, start_type = 8 if starts.shape[2] == -(-length // 8) else 16, starts.dtype
+    chosen = plan(batch, length, K, channels, N, _processors(device), backward=False)
+    sums, views = merge and K > 1, (_signature(x), _signature(delta), _signature(B), _signature(C), None)
+    layout = _layout(chosen, False, sums, device, shape, N, delta_softplus, every, start_type, False, *views)
+    y = x.new_empty((batch, length, channels) if merge else shape)
+    last = A.new_empty((batch, K, channels, N))
+    scratch = A.new_empty(layout.scratch) if layout.scratch else None
+    base, offsets = _address(scratch), layout.offsets
+    y_each = base + offsets[2] if sums else y.data_ptr()
+    argument = _POINTERS.pack(
+        x.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr(), 0, A.data_ptr(), _address(D), _address(bias),
+        _address(initial), 0, _address(order), base, base + offsets[1], _address(starts), y_each, 0, 0, last.data_ptr(),
+        0, 0, 0, 0, 0,
     )  # fmt: skip
-    if merge:
-        y = y[:, :, 0] if K == 1 else _sums(device, (y, 2, x.dtype))[0]
+    for function, blocks in layout.launches:
+        nvrtc.launch(function, blocks, chosen.threads, argument + layout.rest, device)
+    if sums:
+        _sum(layout, device, (y_each,), y)
     return y, last
-
-
-_FORWARD = ("scan_reach", "scan_carry", "scan_forward")
-_STARTS = ("scan_reach", "scan_carry", "scan_starts")
-_BACKWARD = ("scan_reach_back", "scan_carry_back", "scan_backward")
 
 
 def scan_backward(
@@ -305,40 +329,37 @@ def scan_backward(
     """
     device, shape, N = x.get_device(), delta.shape, A.shape[-1]
     batch, length, K, channels = shape
-    A, order, gradient = _parameter(A), _order(order), _parameter(grad_state)
-    chosen = plan(*shape, N, _processors(device), backward=True)
-    dy = (grad_y[:, :, None] if merge else grad_y).expand(batch, length, -1, channels)
-    views = _signature(x), _signature(delta), _signature(B), _signature(C), _signature(dy)
-    kept = starts is not None and chosen.tile == EVERY
-    if not kept:
-        starts = A.new_empty((batch, K, -(-length // chosen.tile), channels, N))
-    common = (device, shape, N, delta_softplus, chosen.tile, starts.dtype, *views)
-    layout = _layout(chosen, _BACKWARD, *common)
-    segments = layout.segments
-    tensors = dict(x=x, delta=delta, B=B, C=C, dy=dy, A=A, D=_parameter(D), bias=_parameter(delta_bias), order=order)
-    tensors |= dict(gradient=gradient, initial=_parameter(initial_state), starts=starts)
-    if segments > 1:
-        ends, sums = A.new_empty((batch, K, segments, channels, N)), A.new_empty((batch, K, segments, channels))
-        tensors |= dict(ends=ends, sums=sums)
-    if not kept:
-        _launch(_layout(chosen, _STARTS, *common), chosen, device, **tensors)
+    A, D, bias, initial = _parameter(A), _parameter(D), _parameter(delta_bias), _parameter(initial_state)
+    order = _order(order)
+    gradient = _parameter(grad_state)
+    chosen = plan(batch, length, K, channels, N, _processors(device), backward=True)
+    every, start_type, kept = chosen.tile, torch.float32, False
+    if starts is not None and starts.shape[2] == -(-length // every):
+        start_type, kept = starts.dtype, True
+    dy = _signature(grad_y)
+    if merge:
+        (_, _, _), (outer, token, inner), dtype = dy
+        dy = (batch, length, 1, channels), (outer, token, 0, inner), dtype
+    merges, views = x.shape[2] == 1 and K > 1, (_signature(x), _signature(delta), _signature(B), _signature(C), dy)
+    layout = _layout(chosen, True, merges, device, shape, N, delta_softplus, every, start_type, kept, *views)
 
-    dx, ddelta = x.new_empty(shape), delta.new_empty(shape)
-    dB, dC = (A.new_empty((layout.blocks, batch, length, K, N)) for _ in range(2))
-    dA = A.new_empty((batch * segments, K, channels, N))
-    dD, dbias = (A.new_empty((batch * segments, K, channels)) for _ in range(2))
-    dinitial = A.new_empty((batch, K, channels, N))
-    _launch(
-        layout, chosen, device, last=dinitial, dx=dx, ddelta=ddelta, dA=dA, dD=dD, dbias=dbias, dB=dB, dC=dC, **tensors
-    )
-    f32 = torch.float32
-    jobs = [(dB, 0, B.dtype), (dC, 0, C.dtype)]
-    if batch * segments > 1:
-        jobs += [(dA, 0, f32), (dD, 0, f32), (dbias, 0, f32)]
-    if x.shape[2] == 1 and K > 1:
-        jobs.append((dx, 2, x.dtype))
-    dB, dC, *rest = _sums(device, *jobs)
-    dA, dD, dbias = rest[:3] if batch * segments > 1 else (dA[0], dD[0], dbias[0])
-    if x.shape[2] == 1 and K > 1:
-        dx = rest[-1][:, :, None]
+    scratch = A.new_empty(layout.scratch)
+    base = scratch.data_ptr()
+    ends, sums, starts_at, *parts = (base + offset for offset in layout.offsets[:-1])
+    if kept:
+        starts_at = starts.data_ptr()
+    dx, ddelta = x.new_empty((batch, length, x.shape[2], channels)), delta.new_empty(shape)
+    dA, dinitial = A.new_empty((K, channels, N)), A.new_empty((batch, K, channels, N))
+    dD, dbias = A.new_empty((K, channels)), A.new_empty((K, channels))
+    dB, dC = B.new_empty((batch, length, K, N)), C.new_empty((batch, length, K, N))
+    dB_parts, dC_parts, dA_parts, dD_parts, dbias_parts = parts[:5]
+    dx_each = parts[5] if merges else dx.data_ptr()
+    argument = _POINTERS.pack(
+        x.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr(), grad_y.data_ptr(), A.data_ptr(), _address(D),
+        _address(bias), _address(initial), _address(gradient), _address(order), ends, sums, starts_at, 0, dx_each,
+        ddelta.data_ptr(), dinitial.data_ptr(), dA_parts, dD_parts, dbias_parts, dB_parts, dC_parts,
+    )  # fmt: skip
+    for function, blocks in layout.launches:
+        nvrtc.launch(function, blocks, chosen.threads, argument + layout.rest, device)
+    _sum(layout, device, parts, dB, dC, dA, dD, dbias, *((dx,) if merges else ()))
     return dx, ddelta, dA, dB, dC, dD, dbias, dinitial

@@ -105,6 +105,9 @@ def kernel(source: pathlib.Path, name: str, defines: tuple[str, ...], device: in
     return function
 
 
+_Argument = ctypes.c_char_p * 1
+
+
 @functools.cache
 def _launcher():
     launch = _driver().cuLaunchKernel
@@ -118,6 +121,6 @@ def launch(function: ctypes.c_void_p, blocks: int, threads: int, argument: bytes
         with torch.cuda.device(device):
             return launch(function, blocks, threads, argument, device)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    result = _launcher()(function, blocks, 1, 1, threads, 1, 1, 0, stream, (ctypes.c_char_p * 1)(argument), None)
+    result = _launcher()(function, blocks, 1, 1, threads, 1, 1, 0, stream, _Argument(argument), None)
     if result:
         _check(result, "launching a kernel")

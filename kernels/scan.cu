@@ -664,9 +664,8 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
                 sum_parts<SPLIT / 2>(dinput, at);
                 sum_parts<SPLIT / 2>(dlog, at);
                 const float grad = (dinput[0] * mine.x + dlog[0] * LN2) * mine.slope;
-                dD += mine.dy * mine.x;
+                dD += mine.dy * mine.x, dbias += grad;
                 if (at.alive && own < count) {
-                    dbias += grad;
                     dx.store(here[own], dinput[0] * mine.dt + skip * mine.dy);
                     ddelta.store(here[own], grad);
                 }

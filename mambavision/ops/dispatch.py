@@ -151,7 +151,8 @@ def scan(
         return chunked.scan(*arguments)
     if _nothing_listens(arguments[:9]):
         return _kernel(backend).scan(*arguments)
-    return torch.ops.mambavision.scan(*arguments, backend)
+    keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in arguments[:9])
+    return torch.ops.mambavision.scan(*arguments, keep, backend)[:2]
 
 
 def _nothing_listens(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -182,16 +183,28 @@ def _scan(
     order: Tensor | None,
     delta_softplus: bool,
     merge: bool,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _kernel(backend).scan(x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
+    starts = _empty_starts(x, delta, A, keep, backend)
+    if starts.numel():
+        return *_kernel(backend).scan(*arguments, starts=starts), starts
+    return *_kernel(backend).scan(*arguments), starts
+
+
+def _empty_starts(x: Tensor, delta: Tensor, A: Tensor, keep: bool, backend: str) -> Tensor:
+    """Where the forward keeps states for its backward: without elements if it is not to, or the backend keeps none."""
+    kept = _kernel("cuda").kept_states(x, delta, A) if keep and backend == "cuda" else None
+    shape, dtype = kept or ((0,), torch.float32)
+    return x.new_empty(shape, dtype=dtype)
 
 
 @_scan.register_fake
-def _(x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge, backend):
+def _(x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge, keep, backend):
     batch, length, K, channels = delta.shape
     y = x.new_empty((batch, length, channels) if merge else (batch, length, K, channels))
-    return y, x.new_empty(batch, *A.shape, dtype=torch.float32)
+    return y, x.new_empty(batch, *A.shape, dtype=torch.float32), _empty_starts(x, delta, A, keep, backend)
 
 
 @torch.library.custom_op("mambavision::scan_backward", mutates_args=())
@@ -207,6 +220,7 @@ def _scan_backward(
     delta_bias: Tensor | None,
     initial_state: Tensor | None,
     order: Tensor | None,
+    starts: Tensor,
     delta_softplus: bool,
     merge: bool,
     backend: str,
@@ -214,32 +228,33 @@ def _scan_backward(
     inputs = (x, delta, A, B, C, D, delta_bias, initial_state)
     if grad_y is None:
         grad_y = x.new_zeros(delta.shape[:2] + delta.shape[3:] if merge else delta.shape)
-    grads = _kernel(backend).scan_backward(grad_y, grad_state, *inputs, order, delta_softplus, merge)
+    kept = {"starts": starts} if starts.numel() else {}
+    grads = _kernel(backend).scan_backward(grad_y, grad_state, *inputs, order, delta_softplus, merge, **kept)
     return [g.to(v.dtype) for g, v in zip(grads, inputs, strict=True) if v is not None]
 
 
 @_scan_backward.register_fake
 def _(
-    grad_y, grad_state, x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge, backend
+    grad_y, grad_state, x, delta, A, B, C, D, delta_bias, initial_state, order, starts, delta_softplus, merge, backend
 ):  # fmt: skip
     inputs = (x, delta, A, B, C, D, delta_bias, initial_state)
     return [torch.empty_like(v, memory_format=torch.contiguous_format) for v in inputs if v is not None]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.merge, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.delta_softplus, ctx.merge, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad_y, grad_state):
+def _autograd(ctx, grad_y, grad_state, _):
     tensors = ctx.saved_tensors
     if grad_y is None and grad_state is None:
-        return (None,) * 12
+        return (None,) * 13
     grads = iter(
         torch.ops.mambavision.scan_backward(grad_y, grad_state, *tensors, ctx.delta_softplus, ctx.merge, ctx.backend)
     )
-    return *(None if v is None else next(grads) for v in tensors[:-1]), None, None, None, None
+    return *(None if v is None else next(grads) for v in tensors[:8]), None, None, None, None, None
 
 
 _scan.register_autograd(_autograd, setup_context=_setup_context)
