@@ -125,8 +125,11 @@ class _View(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """All of a call but its addresses: kernels and their blocks, the end of their argument, a scratch buffer's floats and
-    what begins where in it (bytes), and the sums that follow: kernel, blocks and the end of each job."""
+    """All of a call but its addresses.
+
+    Kernels and their blocks; the end of their argument; the floats of a scratch buffer and the byte where each of its
+    parts begins; the sums that follow: kernel, blocks, the end of each job.
+    """
 
     launches: tuple[tuple[ctypes.c_void_p, int], ...]
     rest: bytes
