@@ -85,7 +85,9 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
     blocks = -(-channels * split // (32 if backward and padded > 64 else 128))  # 48 KB of shared memory hold them
     threads = -(-channels * split // (32 * blocks)) * 32
     segment = -(-length // (segments * tile)) * tile
-    return Plan(states, split, tile, threads, segment, resident=(384 if backward else 512) // threads)
+    lone = backward and N == 1
+    resident = (480 if lone else 384 if backward else 512) // threads
+    return Plan(states, split, tile, threads, segment, keep_decay=lone, resident=resident)
 
 
 def unavailable() -> str | None:
@@ -214,7 +216,7 @@ def _summing(device: int, jobs: list[tuple]) -> tuple | None:
     for outer, terms, inner, source, out in jobs:
         blocks = -(-outer * inner // (vector * _SUM_THREADS))
         rests.append((outer, terms, inner, blocks, _TYPES[source], _TYPES[out]))
-    function = _kernel("scan_sum", device, _SUM_THREADS, ("VECTOR", vector))
+    function = _kernel("scan_sum", device, _SUM_THREADS, ("VECTOR", vector), ("RESIDENT", 4))
     return function, sum(rest[3] for rest in rests), tuple(rests)
 
 
