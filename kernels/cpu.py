@@ -58,6 +58,10 @@ def _address(v: Tensor | None) -> int:
     return 0 if v is None else v.data_ptr()
 
 
+def _int32(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.to(torch.int32).contiguous()
+
+
 def _packed(v: Tensor) -> Tensor | None:
     """Room for B or C as float32 with consecutive states, unless it is that already."""
     if v.dtype == torch.float32 and (v.stride(3) == 1 or v.shape[3] == 1):
@@ -82,7 +86,7 @@ def scan(
     batch, length, K, channels = delta.shape
     N = A.shape[2]
     A, D, delta_bias, initial_state = _fp32(A), _fp32(D), _fp32(delta_bias), _fp32(initial_state)
-    packed_B, packed_C = _packed(B), _packed(C)
+    packed_B, packed_C, order = _packed(B), _packed(C), _int32(order)
     if merge:  # scans add up in y, so in float32 where there are several
         y = x.new_empty(batch, length, channels, dtype=torch.float32 if K > 1 else x.dtype)
     else:
@@ -124,7 +128,7 @@ def scan_backward(
     N = A.shape[2]
     A, D, delta_bias = _fp32(A), _fp32(D), _fp32(delta_bias)
     initial_state, grad_state = _fp32(initial_state), _fp32(grad_state)
-    packed_B, packed_C = _packed(B), _packed(C)
+    packed_B, packed_C, order = _packed(B), _packed(C), _int32(order)
     threads = torch.get_num_threads()
     blocks = -(-channels // 16)
     splits = max(1, min(blocks, -(-threads // (batch * K))))  # channel blocks per scan that run side by side

@@ -242,15 +242,17 @@ def _launch_forward(tensors, parameters, order, delta_softplus, y, last, starts,
         n = min(STATES, N - n0)
         part = slice(n0, n0 + n)
         to = y if n0 == 0 or y is None else torch.empty_like(y)
-        _forward[(triton.cdiv(channels, LANES) * batch, K)](
-            x, delta, A[..., part], B[..., part], C[..., part], D, bias,
-            None if initial is None else initial[..., part], order,
-            to if output else x, last[..., part] if output else A, A if output else starts[n0 // STATES],
-            L, K, channels, n, triton.next_power_of_2(n),
-            *_strides(x), *_strides(delta), *_strides(B), *_strides(C), *(_strides(to) if output else [0] * 4), N, 1,
-            HAS_D=D is not None and n0 == 0, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
-            HAS_ORDER=order is not None, SOFTPLUS=delta_softplus, OUTPUT=output, T=steps, W=LANES, num_warps=1,
-        )  # fmt: skip
+        y_strides = _strides(to) if output else [0] * 4
+        with torch.cuda.device_of(x):
+            _forward[(triton.cdiv(channels, LANES) * batch, K)](
+                x, delta, A[..., part], B[..., part], C[..., part], D, bias,
+                None if initial is None else initial[..., part], order,
+                to if output else x, last[..., part] if output else A, A if output else starts[n0 // STATES],
+                L, K, channels, n, triton.next_power_of_2(n),
+                *_strides(x), *_strides(delta), *_strides(B), *_strides(C), *y_strides, N, 1,
+                HAS_D=D is not None and n0 == 0, HAS_BIAS=bias is not None, HAS_INITIAL=initial is not None,
+                HAS_ORDER=order is not None, SOFTPLUS=delta_softplus, OUTPUT=output, T=steps, W=LANES, num_warps=1,
+            )  # fmt: skip
         if output and n0 > 0:
             y += to
 
@@ -320,15 +322,16 @@ def scan_backward(
         to = [torch.empty_like(v) for v in (dx, ddelta, dbias)] if again else [dx, ddelta, dbias]
         dA, dstate = (new(batch, K, channels, n) for _ in range(2))
         dB, dC = (new(blocks, batch, L, K, n) for _ in range(2))
-        _backward[(blocks * batch, K)](
-            xs, deltas, A[..., part], Bs[..., part], Cs[..., part], D, bias, grad_y,
-            None if grad_state is None else grad_state[..., part], order, start,
-            to[0], to[1], dA, dB, dC, new(batch, K, channels) if again else dD, to[2], dstate,
-            L, K, channels, n, triton.next_power_of_2(n),
-            *_strides(xs), *_strides(deltas), *_strides(Bs), *_strides(Cs), *_strides(grad_y), N, 1,
-            HAS_D=D is not None and not again, HAS_BIAS=bias is not None, HAS_LAST=grad_state is not None,
-            HAS_ORDER=order is not None, SOFTPLUS=delta_softplus, T=BACKWARD_STEPS, W=LANES, num_warps=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _backward[(blocks * batch, K)](
+                xs, deltas, A[..., part], Bs[..., part], Cs[..., part], D, bias, grad_y,
+                None if grad_state is None else grad_state[..., part], order, start,
+                to[0], to[1], dA, dB, dC, new(batch, K, channels) if again else dD, to[2], dstate,
+                L, K, channels, n, triton.next_power_of_2(n),
+                *_strides(xs), *_strides(deltas), *_strides(Bs), *_strides(Cs), *_strides(grad_y), N, 1,
+                HAS_D=D is not None and not again, HAS_BIAS=bias is not None, HAS_LAST=grad_state is not None,
+                HAS_ORDER=order is not None, SOFTPLUS=delta_softplus, T=BACKWARD_STEPS, W=LANES, num_warps=1,
+            )  # fmt: skip
         if again:
             for total, v in zip((dx, ddelta, dbias), to, strict=True):
                 total += v

@@ -21,19 +21,21 @@ class CudaGraphs:
     steps are recorded if ``record_training`` is set (see :class:`CudaGraphHook`), for the first shape only. Everything
     else (CPU, tracing, other shapes) runs as it would without this class.
 
-    A replay writes to the memory of the replay before: use up the results before the next call.
+    A replay writes to the memory of the replay before: use up the results before the next call, and clear gradients
+    before the next backward. Hooks on submodules run once, when a shape is recorded; a submodule that is replaced after
+    that is not noticed, weights that are replaced, moved or frozen are. Not for several threads.
 
     Args:
         owner: the network.
         method: name of its method; takes one tensor, returns nested tuples and lists of tensors, and may depend on the
             tensor's shape but not on its values.
-        limit: shapes that stay recorded; 0 records nothing.
+        limit: shapes to predict that are recorded, the first that come thrice; 0 records nothing.
 
     Raises:
         RuntimeError: from a call that cannot be recorded, because the method waits for the GPU, for example.
     """
 
-    def __init__(self, owner: nn.Module, method: str, *, limit: int = 8) -> None:
+    def __init__(self, owner: nn.Module, method: str, *, limit: int = 16) -> None:
         self.owner, self.method, self.limit = owner, method, limit
         self.record_training = False
         self._forget()
@@ -41,9 +43,17 @@ class CudaGraphs:
     def _forget(self) -> None:
         self._calls: Counter[tuple] = Counter()
         self._recorded: dict[tuple, Callable] = {}
-        self._tensors: list[Tensor] = []
-        self._addresses: list[int] = []
+        self._modules: list[nn.Module] = []
+        self._recorded_state: dict[bool, list] = {}  # of training, of prediction: they differ in what trains
         self._pool = None
+
+    def _state(self) -> list:
+        """What a recording relies on: where each tensor lies, what wants gradients, what trains."""
+        state: list = [module.training for module in self._modules]
+        for module in self._modules:
+            state += [(p.data_ptr(), p.requires_grad) for p in module._parameters.values() if p is not None]
+            state += [buffer.data_ptr() for buffer in module._buffers.values() if buffer is not None]
+        return state
 
     def __getstate__(self) -> dict:
         """Recordings hold addresses of this network; a copy of it starts without."""
@@ -58,25 +68,23 @@ class CudaGraphs:
         trains = torch.is_grad_enabled()
         if not x.is_cuda or self.limit == 0 or trains != self.owner.training or (trains and not self.record_training):
             return method(x)
-        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        if x.requires_grad or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return method(x)
-        if self._addresses != [tensor.data_ptr() for tensor in self._tensors]:  # the network was moved or cast
-            self._forget()
         key = (trains, x.shape, x.dtype, x.device, _autocast_dtype())
-        if key in self._recorded:
+        with torch.cuda.device(x.device):
+            if key in self._recorded and self._recorded_state[trains] != self._state():
+                self._forget()  # the network was moved, cast, frozen or given other weights
+            if key not in self._recorded:
+                self._calls[key] += 1
+                full = sum(recorded[0] == trains for recorded in self._recorded) >= (1 if trains else self.limit)
+                if full or self._calls[key] <= _EAGER_CALLS:
+                    return method(x)
+                self._recorded[key] = self._record(x, trains)
             return self._recorded[key](x)
-        self._calls[key] += 1
-        if self._calls[key] <= _EAGER_CALLS or (trains and any(recorded[0] for recorded in self._recorded)):
-            return method(x)
-        self._recorded[key] = self._record(x, trains)
-        return self._recorded[key](x)
 
     def _record(self, x: Tensor, trains: bool) -> Callable:
-        predicts = [key for key in self._recorded if not key[0]]
-        if len(predicts) >= self.limit:
-            del self._recorded[predicts[0]]
-        self._tensors = [*self.owner.parameters(), *self.owner.buffers()]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._modules = list(self.owner.modules())
+        self._recorded_state[trains] = self._state()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             return (_TrainingGraphs if trains else _InferenceGraph)(self.owner, self.method, x, self._pool)
@@ -181,6 +189,11 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         graphs = ctx.graphs
+        if any(parameter.grad is not None for parameter in graphs.parameters):
+            raise RuntimeError(
+                "a replayed backward writes over the gradients of the one before: clear them with "
+                "zero_grad(set_to_none=True), and do not accumulate"
+            )
         torch._foreach_copy_(graphs.grad_results, list(gradients))
         graphs.backward_graph.replay()
         return None, None, *(None if gradient is None else gradient.detach() for gradient in graphs.gradients)

@@ -20,9 +20,10 @@ from mambavision.ops.compile import constant_result
 Backend = Literal["reference", "chunked", "cpu", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT = "MAMBAVISION_BACKEND"
-FAST: dict[str, tuple[Backend, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-CUDA_STATES = 128  # more would not fit the lanes that share a channel
+FAST: dict[str, tuple[Backend, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
+MOST_STATES: dict[Backend, int] = {"cuda": 128, "cpu": 1024}  # lanes that share a channel; a thread's stack
 PLAIN = (Tensor, torch.nn.Parameter)
+TENSORS = ("x or u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state", "the order table")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _logger = logging.getLogger("mambavision")
@@ -45,6 +46,8 @@ def describe_backends() -> str:
     for name in BACKENDS:
         device = "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
         reason = unavailable(name, device, torch.float32)
+        if reason and name in ("triton", "cuda") and device == "cpu":
+            reason = "torch sees no CUDA device"
         rows.append(f"  {name:10s} {'available' if reason is None else 'not available: ' + reason}")
     rows.append(f"  automatic: {automatic('cpu', torch.float32)} on CPU tensors")
     if torch.cuda.is_available():
@@ -64,20 +67,25 @@ def choose(backend: Backend | None, device: str, dtype: torch.dtype, states: int
     elif name := os.environ.get(ENVIRONMENT):
         asked = _known(name, f"${ENVIRONMENT}")
     else:
-        return automatic(device, dtype, states > CUDA_STATES)
-    reason = unavailable(asked, device, dtype, states > CUDA_STATES)
+        return automatic(device, dtype, _crowded(states))
+    reason = unavailable(asked, device, dtype, _crowded(states))
     if reason is not None:
         raise RuntimeError(f"scan backend {asked!r} cannot run this call: {reason}")
     return asked
 
 
+def _crowded(states: int) -> tuple[Backend, ...]:
+    """Backends that cannot hold so many states."""
+    return tuple(backend for backend, most in MOST_STATES.items() if states > most)
+
+
 @constant_result
-def automatic(device: str, dtype: torch.dtype, many_states: bool = False) -> Backend:
+def automatic(device: str, dtype: torch.dtype, crowded: tuple[Backend, ...] = ()) -> Backend:
     """The first fast backend of a device that can serve, else ``chunked``; a fallback's reason is logged once."""
     if dtype not in KERNEL_DTYPES:
         return "chunked"
-    for fast in FAST.get(device, ("triton",)):
-        reason = unavailable(fast, device, dtype, many_states)
+    for fast in FAST.get(device, ()):
+        reason = unavailable(fast, device, dtype, crowded)
         if reason is None:
             return fast
         _log_once(f"scan backend {fast!r} is passed over: {reason}")
@@ -85,21 +93,21 @@ def automatic(device: str, dtype: torch.dtype, many_states: bool = False) -> Bac
 
 
 @constant_result
-def unavailable(backend: Backend, device: str, dtype: torch.dtype, many_states: bool = False) -> str | None:
-    """Why a backend cannot serve tensors of this device and dtype, or None if it can; N may be above CUDA_STATES."""
+def unavailable(backend: Backend, device: str, dtype: torch.dtype, crowded: tuple[Backend, ...] = ()) -> str | None:
+    """Why a backend cannot serve tensors of this device and dtype, or None if it can; see :func:`_crowded`."""
     if backend in ("reference", "chunked"):
         return None
+    if backend in crowded:
+        return f"it holds up to {MOST_STATES[backend]} states"
     if dtype not in KERNEL_DTYPES:
         return f"it computes in float32 and takes float32, bfloat16 or float16, not {_names((dtype,))}"
     if backend == "cpu":
         return _kernel("cpu").unavailable() if device == "cpu" else f"it needs CPU tensors, not {device}"
     if backend == "cuda":
-        if device != "cuda":
-            return f"it needs CUDA tensors, not {device}"
-        return f"it holds up to {CUDA_STATES} states" if many_states else _kernel("cuda").unavailable()
+        return _kernel("cuda").unavailable() if device == "cuda" else f"it needs CUDA tensors, not {device}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device not in ("cuda", "xpu") and (device != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"):
         return "it needs CUDA tensors (or TRITON_INTERPRET=1, for tests)"
     return None
 
@@ -143,8 +151,11 @@ def scan(
         allowed = (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES
         if v.dtype not in allowed:
             raise ValueError(f"{name} must be {_names(allowed)}, got {_names((v.dtype,))}")
-    backend = choose(backend, x.device.type, x.dtype, operator.index(A.shape[-1]))
     arguments = (x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
+    for name, v in zip(TENSORS, arguments, strict=False):
+        if v is not None and v.device != x.device:
+            raise ValueError(f"{name} is on {v.device}, x or u on {x.device}: move one of them")
+    backend = choose(backend, x.device.type, x.dtype, operator.index(A.shape[-1]))
     if backend == "reference":
         return reference.scan(*arguments)
     if backend == "chunked":
