@@ -13,7 +13,9 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from mambavision.detection import metrics as _metrics  # noqa: F401 (registers the CocoMetric of configs)
 from mambavision.detection.datasets import coco_classes
+from mambavision.detection.files import check_folder
 from mambavision.detection.hooks import InitialWeightsHook, unwrapped
 from mambavision.detection.inferencer import DetInferencer
 from mambavision.detection.photos import DatasetError
@@ -65,8 +67,11 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: If the config does not exist.
+        NotADirectoryError: If the work directory is a file.
         ValueError: If the config cannot be read, or the JSON files do not fit it.
     """
+    if args.work_dir:
+        check_folder(args.work_dir, "--work-dir")
     cfg = _read_config(args.config)
     if args.data_root:
         _replace_prefix(cfg._cfg_dict, str(cfg.get("data_root", "")).rstrip("/"), args.data_root.rstrip("/"))
@@ -84,6 +89,11 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.model.bbox_head.num_classes = len(classes)
     cfg.merge_from_dict(args.cfg_options or {})
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
+    check_folder(cfg.work_dir, "--work-dir")
+    for stage in ("train", "val", "test"):
+        loader = cfg.get(f"{stage}_dataloader")
+        if loader and not loader.get("num_workers"):
+            loader.persistent_workers = False  # torch refuses it without workers
     cfg.launcher = args.launcher
     return cfg
 
@@ -129,13 +139,13 @@ def train(
     if "batch_size_per_gpu" in cfg.optim_wrapper.get("paramwise_cfg", {}):
         cfg.optim_wrapper.paramwise_cfg.batch_size_per_gpu = cfg.train_dataloader.batch_size
     with _build_runner(cfg) as runner:
-        _check_classes(runner.train_loop.dataloader.dataset.metainfo["classes"], cfg)
-        _ = runner.val_loop  # builds the validation set, so that its errors come before training
         model = unwrapped(runner.model)
         if latest:
             check_fits(model, latest)
         elif start:
             runner.register_hook(InitialWeightsHook(fitting_tensors(model, start)))
+        _check_classes(runner.train_loop.dataloader.dataset.metainfo["classes"], cfg)
+        _ = runner.val_loop  # builds the validation set, so that its errors come before training
     try:
         runner.train()
     except DatasetError:
@@ -169,10 +179,14 @@ def load_inferencer(
 
     Raises:
         FileNotFoundError: If the weights or the config do not exist.
-        ValueError: If they do not fit each other, the device is unknown or not there, or a .pth comes without config.
+        ValueError: If they do not fit each other, the device is not cpu or cuda or is not there, or no config comes
+            with weights that are not published ones.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} cannot be used: pass --device cpu, cuda or cuda:N")
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
@@ -180,8 +194,11 @@ def load_inferencer(
         raise FileNotFoundError(f"no weights at {weights}; name a file with --weights")
     if config is not None:
         return DetInferencer.from_config(_read_config(config), weights, device=chosen, score_thr=score_thr)
-    if Path(weights).suffix != ".safetensors":
+    suffix = Path(weights).suffix
+    if suffix == ".pth":
         raise ValueError(f"{weights} does not say what network it is of: pass its --config too")
+    if suffix != ".safetensors":
+        raise ValueError(f"{weights}: weights end in .safetensors, or in .pth with their --config; name such a file")
     return DetInferencer.from_weights(weights, device=chosen, score_thr=score_thr)
 
 

@@ -1,9 +1,26 @@
-"""Writing files whole or not at all."""
+"""Checking output folders, and writing files whole or not at all."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def check_folder(path: str | Path, option: str) -> None:
+    """Check that a folder is there or could be made; makes nothing.
+
+    Args:
+        path: The folder.
+        option: Argument that names it, for the message.
+
+    Raises:
+        NotADirectoryError: If the path, or a folder above it, is a file.
+    """
+    for folder in (Path(path), *Path(path).parents):
+        if folder.is_dir():
+            return
+        if os.path.lexists(folder):
+            raise NotADirectoryError(f"{option} {path}: {folder} is a file, a folder is wanted; name another")
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class DetInferencer:
         pipeline: mmdet test pipeline, without the loading steps, that ends with PackDetInputs.
         classes: Class names; by default those of ``detector.dataset_meta``.
         score_thr: Least score of a box, in 0..1.
+        weights: File that the detector's weights are from, for messages.
 
     Raises:
         ValueError: If ``score_thr`` is outside 0..1.
@@ -71,6 +72,7 @@ class DetInferencer:
         *,
         classes: Sequence[str] | None = None,
         score_thr: float = 0.25,
+        weights: str | Path | None = None,
     ) -> None:
         if not 0 <= score_thr <= 1:
             raise ValueError(f"score threshold {score_thr} is outside 0..1")
@@ -78,6 +80,7 @@ class DetInferencer:
         self.detector = detector
         self.pipeline = Compose([dict(type="LoadPhoto"), *pipeline])
         self.score_thr = score_thr
+        self.weights = None if weights is None else Path(weights)
         detector.bbox_head.test_cfg = ConfigDict(detector.bbox_head.test_cfg or {}, score_thr=score_thr)
         num_classes = detector.bbox_head.num_classes
         self.classes = tuple(classes or detector.dataset_meta["classes"])
@@ -93,7 +96,7 @@ class DetInferencer:
             dict(type="LetterBox", size=detector.input_size, rect=True),
             dict(type="PackDetInputs", meta_keys=("ori_shape", "img_shape", "scale_factor", "pad_param")),
         ]
-        return cls(detector, pipeline, score_thr=score_thr)
+        return cls(detector, pipeline, score_thr=score_thr, weights=path)
 
     @classmethod
     def from_config(
@@ -108,7 +111,8 @@ class DetInferencer:
         config = config if isinstance(config, Config) else Config.fromfile(config)
         detector = from_checkpoint(config, checkpoint, device)
         steps = config.test_dataloader.dataset.pipeline
-        return cls(detector, [step for step in steps if step["type"] not in _LOADERS], score_thr=score_thr)
+        steps = [step for step in steps if step["type"] not in _LOADERS]
+        return cls(detector, steps, score_thr=score_thr, weights=checkpoint)
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[np.ndarray]) -> list[Detections]:

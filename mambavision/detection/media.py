@@ -83,7 +83,7 @@ def detect_photos(inferencer: DetInferencer, photos: Sequence[tuple[Path, Path]]
     if images:
         _write_json(out_dir, {**_header(inferencer), "images": images, "errors": errors})
         count = sum(len(image["boxes"]) for image in images)
-        print(f"{count} boxes in {len(images)} photos, written to {out_dir}")
+        print(f"{count} boxes in {len(images)} photos, written to {out_dir}{_origin(inferencer)}")
     if errors:
         others = f" (and {len(errors) - 1} more of {len(photos)}, see {_JSON_NAME})" if len(errors) > 1 else ""
         raise DatasetError(errors[0] + others)
@@ -128,7 +128,7 @@ def detect_video(inferencer: DetInferencer, video: str | Path | int, out_dir: st
         capture.release()
     if len(results) < announced:
         print(f"note: {video} announces {announced} frames, {len(results)} could be read", file=sys.stderr)
-    print(f"{sum(map(len, results))} boxes in {len(results)} frames, written to {out_dir}")
+    print(f"{sum(map(len, results))} boxes in {len(results)} frames, written to {out_dir}{_origin(inferencer)}")
 
 
 def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
@@ -165,6 +165,10 @@ def _annotate(
 
 def _header(inferencer: DetInferencer) -> dict:
     return {"classes": list(inferencer.classes), "score_threshold": inferencer.score_thr}
+
+
+def _origin(inferencer: DetInferencer) -> str:
+    return f" (weights {inferencer.weights.name}, {len(inferencer.classes)} classes)" if inferencer.weights else ""
 
 
 def _write_picture(path: Path, picture: np.ndarray) -> None:

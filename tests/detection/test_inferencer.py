@@ -92,6 +92,11 @@ def test_drawing_keeps_labels_inside_the_picture():
     assert out[:20, :40].any() and out[170:190, 250:].any()
 
 
+def test_an_inferencer_knows_its_weights(inferencer):
+    assert inferencer.weights.name == "w.safetensors"
+    assert DetInferencer(inferencer.detector, [], classes=["a", "b"], score_thr=0.3).weights is None
+
+
 def test_a_real_photo_goes_through(inferencer):
     img = imread(shared("data", "bccd", "JPEGImages", "BloodImage_00007.jpg"))
     (found,) = inferencer([img])

@@ -5,7 +5,9 @@ import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -137,6 +139,57 @@ def test_evaluation_prints_a_table_and_writes_json(trained, data, tool, tmp_path
     assert metrics["coco/bbox_mAP"] == pytest.approx(validated["coco/bbox_mAP"], abs=1e-3)  # the averaged weights
 
 
+def finds_nothing(folder):
+    """A config whose detector never finds a box."""
+    config = folder / "nothing.py"
+    config.write_text(f'_base_ = "{CONFIG}"\nmodel = dict(test_cfg=dict(score_thr=1.0))\n')
+    return config
+
+
+def test_evaluation_without_detections_is_zero(data, tool, tmp_path, weights):
+    out = tmp_path / "metrics.json"
+    arguments = [finds_nothing(tmp_path), weights, "--work-dir", tmp_path / "work", "--out", out]
+    arguments += [*data_options(data), "--cfg-options", "test_evaluator.classwise=True"]
+    code, text, err = tool("test", *arguments)
+    assert code == 0, err
+    metrics = json.loads(out.read_text())
+    assert metrics["coco/bbox_mAP"] == metrics["coco/bbox_mAP_50"] == metrics["coco/red_precision"] == 0
+    assert metrics["coco/bbox_mAP_l"] == -1  # there is no large object to find
+    assert "coco/bbox_mAP_50" in text
+
+
+@pytest.mark.parametrize("indicator", ["auto", "coco/bbox_mAP"])
+def test_validation_without_detections_still_chooses_a_best_checkpoint(data, tool, tmp_path, indicator):
+    work = tmp_path / "work"
+    options = ["--cfg-options", "train_cfg.max_epochs=1", f"default_hooks.checkpoint.save_best={indicator}"]
+    code, _, err = tool("train", finds_nothing(tmp_path), "--work-dir", work, *data_options(data), *options)
+    assert code == 0, err
+    assert [row["coco/bbox_mAP"] for row in curve(work) if "coco/bbox_mAP" in row] == [0]
+    assert list(work.rglob("best_coco_bbox_mAP_epoch_1.pth"))
+
+
+def test_loaders_without_workers_keep_none(data, tmp_path):
+    root = ROOT / "configs/mamba_yolo"
+    for name in ("mamba_yolo_t_custom", "mamba_yolo_t_1xb32_voc0712", "mamba_yolo_t_tinyimagenet"):
+        args = SimpleNamespace(
+            config=str(root / f"{name}.py"), work_dir=str(tmp_path / "work"), data_root=None, train_json=None,
+            val_json=None, launcher="none", cfg_options={"train_dataloader.num_workers": 0},
+        )  # fmt: skip
+        cfg = cli.load_config(args)
+        assert not cfg.train_dataloader.persistent_workers and cfg.val_dataloader.persistent_workers
+        args.cfg_options = {"val_dataloader.num_workers": 0, "test_dataloader.num_workers": 0}
+        cfg = cli.load_config(args)
+        assert cfg.train_dataloader.persistent_workers
+        assert not cfg.val_dataloader.persistent_workers and not cfg.test_dataloader.persistent_workers
+
+
+def test_training_without_workers(data, tool, tmp_path):
+    options = ["train_dataloader.persistent_workers=True", "val_dataloader.persistent_workers=True"]
+    options = [*data_options(data), "--cfg-options", "train_cfg.max_epochs=1", *options]
+    code, _, err = tool("train", CONFIG, "--work-dir", tmp_path / "work", *options)
+    assert code == 0, err
+
+
 def test_voc_trains_and_evaluates(tool, tmp_path):
     root = make_voc(tmp_path / "VOCdevkit")
     config = tmp_path / "voc_debug.py"
@@ -215,15 +268,22 @@ def test_training_refuses_weights_that_do_not_fit(trained, data, tool, tmp_path)
     (tmp_path / "text.safetensors").write_text("no weights")
     torch.save({"state_dict": {"x": torch.ones(1)}}, tmp_path / "foreign.pth")
     torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "w.txt").write_text("no weights")
     for name, message in (
         ("cut.pth", "not a whole checkpoint"),
         ("text.safetensors", "not a safetensors file"),
         ("foreign.pth", "none of its 1 tensors fits"),
         ("list.pth", "holds no state dict"),
+        ("w.txt", "not a whole checkpoint"),
     ):
         work = tmp_path / "work"
-        line = refusal(tool("train", CONFIG, "--work-dir", work, "--load-from", tmp_path / name, *data_options(data)))
+        options = [*data_options(data), "--load-from", tmp_path / name]
+        options += ["--cfg-options", "train_dataloader.num_workers=99"]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            line = refusal(tool("train", CONFIG, "--work-dir", work, *options))
         assert message in line and name in line
+        assert not [warning for warning in caught if "worker" in str(warning.message)]  # no loader was built
         assert not work.exists()
     options = [*data_options(data), "--cfg-options", "model.backbone.variant=released"]
     line = refusal(tool("train", CONFIG, "--work-dir", trained, "--resume", *options))
@@ -326,7 +386,7 @@ def detections(out):
 
 def test_detect_a_photo(data, tool, tmp_path, weights):
     photo = data / "val" / "0.png"
-    code, _, err = tool("detect", photo, "--out-dir", tmp_path, "--weights", weights, "--score-thr", "0")
+    code, out, err = tool("detect", photo, "--out-dir", tmp_path, "--weights", weights, "--score-thr", "0")
     assert code == 0, err
     (image,) = detections(tmp_path)["images"]
     assert (image["file"], image["width"], image["height"]) == (str(photo), 96, 64)
@@ -334,6 +394,16 @@ def test_detect_a_photo(data, tool, tmp_path, weights):
     box = image["boxes"][0]
     assert box["class"] in CLASSES and 0 <= box["xyxy"][0] <= box["xyxy"][2] <= 96
     assert cv2.imread(str(tmp_path / "0.png")).shape == (64, 96, 3)
+    (line,) = [line for line in out.splitlines() if "written to" in line]
+    assert line.endswith(f"written to {tmp_path} (weights debug.safetensors, 2 classes)")
+
+
+def test_detect_says_what_its_own_weights_are(data, tool, tmp_path):
+    code, text, _ = tool("detect", "--help")
+    assert code == 0 and "mamba_yolo_t_tinyimagenet.safetensors" in text and "200 classes" in " ".join(text.split())
+    code, text, err = tool("detect", data / "val" / "0.png", "--out-dir", tmp_path / "out", "--device", "cpu")
+    assert code == 0, err
+    assert "(weights mamba_yolo_t_tinyimagenet.safetensors, 200 classes)" in text
 
 
 def test_detect_a_folder_leaves_out_what_cannot_be_read(data, tool, tmp_path, weights):
@@ -355,9 +425,10 @@ def test_detect_a_folder_leaves_out_what_cannot_be_read(data, tool, tmp_path, we
 
 def test_detect_a_video(tool, tmp_path, weights):
     clip = make_video(tmp_path / "clip.mp4")
-    code, _, err = tool("detect", clip, "--out-dir", tmp_path / "out", "--weights", weights)
+    code, text, err = tool("detect", clip, "--out-dir", tmp_path / "out", "--weights", weights)
     assert code == 0, err
     assert len(detections(tmp_path / "out")["video"]["frames"]) == 5
+    assert "(weights debug.safetensors, 2 classes)" in text
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 5 and capture.read()[1].shape == (64, 96, 3)
 
@@ -403,12 +474,16 @@ def test_detect_refuses_bad_options(data, tool, tmp_path, weights):
     photo, out = data / "val" / "0.png", tmp_path / "out"
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
     (tmp_path / "x.pth").write_bytes(b"nothing")
+    (tmp_path / "w.txt").write_text("nothing")
     for options, message in (
         (["--weights", "gone.safetensors"], "no weights at gone.safetensors"),
         (["--weights", tmp_path / "cut.safetensors"], "cut short"),
         (["--weights", tmp_path / "x.pth"], "--config"),
         (["--weights", tmp_path / "x.pth", "--config", CONFIG], "not a whole checkpoint"),
-        (["--weights", weights, "--device", "gpu"], "device 'gpu'"),
+        (["--weights", tmp_path / "w.txt"], "weights end in .safetensors, or in .pth with their --config"),
+        (["--weights", weights, "--device", "gpu"], "device 'gpu' cannot be used: pass --device cpu, cuda or cuda:N"),
+        (["--weights", weights, "--device", "meta"], "device 'meta' cannot be used: pass --device cpu, cuda or cuda:N"),
+        (["--weights", weights, "--device", "cuda:x"], "device 'cuda:x' cannot be used"),
         (["--weights", weights, "--score-thr", "1.5"], "1.5"),
         (["--weights", weights, "--config", CONFIG], "does not fit this network"),
     ):
@@ -416,6 +491,18 @@ def test_detect_refuses_bad_options(data, tool, tmp_path, weights):
         assert not out.exists()
     line = refusal(tool("detect", photo, "--out-dir", photo.parent, "--weights", weights))
     assert "would be overwritten" in line
+
+
+def test_folders_that_are_files_are_refused_first(tool, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder in (file, file / "deeper" / "still"):
+        message = f"{folder}: {file} is a file, a folder is wanted"
+        assert f"--out-dir {message}" in refusal(tool("detect", "gone.jpg", "--out-dir", folder, "--weights", "gone"))
+        assert f"--work-dir {message}" in refusal(tool("train", "gone.py", "--work-dir", folder))
+        assert f"--work-dir {message}" in refusal(tool("test", "gone.py", "gone.pth", "--work-dir", folder))
+        assert f"--work-dir {message}" in refusal(tool("train", CONFIG, "--cfg-options", f"work_dir={folder}"))
+    assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
 
 
 class _Broken(torch.utils.data.Dataset):
