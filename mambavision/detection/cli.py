@@ -4,7 +4,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -218,7 +218,8 @@ def _read_config(path: str | Path) -> Config:
 @contextmanager
 def _build_runner(cfg: Config) -> Iterator[Runner]:
     """Build the runner; on an error here or in the body, remove the work directory if it is new."""
-    is_new = not Path(cfg.work_dir).exists()
+    work_dir = Path(cfg.work_dir)
+    new_folders = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
     _start_processes(cfg)
     try:
         try:
@@ -227,8 +228,11 @@ def _build_runner(cfg: Config) -> Iterator[Runner]:
             raise ValueError(f"the config cannot be built: {error}") from error
         yield runner
     except BaseException:
-        if is_new and is_main_process():
-            shutil.rmtree(cfg.work_dir, ignore_errors=True)
+        if new_folders and is_main_process():
+            shutil.rmtree(work_dir, ignore_errors=True)
+            with suppress(OSError):  # another run's folder is in it
+                for folder in new_folders[1:]:
+                    folder.rmdir()
         raise
 
 
