@@ -13,7 +13,6 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from mambavision.detection import metrics as _metrics  # noqa: F401 (registers the CocoMetric of configs)
 from mambavision.detection.datasets import coco_classes
 from mambavision.detection.files import check_folder
 from mambavision.detection.hooks import InitialWeightsHook, unwrapped

@@ -11,6 +11,7 @@ from mambavision.detection import (  # noqa: F401  (their decorators register)
     head,
     hooks,
     losses,
+    metrics,
     optim,
     samplers,
     tinyimagenet,
