@@ -25,10 +25,7 @@ _ENTRIES = {
 }
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VIEWED = ("x", "delta", "B", "C", "dy")
-# scan.cu's Call: x delta B C dy, A D bias, initial gradient, order, ends sums, starts, y dx ddelta, last, dA dD dbias,
-# dB dC; then its views and sizes
-_POINTERS = struct.Struct("23P")
-_REST = struct.Struct("qqii" * len(_VIEWED) + "qqqqqqi0q")
+_REST = struct.Struct("qqii" * len(_VIEWED) + "qqqqqqi0q")  # the rest of scan.cu's Call: its views, its sizes
 _JOB = struct.Struct("PPqqqqii")
 _SUM = struct.Struct(f"{6 * _JOB.size}s")
 
@@ -65,20 +62,30 @@ def _tile(N: int) -> int:
     return 8 if N == 1 else 16
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def plan(batch: int, length: int, scans: int, channels: int, N: int, processors: int, *, backward: bool) -> Plan:
-    """Few lanes a channel while that fills the GPU with 8 warps a processor; then segments of time; then more lanes."""
+    """Few lanes a channel while that fills the GPU with 8 warps a processor; then segments of time; then more lanes.
+
+    Where 8 states a lane or kept decays begin to pay is measured on an H100 (README.md).
+    """
     padded, wanted = _power_of_two(N), 8 * processors
-    fewest, most = max(1, padded // 16), min(padded, 16)
+    fewest, most, enough = max(1, padded // 16), min(padded, 16), 15 / 16 * wanted
 
     def warps(split: int) -> float:
         return batch * scans * channels * split / 32
 
     split = min(most, max(fewest, padded // (4 if backward and padded > 4 else 2 if backward else 16)))
-    while split < most and padded // split > 4 and warps(split) < wanted:
+    while split < most and padded // split > 4:
+        if warps(split) >= wanted or (padded // split == 8 and warps(split) * (2 if length >= 1024 else 1) >= enough):
+            break
         split *= 2
-    segments = max(1, min(math.ceil(wanted / warps(split)), length // 256))
-    while split < most and segments == 1 and warps(split) < wanted:
+    # with two blocks a processor the 16 steps x 4 states of decays of a backward's tile fit into a lane's registers
+    roomy = backward and padded == 16 and length >= 1024
+    segments = math.ceil(wanted / warps(split) - 1 / 8)
+    if roomy and segments > 1:
+        segments = int(2.95 * wanted / warps(split))  # just under three waves of blocks
+    segments = max(1, min(segments, length // 256))
+    while split < most and segments == 1 and warps(split) < enough:
         split *= 2
     states = padded // split
     tile = _tile(N) if backward else 8 if states == 16 else 16
@@ -86,8 +93,12 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
     threads = -(-channels * split // (32 * blocks)) * 32
     segment = -(-length // (segments * tile)) * tile
     lone = backward and N == 1
-    resident = (480 if lone else 384 if backward else 512) // threads
-    return Plan(states, split, tile, threads, segment, keep_decay=lone, resident=resident)
+    keep = lone
+    if roomy and states == 4:  # pays unless a last, emptier wave of blocks eats it up
+        waves = batch * scans * blocks * -(-length // segment) / (256 // threads * processors)
+        keep = waves >= 0.9 * math.ceil(waves)
+    resident = (480 if lone else 256 if keep else 384 if backward else 512) // threads
+    return Plan(states, split, tile, threads, segment, keep_decay=keep, resident=resident)
 
 
 def unavailable() -> str | None:
@@ -95,7 +106,7 @@ def unavailable() -> str | None:
     return nvrtc.unavailable()
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int]) -> ctypes.c_void_p:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
     values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT"), 1) | {"TILE": 16, "THREADS": threads}
@@ -126,6 +137,57 @@ class _View(NamedTuple):
         return [(f"{name.upper()}_TYPE", _TYPES[self.dtype]), (f"{name.upper()}_BY_TOKEN", int(by_token))]
 
 
+class _Signature(NamedTuple):
+    """What a call's layout depends on: shape of delta, and of each of _VIEWED shape, strides and dtype.
+
+    ``merge``: y or dx is summed over the scans; ``every``: steps from a kept state to the next, 0 for none, and
+    ``start_type`` their type; ``kept``: the backward has them.
+    """
+
+    plan: Plan
+    backward: bool
+    merge: bool
+    device: int
+    shape: tuple[int, ...]
+    N: int
+    softplus: bool
+    every: int
+    start_type: torch.dtype
+    kept: bool
+    views: tuple[tuple | None, ...]
+
+
+class _Addresses(NamedTuple):
+    """The pointers of scan.cu's Call, 0 where a kernel looks at none."""
+
+    x: int
+    delta: int
+    B: int
+    C: int
+    dy: int = 0
+    A: int = 0
+    D: int = 0
+    bias: int = 0
+    initial: int = 0
+    gradient: int = 0
+    order: int = 0
+    ends: int = 0
+    sums: int = 0
+    starts: int = 0
+    y: int = 0
+    dx: int = 0
+    ddelta: int = 0
+    last: int = 0
+    dA: int = 0
+    dD: int = 0
+    dbias: int = 0
+    dB: int = 0
+    dC: int = 0
+
+
+_POINTERS = struct.Struct(f"{len(_Addresses._fields)}P")
+
+
 class _Layout(NamedTuple):
     """All of a call but its addresses.
 
@@ -144,23 +206,8 @@ _SUM_THREADS = 256
 
 
 @functools.lru_cache(4096)
-def _layout(
-    plan: Plan,
-    backward: bool,
-    merge: bool,
-    device: int,
-    shape: tuple[int, ...],
-    N: int,
-    softplus: bool,
-    every: int,
-    start_type: torch.dtype,
-    kept: bool,
-    *views: tuple | None,
-) -> _Layout:
-    """Over delta's ``shape``; ``views``: shape, strides, dtype of each of _VIEWED.
-
-    ``every``: steps from a kept state to the next, 0 for none; ``kept``: the backward has them.
-    """
+def _layout(call: _Signature) -> _Layout:
+    plan, backward, merge, device, shape, N, softplus, every, start_type, kept, views = call
     batch, length, K, channels = shape
     segments, blocks = -(-length // plan.segment), -(-channels // plan.channels)
     defines = {"N": N, "STATES": plan.states, "SPLIT": plan.split, "TILE": plan.tile, "RESIDENT": plan.resident}
@@ -232,9 +279,12 @@ def _address(v: Tensor | None) -> int:
 
 
 def _parameter(v: Tensor | None) -> Tensor | None:
-    if v is None or (v.dtype is torch.float32 and v.is_contiguous()):
-        return v
-    return v.float().contiguous()
+    """In float32, contiguous, at an address from which 16 bytes can be read at once."""
+    if v is None:
+        return None
+    if v.dtype is not torch.float32 or not v.is_contiguous():
+        v = v.float().contiguous()
+    return v.clone() if v.data_ptr() % 16 else v
 
 
 def _order(order: Tensor | None) -> Tensor | None:
@@ -287,23 +337,38 @@ def scan(
     device, shape, N = x.get_device(), delta.shape, A.shape[-1]
     batch, length, K, channels = shape
     A, D, bias, initial = _parameter(A), _parameter(D), _parameter(delta_bias), _parameter(initial_state)
+    if batch == 0:
+        return x.new_empty((0, length, channels) if merge else shape), A.new_empty((0, K, channels, N))
     order = _order(order)
     every, start_type = 0, torch.float32
     if starts is not None:
-        every, start_type = 8 if starts.shape[2] == -(-length // 8) else 16, starts.dtype
+        every, start_type = _tile(N), starts.dtype
     chosen = plan(batch, length, K, channels, N, _processors(device), backward=False)
     sums, views = merge and K > 1, (_signature(x), _signature(delta), _signature(B), _signature(C), None)
-    layout = _layout(chosen, False, sums, device, shape, N, delta_softplus, every, start_type, False, *views)
+    signature = _Signature(chosen, False, sums, device, shape, N, delta_softplus, every, start_type, False, views)
+    layout = _layout(signature)
     y = x.new_empty((batch, length, channels) if merge else shape)
     last = A.new_empty((batch, K, channels, N))
     scratch = A.new_empty(layout.scratch) if layout.scratch else None
     base, offsets = _address(scratch), layout.offsets
     y_each = base + offsets[2] if sums else y.data_ptr()
-    argument = _POINTERS.pack(
-        x.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr(), 0, A.data_ptr(), _address(D), _address(bias),
-        _address(initial), 0, _address(order), base, base + offsets[1], _address(starts), y_each, 0, 0, last.data_ptr(),
-        0, 0, 0, 0, 0,
-    )  # fmt: skip
+    addresses = _Addresses(
+        x=x.data_ptr(),
+        delta=delta.data_ptr(),
+        B=B.data_ptr(),
+        C=C.data_ptr(),
+        A=A.data_ptr(),
+        D=_address(D),
+        bias=_address(bias),
+        initial=_address(initial),
+        order=_address(order),
+        ends=base,
+        sums=base + offsets[1],
+        starts=_address(starts),
+        y=y_each,
+        last=last.data_ptr(),
+    )
+    argument = _POINTERS.pack(*addresses)
     for function, blocks in layout.launches:
         nvrtc.launch(function, blocks, chosen.threads, argument + layout.rest, device)
     if sums:
@@ -335,19 +400,25 @@ def scan_backward(
     device, shape, N = x.get_device(), delta.shape, A.shape[-1]
     batch, length, K, channels = shape
     A, D, bias, initial = _parameter(A), _parameter(D), _parameter(delta_bias), _parameter(initial_state)
+    if batch == 0:
+        of_channel = (A.new_zeros((K, channels)) for _ in range(2))
+        inputs = (v.new_empty(v.shape) for v in (B, C))
+        state = A.new_empty((0, K, channels, N))
+        return x.new_empty(x.shape), delta.new_empty(shape), A.new_zeros(A.shape), *inputs, *of_channel, state
     order = _order(order)
     gradient = _parameter(grad_state)
     chosen = plan(batch, length, K, channels, N, _processors(device), backward=True)
-    every, start_type, kept = chosen.tile, torch.float32, False
-    if starts is not None and starts.shape[2] == -(-length // every):
-        start_type, kept = starts.dtype, True
+    every, start_type = chosen.tile, torch.float32
+    kept = starts is not None and every == _tile(N)
+    if kept:
+        start_type = starts.dtype
     dy = _signature(grad_y)
     if merge:
         (_, _, _), (outer, token, inner), dtype = dy
         dy = (batch, length, 1, channels), (outer, token, 0, inner), dtype
     merges, views = x.shape[2] == 1 and K > 1, (_signature(x), _signature(delta), _signature(B), _signature(C), dy)
-    layout = _layout(chosen, True, merges, device, shape, N, delta_softplus, every, start_type, kept, *views)
-
+    signature = _Signature(chosen, True, merges, device, shape, N, delta_softplus, every, start_type, kept, views)
+    layout = _layout(signature)
     scratch = A.new_empty(layout.scratch)
     base = scratch.data_ptr()
     ends, sums, starts_at, *parts = (base + offset for offset in layout.offsets[:-1])
@@ -359,11 +430,31 @@ def scan_backward(
     dB, dC = B.new_empty((batch, length, K, N)), C.new_empty((batch, length, K, N))
     dB_parts, dC_parts, dA_parts, dD_parts, dbias_parts = parts[:5]
     dx_each = parts[5] if merges else dx.data_ptr()
-    argument = _POINTERS.pack(
-        x.data_ptr(), delta.data_ptr(), B.data_ptr(), C.data_ptr(), grad_y.data_ptr(), A.data_ptr(), _address(D),
-        _address(bias), _address(initial), _address(gradient), _address(order), ends, sums, starts_at, 0, dx_each,
-        ddelta.data_ptr(), dinitial.data_ptr(), dA_parts, dD_parts, dbias_parts, dB_parts, dC_parts,
-    )  # fmt: skip
+    addresses = _Addresses(
+        x=x.data_ptr(),
+        delta=delta.data_ptr(),
+        B=B.data_ptr(),
+        C=C.data_ptr(),
+        dy=grad_y.data_ptr(),
+        A=A.data_ptr(),
+        D=_address(D),
+        bias=_address(bias),
+        initial=_address(initial),
+        gradient=_address(gradient),
+        order=_address(order),
+        ends=ends,
+        sums=sums,
+        starts=starts_at,
+        dx=dx_each,
+        ddelta=ddelta.data_ptr(),
+        last=dinitial.data_ptr(),
+        dA=dA_parts,
+        dD=dD_parts,
+        dbias=dbias_parts,
+        dB=dB_parts,
+        dC=dC_parts,
+    )
+    argument = _POINTERS.pack(*addresses)
     for function, blocks in layout.launches:
         nvrtc.launch(function, blocks, chosen.threads, argument + layout.rest, device)
     _sum(layout, device, parts, dB, dC, dA, dD, dbias, *((dx,) if merges else ()))

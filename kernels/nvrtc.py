@@ -34,22 +34,51 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
-@functools.cache
 def unavailable() -> str | None:
-    """Why kernels cannot be compiled or launched here, or None if they can."""
+    """Why kernels cannot be compiled or launched on the current device, or None if they can."""
+    return _missing() or _unknown(_architecture(torch.cuda.current_device()))
+
+
+@functools.cache
+def _missing() -> str | None:
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     try:
         _nvrtc(), _driver()
     except OSError as error:
         return str(error)
-    return None
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+@functools.cache
+def _architecture(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _unknown(architecture: int) -> str | None:
+    """Why this NVRTC cannot compile for an architecture, 90 for sm_90, or None if it can."""
+    nvrtc, count = _nvrtc(), ctypes.c_int()
+    _compiler(nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)), "to count its architectures")
+    known = (ctypes.c_int * count.value)()
+    _compiler(nvrtc.nvrtcGetSupportedArchs(known), "to list its architectures")
+    if architecture in known:
+        return None
+    return f"NVRTC of CUDA {torch.version.cuda} compiles for sm_{min(known)} to sm_{max(known)}, not sm_{architecture}"
+
+
+def _compiler(result: int, what: str) -> None:
+    if result:
+        describe = _nvrtc().nvrtcGetErrorString
+        describe.restype = ctypes.c_char_p
+        raise RuntimeError(f"NVRTC failed {what}: {describe(result).decode()}")
 
 
 def _cubin(source: str, options: tuple[str, ...]) -> bytes:
-    nvrtc = _nvrtc()
-    program = ctypes.c_void_p()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"scan.cu", 0, None, None)
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"scan.cu", 0, None, None)
+    _compiler(created, "to take a source")
     try:
         flags = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
         failed = nvrtc.nvrtcCompileProgram(program, len(options), flags)
@@ -59,30 +88,37 @@ def _cubin(source: str, options: tuple[str, ...]) -> bytes:
             log = ctypes.create_string_buffer(size.value)
             nvrtc.nvrtcGetProgramLog(program, log)
             raise RuntimeError(f"NVRTC could not compile a kernel with {' '.join(options)}:\n{log.value.decode()}")
-        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        _compiler(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "to measure a cubin")
         cubin = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, cubin)
+        _compiler(nvrtc.nvrtcGetCUBIN(program, cubin), "to hand over a cubin")
         return cubin.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _cached_cubin(source: str, options: tuple[str, ...]) -> bytes:
+def _cache_file(source: str, options: tuple[str, ...]) -> pathlib.Path:
     key = hashlib.sha256("\n".join([source, *options, torch.version.cuda]).encode()).hexdigest()[:32]
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    path = pathlib.Path(root) / "mambavision" / f"{key}.cubin"
+    return pathlib.Path(root) / "mambavision" / f"{key}.cubin"
+
+
+def _read(path: pathlib.Path) -> bytes | None:
+    """A cached cubin behind its SHA-256, or None if there is no whole one: the driver cannot tell where a file ends."""
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError:
-        cubin = _cubin(source, options)
+        return None
+    return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
+
+
+def _write(path: pathlib.Path, cubin: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
-            f.write(cubin)
+            f.write(hashlib.sha256(cubin).digest() + cubin)
         os.replace(f.name, path)
     except OSError:  # a read-only home costs a compilation in every process, nothing else
         pass
-    return cubin
 
 
 def _check(result: int, what: str) -> None:
@@ -92,17 +128,50 @@ def _check(result: int, what: str) -> None:
         raise RuntimeError(f"{what} failed: {(name.value or b'unknown CUDA error').decode()}")
 
 
+_INVALID_CONTEXT = 201
+
+
+def _bind(device: int) -> None:
+    """Make a device's primary context the thread's: autograd's threads may call us before the CUDA runtime does."""
+    driver, handle, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    _check(driver.cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), f"taking the context of device {device}")
+    _check(driver.cuCtxSetCurrent(context), f"entering the context of device {device}")
+
+
+def _call(device: int, what: str, function, *arguments) -> None:
+    """Call the driver; in a thread without a context, once more with the device's."""
+    result = function(*arguments)
+    if result == _INVALID_CONTEXT:
+        _bind(device)
+        result = function(*arguments)
+    _check(result, what)
+
+
+def _load(cubin: bytes, name: str, device: int) -> ctypes.c_void_p:
+    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    _call(device, "loading a kernel", driver.cuModuleLoadData, ctypes.byref(module), cubin)
+    finding = (driver.cuModuleGetFunction, ctypes.byref(function), module, name.encode())
+    _call(device, f"finding kernel {name}", *finding)
+    return function
+
+
 @functools.cache
 def kernel(source: pathlib.Path, name: str, defines: tuple[str, ...], device: int) -> ctypes.c_void_p:
     """Handle of a kernel of a source file, compiled for a device with macros "NAME=value"."""
-    capability = "".join(map(str, torch.cuda.get_device_capability(device)))
-    options = (f"--gpu-architecture=sm_{capability}", "--std=c++17", *(f"-D{d}" for d in defines))
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    cubin = _cached_cubin(source.read_text(), options)
+    options = (f"--gpu-architecture=sm_{_architecture(device)}", "--std=c++17", *(f"-D{d}" for d in defines))
+    text = source.read_text()
+    path = _cache_file(text, options)
+    cubin = _read(path)
     with torch.cuda.device(device):
-        _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), "loading a kernel")
-        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding kernel {name}")
-    return function
+        if cubin is not None:
+            try:
+                return _load(cubin, name, device)
+            except RuntimeError:  # of another driver, say: compiled again, which replaces the file
+                pass
+        cubin = _cubin(text, options)
+        _write(path, cubin)
+        return _load(cubin, name, device)
 
 
 _Argument = ctypes.c_char_p * 1
@@ -121,6 +190,5 @@ def launch(function: ctypes.c_void_p, blocks: int, threads: int, argument: bytes
         with torch.cuda.device(device):
             return launch(function, blocks, threads, argument, device)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    result = _launcher()(function, blocks, 1, 1, threads, 1, 1, 0, stream, _Argument(argument), None)
-    if result:
-        _check(result, "launching a kernel")
+    arguments = (function, blocks, 1, 1, threads, 1, 1, 0, stream, _Argument(argument), None)
+    _call(device, "launching a kernel", _launcher(), *arguments)
