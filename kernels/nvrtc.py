@@ -156,22 +156,25 @@ def _load(cubin: bytes, name: str, device: int) -> ctypes.c_void_p:
     return function
 
 
+def _built(source: str, name: str, options: tuple[str, ...], device: int) -> ctypes.c_void_p:
+    path = _cache_file(source, options)
+    cubin = _read(path)
+    if cubin is not None:
+        try:
+            return _load(cubin, name, device)
+        except RuntimeError:  # what this driver does not take is compiled again, which replaces the file
+            pass
+    cubin = _cubin(source, options)
+    _write(path, cubin)
+    return _load(cubin, name, device)
+
+
 @functools.cache
 def kernel(source: pathlib.Path, name: str, defines: tuple[str, ...], device: int) -> ctypes.c_void_p:
     """Handle of a kernel of a source file, compiled for a device with macros "NAME=value"."""
     options = (f"--gpu-architecture=sm_{_architecture(device)}", "--std=c++17", *(f"-D{d}" for d in defines))
-    text = source.read_text()
-    path = _cache_file(text, options)
-    cubin = _read(path)
     with torch.cuda.device(device):
-        if cubin is not None:
-            try:
-                return _load(cubin, name, device)
-            except RuntimeError:  # of another driver, say: compiled again, which replaces the file
-                pass
-        cubin = _cubin(text, options)
-        _write(path, cubin)
-        return _load(cubin, name, device)
+        return _built(source.read_text(), name, options, device)
 
 
 _Argument = ctypes.c_char_p * 1

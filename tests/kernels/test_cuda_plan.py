@@ -1,25 +1,86 @@
-"""How the CUDA scan is laid over the GPU, for shapes of every size."""
+"""How the CUDA scan is laid over the GPU, for shapes of every size, and what of a call needs no GPU."""
 
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
+import torch
 
+from mambavision.kernels import cuda, reference
 from mambavision.kernels.cuda import plan
 
 SHAPES = [(1, 1, 1, 1), (1, 400, 4, 512), (1, 262144, 4, 96), (64, 3136, 4, 192), (70000, 3, 1, 5), (8, 4096, 1, 2304)]
+P2, P3 = (16, 25600, 4, 128, 16), (16, 6400, 4, 256, 16)
+DIM256, DIM1024 = (64, 256, 1, 2304, 16), (8, 4096, 1, 2304, 16)
+SERPENT, NEXT = (1, 262144, 4, 96, 16), (1, 65536, 4, 192, 16)
+# batch, length, scans, channels, N: states, lanes, segments of the forward; segments of the backward, decays kept
+FASTEST = {
+    P2: (8, 2, 2, 1, True),
+    P3: (8, 2, 1, 1, True),
+    DIM256: (16, 1, 1, 1, False),
+    DIM1024: (8, 2, 1, 1, False),
+    SERPENT: (4, 4, 22, 64, True),
+    NEXT: (4, 4, 11, 32, True),
+}
+
+
+def segments(p: cuda.Plan, length: int) -> int:
+    return -(-length // p.segment)
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 8, 16, 17, 64, 100, 128])
 def test_every_state_step_and_channel_has_a_lane(N):
-    for shape, backward in product(SHAPES, (False, True)):
+    for shape, backward in product([*SHAPES, *(s[:4] for s in FASTEST)], (False, True)):
         p = plan(*shape, N, 132, backward=backward)
         assert p.states * p.split >= N and p.tile % p.split == 0 and 32 % p.tile == 0
         assert p.threads % 32 == 0 and p.channels * p.split == p.threads
         assert p.segment % p.tile == 0 and p.segment > 0
+        assert p.resident * p.threads <= (256 if p.keep_decay and N > 1 else 512)
+
+
+@pytest.mark.parametrize("shape", FASTEST)
+def test_an_h100_gets_the_plans_that_were_fastest_on_it(shape):
+    states, lanes, cuts, cuts_back, keeps = FASTEST[shape]
+    forward, backward = (plan(*shape, 132, backward=b) for b in (False, True))
+    assert (forward.states, forward.split, segments(forward, shape[1])) == (states, lanes, cuts)
+    assert forward.tile == (8 if states == 16 else 16) and not forward.keep_decay
+    assert (backward.states, backward.split, backward.tile, backward.threads) == (4, 4, 16, 128)
+    assert (segments(backward, shape[1]), backward.keep_decay, backward.resident) == (cuts_back, keeps, 3 - keeps)
 
 
 def test_few_channels_over_a_long_sequence_fill_the_gpu():
     p = plan(1, 262144, 4, 96, 16, 132, backward=False)
-    blocks = 4 * -(-96 // p.channels) * -(-262144 // p.segment)
+    blocks = 4 * -(-96 // p.channels) * segments(p, 262144)
     assert blocks * p.threads / 32 >= 8 * 132
     assert plan(64, 256, 1, 2304, 16, 132, backward=False).segment >= 256
+
+
+def test_addresses_are_packed_as_the_kernels_read_them():
+    source = Path(cuda.__file__).with_name("scan.cu").read_text()
+    pointers = re.search(r"struct Call \{(.*?)View x_view", source, re.S)[1]
+    pointers = re.sub(r"//.*", "", pointers)
+    assert tuple(re.findall(r"\*(\w+)", pointers)) == cuda._Addresses._fields
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_empty_batch_has_empty_results_and_no_gradient(merge):
+    length, K, channels, N = 5, 2, 3, 4
+    inputs = [(0, length, 1, channels), (0, length, K, channels), (K, channels, N), *[(0, length, K, N)] * 2]
+    leaves = [torch.ones(s, requires_grad=True) for s in (*inputs, (K, channels), (K, channels), (0, K, channels, N))]
+    want = reference.scan(*leaves, None, True, merge)
+    got = cuda.scan(*(v.detach() for v in leaves), None, True, merge)
+    assert [v.shape for v in got] == [v.shape for v in want]
+    gradients = cuda.scan_backward(*got, *(v.detach() for v in leaves), None, True, merge)
+    expected = torch.autograd.grad(want, leaves, got, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(list(gradients), list(expected))
+
+
+def test_parameters_are_read_sixteen_bytes_at_once():
+    whole = torch.arange(33.0)
+    odd = whole[1:].view(2, 4, 4)
+    assert odd.data_ptr() % 16 and odd.is_contiguous()
+    copy = cuda._parameter(odd)
+    assert copy.data_ptr() % 16 == 0 and torch.equal(copy, odd)
+    assert cuda._parameter(whole) is whole and cuda._parameter(None) is None
+    assert cuda._parameter(odd.mT.half()).is_contiguous()
