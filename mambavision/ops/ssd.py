@@ -1,0 +1,292 @@
+"""State-space duality (Mamba-2), causal, bidirectional and non-causal, and its registration with torch."""
+
+import functools
+import importlib
+import operator
+import os
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambavision.kernels import ssd_chunked, ssd_reference
+from mambavision.ops import dispatch
+from mambavision.ops.compile import constant_result
+
+SSDBackend = Literal["reference", "chunked", "triton"]
+Diagonal = Literal["scanned", "free"]
+BACKENDS: tuple[SSDBackend, ...] = get_args(SSDBackend)
+KERNEL_WIDTH = 64  # headdim and d_state up to which the Triton kernels gave right results on a GPU
+KERNEL_CHUNKS = {torch.bfloat16: 256, torch.float16: 128}  # and the chunk sizes with which they did
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    chunk_size: int | None = None,
+    bidirectional: bool = False,
+    diagonal: Diagonal = "scanned",
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    backend: SSDBackend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mix tokens with Mamba-2's scan, one decay per head and token; means what mamba_chunk_scan_combined means.
+
+    Per head, with dt = softplus(dt + dt_bias) where asked and a_t = dt_t A::
+
+        h_t = exp(a_t) h_{t-1} + dt_t x_t B_t^T        y_t = (h_t C_t + D x_t) silu(z_t)
+
+    ``bidirectional`` adds the same scan from the last token to the first, from the same products; as one matrix, with
+    w_ij = dt_j C_i . B_j::
+
+        y_i = sum_{j<i} exp(a_{j+1} + ... + a_i) w_ij x_j + sum_{j>i} exp(a_i + ... + a_{j-1}) w_ij x_j + d_i x_i
+
+    Its diagonal is d_i = 2 w_ii + D for ``diagonal="scanned"`` (the sum of two scans, each with its own token) and
+    d_i = D for ``diagonal="free"`` (the quasi-separable mixer: D is learned or computed from the token).
+
+    Args:
+        x, z: (batch, L, H, P), float32, bfloat16, float16 or float64. On a GPU, ``triton`` takes bfloat16 and float16
+            with P and N up to 64; all else runs on ``chunked``.
+        dt: (batch, L, H).
+        A: (H,), negative reals, used in float32.
+        B, C: (batch, L, G, N); group g serves heads [g H/G, (g+1) H/G).
+        D: (H,), or (batch, L, H) for a diagonal of each token.
+        dt_bias: (H,).
+        chunk_size: tokens between which states are carried; ``triton`` takes its own only, 256 in bfloat16 and 128 in
+            float16. Changes speed and rounding only.
+        initial_state: (batch, H, P, N), or (batch, 2, H, P, N), forward then backward, if ``bidirectional``.
+
+    Returns:
+        y like x; with ``return_last_state`` also the states after the last token of each direction, shaped as
+        initial_state, in float32. All inputs and both outputs are differentiable.
+
+    Raises:
+        ValueError: shapes or options that do not fit.
+        RuntimeError: the backend asked for cannot run the call.
+
+    Source: Dao and Gu, "Transformers are SSMs", arXiv 2405.21060, sections 5 and 6; the quasi-separable form: Hwang et
+    al., "Hydra", arXiv 2407.09941, section 3 (there row i takes C_{i-1} and the decay up to i-1).
+    """
+    if x.dim() != 4 or x.shape[1] == 0:
+        raise ValueError(f"x must be (batch, L, H, P) with L at least 1, got {tuple(x.shape)}")
+    batch, length, H, P = x.shape
+    if B.dim() != 4 or B.shape[2] == 0 or H % B.shape[2]:
+        raise ValueError(f"B must be (batch, L, G, N) with G dividing {H} heads, got {tuple(B.shape)}")
+    if diagonal not in get_args(Diagonal):
+        raise ValueError(f"diagonal must be one of {', '.join(get_args(Diagonal))}, got {diagonal!r}")
+    if diagonal == "free" and not bidirectional:
+        raise ValueError('diagonal="free" is a form of the bidirectional mixer: set bidirectional=True')
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    G, N = B.shape[2:]
+    directions = (2,) if bidirectional else ()
+    expected = {
+        "z": (z, (batch, length, H, P)),
+        "dt": (dt, (batch, length, H)),
+        "A": (A, (H,)),
+        "B": (B, (batch, length, G, N)),
+        "C": (C, (batch, length, G, N)),
+        "D": (D, (H,) if D is None or D.dim() == 1 else (batch, length, H)),
+        "dt_bias": (dt_bias, (H,)),
+        "initial_state": (initial_state, (batch, *directions, H, P, N)),
+    }
+    for name, (v, shape) in expected.items():
+        if v is not None and tuple(v.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(v.shape)}")
+    allowed = (torch.float64,) if x.dtype == torch.float64 else dispatch.KERNEL_DTYPES
+    for name, v in (("x", x), ("dt", dt), ("B", B), ("C", C)):
+        if v.dtype not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(str(d)[6:] for d in allowed)}, got {str(v.dtype)[6:]}")
+
+    D = D if D is None else D.expand(batch, length, H)
+    if initial_state is not None and not bidirectional:
+        initial_state = initial_state[:, None]
+    backend = _choose(backend, x.device.type, x.dtype, operator.index(P), operator.index(N), chunk_size)
+    arguments = (x, dt, A, B, C, D, dt_bias, initial_state)
+    options = (dt_softplus, bidirectional, diagonal == "scanned", chunk_size, return_last_state)
+    run = {"reference": ssd_reference.ssd, "chunked": ssd_chunked.ssd, "triton": torch.ops.mambavision.ssd}[backend]
+    y, last = run(*arguments, *options)
+    if z is not None:
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        y = (y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)
+    return (y, last if bidirectional else last[:, 0]) if return_last_state else y
+
+
+def noncausal_ssd(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
+    """Mix tokens through one state that all of them share, whatever their order (non-causal SSD, VSSD).
+
+    Per head: ``y_i = (sum_j weight_j x_j B_j^T) C_i + D x_i``; VSSD's weight is -dt A. Two matrix products, any device.
+
+    Args:
+        x: (batch, L, H, P).
+        weight: (batch, L, H).
+        B, C: (batch, L, G, N); group g serves heads [g H/G, (g+1) H/G).
+        D: (H,), or (batch, L, H).
+
+    Returns:
+        y like x. The state is summed in float32 and rounded to x's dtype once.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: Shi et al., "VSSD", arXiv 2407.18559, section 3.2.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x must be (batch, L, H, P), got {tuple(x.shape)}")
+    batch, length, H, P = x.shape
+    if B.dim() != 4 or B.shape[2] == 0 or H % B.shape[2]:
+        raise ValueError(f"B must be (batch, L, G, N) with G dividing {H} heads, got {tuple(B.shape)}")
+    G, N = B.shape[2:]
+    shapes = {"weight": (batch, length, H), "B": (batch, length, G, N), "C": (batch, length, G, N)}
+    for name, v in (("weight", weight), ("B", B), ("C", C)):
+        if tuple(v.shape) != shapes[name]:
+            raise ValueError(f"{name} must be {shapes[name]}, got {tuple(v.shape)}")
+    if D is not None and tuple(D.shape) not in ((H,), (batch, length, H)):
+        raise ValueError(f"D must be {(H,)} or {(batch, length, H)}, got {tuple(D.shape)}")
+
+    def groups(v: Tensor) -> Tensor:
+        return v.reshape(batch, length, G, -1).transpose(1, 2)  # (batch, G, L, heads P or N)
+
+    state = groups(B).mT @ groups((weight[..., None] * x).to(x.dtype))
+    y = (groups(C) @ state).transpose(1, 2).reshape(x.shape)
+    return y if D is None else (y + D[..., None] * x).to(x.dtype)
+
+
+def _choose(backend: str | None, device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None) -> SSDBackend:
+    """Argument, then ``use_backend``, then the environment variable, then the first that can serve the call."""
+    asked = backend or (dispatch._chosen[-1] if dispatch._chosen else os.environ.get(dispatch.ENVIRONMENT))
+    if not asked:
+        return _automatic(device, dtype, P, N, chunk)
+    if asked not in BACKENDS:
+        if backend or asked not in dispatch.BACKENDS:
+            raise ValueError(f"unknown ssd backend {asked!r}, use one of {', '.join(BACKENDS)}")
+        raise RuntimeError(f"ssd has no backend {asked!r}, only {', '.join(BACKENDS)}: pass backend= to this call")
+    reason = _unavailable(asked, device, dtype, P, N, chunk)
+    if reason is not None:
+        raise RuntimeError(f"ssd backend {asked!r} cannot run this call: {reason}")
+    return asked
+
+
+@constant_result
+def _automatic(device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None) -> SSDBackend:
+    """``triton`` on a GPU where it can serve, else ``chunked``; the reason is logged once."""
+    if device == "cpu" or dtype not in dispatch.KERNEL_DTYPES:
+        return "chunked"
+    reason = _unavailable("triton", device, dtype, P, N, chunk)
+    if reason is None:
+        return "triton"
+    dispatch._log_once(f"ssd backend 'triton' is passed over for 'chunked': {reason}")
+    return "chunked"
+
+
+@constant_result
+def _unavailable(backend: SSDBackend, device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None) -> str | None:
+    """Why a backend cannot serve, or None; of ``triton`` on a GPU only what was seen right there is served."""
+    if backend == "triton" and device not in ("cpu", "cuda"):
+        return f"it needs CUDA tensors, not {device}"
+    if backend == "triton" and device == "cuda" and dtype in dispatch.KERNEL_DTYPES:
+        if max(P, N) > KERNEL_WIDTH:
+            return f"it takes headdim and d_state up to {KERNEL_WIDTH}, got {P} and {N}"
+        if dtype not in KERNEL_CHUNKS:
+            return f"on a GPU it takes bfloat16 and float16, got {str(dtype)[6:]}"
+        if chunk not in (None, KERNEL_CHUNKS[dtype]):
+            return f"its chunk_size is {KERNEL_CHUNKS[dtype]} in {str(dtype)[6:]}, got {chunk}"
+    return dispatch.unavailable(backend, device, dtype)
+
+
+@functools.cache
+def _kernel():
+    return importlib.import_module("mambavision.kernels.ssd_triton")
+
+
+@torch.library.custom_op("mambavision::ssd", mutates_args=())
+def _ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    bidirectional: bool,
+    scanned_diagonal: bool,
+    chunk_size: int | None,
+    return_last_state: bool,
+) -> tuple[Tensor, Tensor]:
+    options = (dt_softplus, bidirectional, scanned_diagonal, chunk_size, return_last_state)
+    return _kernel().ssd(x, dt, A, B, C, D, dt_bias, initial_state, *options)
+
+
+@_ssd.register_fake
+def _(
+    x, dt, A, B, C, D, dt_bias, initial_state,
+    dt_softplus, bidirectional, scanned_diagonal, chunk_size, return_last_state,
+):  # fmt: skip
+    batch, _, H, P = x.shape
+    directions = 1 + bidirectional if return_last_state else 0
+    last = x.new_empty(batch, directions, H, P, B.shape[-1], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), last
+
+
+@torch.library.custom_op("mambavision::ssd_backward", mutates_args=())
+def _ssd_backward(
+    grad_y: Tensor | None,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    bidirectional: bool,
+    scanned_diagonal: bool,
+    chunk_size: int | None,
+) -> list[Tensor]:
+    inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
+    grad_y = torch.zeros_like(x) if grad_y is None else grad_y
+    grads = _kernel().ssd_backward(
+        grad_y, grad_state, *inputs, dt_softplus, bidirectional, scanned_diagonal, chunk_size
+    )
+    return [g.to(v.dtype) for g, v in zip(grads, inputs, strict=True) if v is not None]
+
+
+@_ssd_backward.register_fake
+def _(
+    grad_y, grad_state, x, dt, A, B, C, D, dt_bias, initial_state,
+    dt_softplus, bidirectional, scanned_diagonal, chunk_size,
+):  # fmt: skip
+    inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
+    return [torch.empty_like(v, memory_format=torch.contiguous_format) for v in inputs if v is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:12]
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_y, grad_state):
+    tensors = ctx.saved_tensors
+    if grad_state is not None and grad_state.shape[1] == 0:  # not asked for
+        grad_state = None
+    if grad_y is None and grad_state is None:
+        return (None,) * 13
+    grads = iter(torch.ops.mambavision.ssd_backward(grad_y, grad_state, *tensors, *ctx.options))
+    return *(None if v is None else next(grads) for v in tensors), *(None,) * 5
+
+
+_ssd.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,319 @@
+"""Every implementation of ssd against the fp64 reference, forward and every gradient.
+
+Run as a script it prints the results of TINY as JSON: TRITON_INTERPRET has to be set before triton is imported.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambavision.ops import ssd
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORWARD_LIMIT = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
+GRADIENT_LIMIT = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    length: int
+    form: str = "causal"  # or "sum" or "free"
+    heads: int = 3
+    headdim: int = 5
+    d_state: int = 4
+    groups: int = 1
+    dtype: str = "fp32"
+    chunk: int | None = None
+    options: bool = True
+    strided: bool = False
+    dt: float | None = None
+    decay: float | None = None
+    size: float = 1.0
+
+    def __str__(self):
+        words = [self.form, f"L{self.length}", f"H{self.heads}G{self.groups}P{self.headdim}N{self.d_state}", self.dtype]
+        words += [f"{name}{v}" for name, v in (("Q", self.chunk), ("dt", self.dt), ("A", self.decay)) if v]
+        words += ["strided"] * self.strided + ["bare"] * (not self.options) + [f"size{self.size}"] * (self.size != 1)
+        return "-".join(words)
+
+
+def make(case: Case) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+    batch, length, H, P, G, N = 2, case.length, case.heads, case.headdim, case.groups, case.d_state
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    args = {
+        "x": case.size * normal(batch, length, H, P),
+        "dt": normal(batch, length, H) - 1,
+        "A": -(0.1 + 2 * torch.rand(H, generator=g, dtype=torch.float64)),
+        "B": case.size * normal(batch, length, G, N),
+        "C": normal(batch, length, G, N),
+    }
+    if case.options:
+        directions = () if case.form == "causal" else (2,)
+        args |= {"dt_bias": 0.3 * normal(H), "initial_state": normal(batch, *directions, H, P, N)}
+        args["D"] = normal(batch, length, H) if case.form == "free" else normal(H)
+    else:
+        args["dt"] = args["dt"].abs()
+    if case.dt is not None:
+        args["dt"] = torch.full_like(args["dt"], case.dt)
+    if case.decay is not None:
+        args["A"] = torch.full_like(args["A"], case.decay)
+    rounded = {"x", "dt", "B", "C"}
+    return {k: v.to(DTYPES[case.dtype] if k in rounded else torch.float32) for k, v in args.items()}
+
+
+def strided(value: Tensor) -> Tensor:
+    """Same values with permuted strides and NaN between."""
+    wide = torch.full((*value.shape[::-1], 2), torch.nan, dtype=value.dtype, device=value.device)
+    view = wide[..., 0].permute(*range(value.ndim - 1, -1, -1))
+    view.copy_(value)
+    return view
+
+
+def run(case: Case, backend: str, *, fp64: bool = False, device: str = "cpu") -> dict[str, Tensor]:
+    args = {k: v.to(device, torch.float64 if fp64 else v.dtype) for k, v in make(case).items()}
+    args = {k: (strided(v) if case.strided else v).requires_grad_() for k, v in args.items()}
+    options = {"bidirectional": case.form != "causal", "diagonal": "free" if case.form == "free" else "scanned"}
+    options |= {"dt_softplus": case.options, "chunk_size": case.chunk, "return_last_state": case.options}
+    out = ssd(**args, **options, backend=backend)
+    outputs = dict(zip(("y", "last_state"), out if case.options else (out,), strict=False))
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(v.shape, generator=g).to(DTYPES[case.dtype]).to(device, v.dtype) for v in outputs.values()]
+    weights = [strided(v) if case.strided else v for v in weights]
+    grads = torch.autograd.grad(list(outputs.values()), list(args.values()), weights)
+    results = outputs | {f"grad_{k}": v for k, v in zip(args, grads, strict=True)}
+    return {k: v.detach().double().cpu() for k, v in results.items()}
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-6))
+
+
+@lru_cache(maxsize=4)
+def expected_of(case: Case) -> dict[str, Tensor]:
+    return run(case, "chunked" if case.length > 300 else "reference", fp64=True)
+
+
+def check(case: Case, backend: str, device: str = "cpu") -> None:
+    expected, actual = expected_of(case), run(case, backend, device=device)
+    wrong = {}
+    for name, value in expected.items():
+        limit = (GRADIENT_LIMIT if name.startswith("grad") else FORWARD_LIMIT)[case.dtype]
+        error = relative(actual[name], value)
+        if not error <= limit:
+            wrong[name] = f"{error:.2e} > {limit:.2e}"
+    assert not wrong, f"{backend} on {case}: {wrong}"
+
+
+COVERING = [
+    Case(1),
+    Case(1, "sum"),
+    Case(2, "free", groups=3),
+    Case(7, "sum", dtype="bf16", headdim=17),
+    Case(49, "causal", 4, groups=2, d_state=16, strided=True),
+    Case(63, "free", dtype="fp16"),
+    Case(65, "sum", options=False, chunk=16),
+    Case(196, "sum", 4, 8, 16, 2, "bf16"),
+    Case(197, "free", 4, 8, 16, 2, strided=True, chunk=32),
+    Case(257, "causal", dtype="bf16", chunk=128),
+    Case(257, "sum", options=False, chunk=256),
+]
+EXTREME = [
+    *(Case(65, form, dtype=dtype, dt=20.0, decay=-16.0) for form, dtype in product(("causal", "sum"), DTYPES)),
+    Case(65, "sum", dt=100.0),
+    Case(65, "free", dt=-100.0),
+    Case(300, "sum", dt=0.5, decay=-1e-6, options=False),
+    Case(300, "free", dt=0.1, decay=-16.0, options=False),
+]
+LARGE = [Case(65, "sum", dtype=dtype, size=1e3, options=False) for dtype in ("bf16", "fp32")]
+TINY = [
+    Case(1, "sum"),
+    Case(7, "causal", groups=3, strided=True),
+    Case(21, "sum", 4, groups=2, chunk=16),
+    Case(35, "causal", dtype="fp16", chunk=32, options=False),
+    Case(40, "free", chunk=16, d_state=17),
+    Case(70, "sum", 2, options=False),
+    Case(33, "sum", 2, headdim=6, d_state=70, chunk=64),
+    Case(9, "sum", dt=20.0, decay=-16.0),
+]
+SIZES = [(4, 64, 64, 1), (6, 64, 16, 2), (3, 40, 33, 3), (4, 32, 64, 2), (2, 5, 4, 1)]
+FULL = [
+    Case(length, form, heads, headdim, d_state, groups, dtype, options=i % 4 != 3, strided=i % 5 == 2)
+    for i, (length, form, dtype) in enumerate(
+        product((1, 7, 64, 65, 100, 196, 197, 1024, 3136), ("causal", "sum", "free"), ("bf16", "fp16"))
+    )
+    for heads, headdim, d_state, groups in [SIZES[i % 5]]
+]
+UNSERVED = [
+    Case(513, "sum", 4, 32, 128, 2, "bf16", 128, options=False),
+    Case(513, "sum", 4, 64, 128, 2, "bf16", options=False),
+    Case(513, "sum", 4, 64, 64, 2, "bf16", 128, options=False),
+    Case(300, "sum", 2, 128, 64, dtype="bf16"),
+    Case(700, "sum", 4, 64, 64),
+    Case(257, "sum", 3, 40, 33, 3, "bf16", 64),
+]
+
+
+@pytest.mark.parametrize("case", COVERING + EXTREME + LARGE, ids=str)
+def test_chunked_on_cpu(case):
+    check(case, "chunked")
+
+
+@pytest.mark.parametrize("case", COVERING[:6], ids=str)
+def test_reference_in_its_own_precision(case):
+    check(case, "reference")
+
+
+@pytest.mark.parametrize("form", ["causal", "sum", "free"])
+def test_chunk_size_changes_rounding_only(form):
+    whole = run(Case(50, form), "chunked", fp64=True)
+    for chunk in (1, 3, 16, 49, 50, 200):
+        cut = run(Case(50, form, chunk=chunk), "chunked", fp64=True)
+        other = run(Case(50, form, chunk=chunk), "reference", fp64=True)
+        errors = {name: relative(cut[name], other[name]) for name in whole}
+        assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """TINY through triton's interpreter in a process of its own: {case: what is wrong, or ""}."""
+    pytest.importorskip("triton", reason="triton comes with torch on Linux only")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "triton"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", [*TINY, "opcheck", "opcheck without options"], ids=str)
+def test_triton_under_the_interpreter(case, interpreted):
+    assert interpreted[str(case)] == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in FULL + EXTREME + LARGE if c.dtype != "fp32"], ids=str)
+def test_full_matrix_on_cuda(case):
+    check(case, "triton", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.xfail(reason="not seen right on a GPU yet; a case that passes may be served")
+@pytest.mark.parametrize("case", UNSERVED, ids=str)
+def test_what_is_not_served_on_cuda(case, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("mambavision.ops.ssd"), "_unavailable", lambda *call: None)
+    check(case, "triton", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", COVERING, ids=str)
+def test_chunked_on_cuda(case):
+    check(case, "chunked", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["causal", "sum", "free"])
+def test_twice_gives_the_same_bits(form):
+    case = Case(3136, form, 6, 64, 64, dtype="bf16")
+    one, two = run(case, "triton", device="cuda"), run(case, "triton", device="cuda")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    """x has 2.3e9 elements: the last sequence's addresses do not fit an int32."""
+    batch, length, H, P, N = 34, 16384, 64, 64, 16
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, device="cuda", dtype=torch.bfloat16)
+
+    x, dt, B, C = normal(batch, length, H, P), normal(batch, length, H), normal(batch, length, 1, N), None
+    C, A = normal(batch, length, 1, N), -torch.ones(H, device="cuda")
+    options = {"bidirectional": True, "dt_softplus": True, "backend": "triton"}
+    with torch.no_grad():
+        whole = ssd(x, dt, A, B, C, **options)
+        for i in (0, 17, batch - 1):
+            one = slice(i, i + 1)
+            alone = ssd(x[one], dt[one], A, B[one], C[one], **options)
+            assert relative(whole[one].double(), alone.double()) < 1e-2
+
+
+def opcheck(options: bool) -> None:
+    case = Case(5, "sum", 2, 3, 2)
+    args = list(make(case).values())
+    x, dt, A, B, C, bias, state, D = (v.requires_grad_() for v in args)
+    extra = (D.detach().expand(2, 5, 2).contiguous().requires_grad_(), bias, state) if options else (None, None, None)
+    inputs = (x, dt, A, B, C, *extra, True, True, True, 16)
+    torch.library.opcheck(torch.ops.mambavision.ssd, (*inputs, options))
+    detached = (v.detach() if isinstance(v, Tensor) else v for v in (x, state if options else None, *inputs))
+    torch.library.opcheck(torch.ops.mambavision.ssd_backward, tuple(detached))
+
+
+def refuse_stray_pointers() -> None:
+    """Make the interpreter raise where an unmasked pointer is outside the tensors given to the kernel."""
+    from triton.runtime import interpreter
+
+    builder, executor, spans = interpreter.InterpreterBuilder, interpreter.GridExecutor, []
+    arguments, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
+
+    def recorded(self, *args):
+        result = arguments(self, *args)
+        spans.clear()
+        for v in (v for v in result[0] if isinstance(v, Tensor) and v.numel()):
+            last = sum((n - 1) * stride for n, stride in zip(v.shape, v.stride(), strict=True))
+            spans.append((v.data_ptr(), v.data_ptr() + last * v.element_size()))
+        return result
+
+    def check_pointers(pointers, mask) -> None:
+        used = pointers.data[mask.data.astype(bool)].astype("int64")
+        stray = sum((used >= first) & (used <= last) for first, last in spans) == 0
+        if stray.any():
+            raise IndexError(f"{stray.sum()} of {used.size} pointers outside every tensor")
+
+    def checked_load(self, pointers, mask, *args, **options):
+        check_pointers(pointers, mask)
+        return load(self, pointers, mask, *args, **options)
+
+    def checked_store(self, pointers, value, mask, *args, **options):
+        check_pointers(pointers, mask)
+        return store(self, pointers, value, mask, *args, **options)
+
+    executor._init_args_hst = recorded
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+
+
+def main(backend: str) -> None:
+    torch.set_num_threads(1)
+    refuse_stray_pointers()
+    empty = torch.empty
+    torch.empty = lambda *a, **kw: empty(*a, **kw).fill_(torch.nan)
+    jobs = {str(case): lambda case=case: check(case, backend) for case in TINY}
+    jobs |= {"opcheck": lambda: opcheck(True), "opcheck without options": lambda: opcheck(False)}
+    results = {}
+    for name, job in jobs.items():
+        try:
+            job()
+            results[name] = ""
+        except Exception as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
