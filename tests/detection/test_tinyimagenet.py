@@ -198,7 +198,7 @@ class SeenPictures(Hook):
 
 
 def test_sessions_of_pretraining_continue_each_other(packed, tmp_path):
-    """The config in small: a session sees the pictures after the last one's, at one rate until the last fifth."""
+    """The config in small: a session sees the pictures after the last one's, at one rate until the last half."""
 
     def session(max_epochs, *, resume):
         forget_runs()
@@ -223,9 +223,15 @@ def test_sessions_of_pretraining_continue_each_other(packed, tmp_path):
         cli.train(cfg, resume=resume, seed=0)
         return list(SeenPictures.seen)
 
+    def step(i, epochs):
+        part_left = 1 - i / 2 / epochs
+        return round(0.01 * (1 - 0.99 * max(0, 1 - part_left / 0.5)), 9), 2 * i, 2 * i + 1
+
     assert session(2, resume=False)[:3] == [(0.0, 0, 1), (0.005, 2, 3), (0.01, 4, 5)]
-    assert session(5, resume=True) == [(0.01, 8 + i, 9 + i) for i in range(0, 12, 2)]
-    assert session(6, resume=True) == [(0.00835, 20, 21), (0.00835, 22, 23)]  # 0.01 * (1 - 0.99 / 6)
+    second = session(5, resume=True)
+    assert second == [step(i, 5) for i in range(4, 10)]
+    assert second[1][0] == 0.01 > second[2][0]
+    assert session(6, resume=True) == [step(10, 6), step(11, 6)]
 
 
 def test_no_pack(tmp_path):
