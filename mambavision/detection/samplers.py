@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 @DATA_SAMPLERS.register_module()
 class ConsecutiveSampler(Sampler[int]):
-    """Indices in order, cut into short epochs: epoch e visits e * epoch_length ... (e + 1) * epoch_length - 1.
+    """Indices in order, cut into short epochs: epoch e visits start + e * epoch_length and those that follow.
 
     Beyond the last index it begins anew. Made for composed data sets, whose length is free: no sample comes twice, and
     a resumed run goes on with the samples after its checkpoint's, without loading the ones before as mmengine's
@@ -18,20 +18,21 @@ class ConsecutiveSampler(Sampler[int]):
     Args:
         dataset: the data set.
         epoch_length: samples an epoch, over all processes.
+        start: index of the first sample of epoch 0, for a run that goes on from weights without a checkpoint.
         seed: not used, the order is fixed; mmengine passes one.
 
     Raises:
         ValueError: if ``epoch_length`` is less than the number of processes.
     """
 
-    def __init__(self, dataset: Sized, *, epoch_length: int, seed: int | None = None) -> None:
+    def __init__(self, dataset: Sized, *, epoch_length: int, start: int = 0, seed: int | None = None) -> None:
         self.rank, self.world_size = get_dist_info()
         if epoch_length < self.world_size:
             raise ValueError(f"epoch_length={epoch_length} must be at least {self.world_size}, one sample a process")
-        self.dataset, self.epoch_length, self.epoch = dataset, epoch_length, 0
+        self.dataset, self.epoch_length, self.start, self.epoch = dataset, epoch_length, start, 0
 
     def __iter__(self) -> Iterator[int]:
-        first = self.epoch * self.epoch_length + self.rank
+        first = self.start + self.epoch * self.epoch_length + self.rank
         indices = range(first, first + len(self) * self.world_size, self.world_size)
         return (index % len(self.dataset) for index in indices)
 
