@@ -3,7 +3,6 @@
 Run as a script it prints the results of TINY as JSON: TRITON_INTERPRET has to be set before triton is imported.
 """
 
-import importlib
 import json
 import os
 import subprocess
@@ -160,14 +159,6 @@ FULL = [
     )
     for heads, headdim, d_state, groups in [SIZES[i % 5]]
 ]
-UNSERVED = [
-    Case(513, "sum", 4, 32, 128, 2, "bf16", 128, options=False),
-    Case(513, "sum", 4, 64, 128, 2, "bf16", options=False),
-    Case(513, "sum", 4, 64, 64, 2, "bf16", 128, options=False),
-    Case(300, "sum", 2, 128, 64, dtype="bf16"),
-    Case(700, "sum", 4, 64, 64),
-    Case(257, "sum", 3, 40, 33, 3, "bf16", 64),
-]
 
 
 @pytest.mark.parametrize("case", COVERING + EXTREME + LARGE, ids=str)
@@ -209,14 +200,6 @@ def test_triton_under_the_interpreter(case, interpreted):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [c for c in FULL + EXTREME + LARGE if c.dtype != "fp32"], ids=str)
 def test_full_matrix_on_cuda(case):
-    check(case, "triton", "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.xfail(reason="not seen right on a GPU yet; a case that passes may be served")
-@pytest.mark.parametrize("case", UNSERVED, ids=str)
-def test_what_is_not_served_on_cuda(case, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("mambavision.ops.ssd"), "_unavailable", lambda *call: None)
     check(case, "triton", "cuda")
 
 
