@@ -1,6 +1,5 @@
-"""The scan in CUDA C++ (scan.cu), compiled at first use by NVRTC."""
+"""The scan in CUDA C++ (scan.cu behind intrinsics.cuh), compiled at first use by NVRTC."""
 
-import ctypes
 import functools
 import math
 import pathlib
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from mambavision.kernels import nvrtc
 
-_SOURCE = pathlib.Path(__file__).with_name("scan.cu")
+_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "scan.cu"))
 _ENTRIES = {
     "scan_forward": "forward<false>",
     "scan_starts": "forward<true>",
@@ -107,12 +106,12 @@ def unavailable() -> str | None:
 
 
 @functools.lru_cache(4096)
-def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int]) -> ctypes.c_void_p:
+def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int]) -> nvrtc.Kernel:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
     values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT"), 1) | {"TILE": 16, "THREADS": threads}
     values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
-    return nvrtc.kernel(_SOURCE, name, tuple(f"{n}={v}" for n, v in (values | dict(defines)).items()), device)
+    return nvrtc.kernel(_SOURCES, name, tuple(f"{n}={v}" for n, v in (values | dict(defines)).items()), device)
 
 
 class _View(NamedTuple):
@@ -195,11 +194,11 @@ class _Layout(NamedTuple):
     parts begins; the sums that follow: kernel, blocks, the end of each job.
     """
 
-    launches: tuple[tuple[ctypes.c_void_p, int], ...]
+    launches: tuple[tuple[nvrtc.Kernel, int], ...]
     rest: bytes
     scratch: int
     offsets: tuple[int, ...]
-    sums: tuple[ctypes.c_void_p, int, tuple[tuple[int, ...], ...]] | None
+    sums: tuple[nvrtc.Kernel, int, tuple[tuple[int, ...], ...]] | None
 
 
 _SUM_THREADS = 256
