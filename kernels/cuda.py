@@ -51,11 +51,6 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@functools.cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _tile(N: int) -> int:
     """Steps of a backward's tile, which begins at a kept state."""
     return 8 if N == 1 else 16
@@ -342,7 +337,7 @@ def scan(
     every, start_type = 0, torch.float32
     if starts is not None:
         every, start_type = _tile(N), starts.dtype
-    chosen = plan(batch, length, K, channels, N, _processors(device), backward=False)
+    chosen = plan(batch, length, K, channels, N, nvrtc.processors(device), backward=False)
     sums, views = merge and K > 1, (_signature(x), _signature(delta), _signature(B), _signature(C), None)
     signature = _Signature(chosen, False, sums, device, shape, N, delta_softplus, every, start_type, False, views)
     layout = _layout(signature)
@@ -406,7 +401,7 @@ def scan_backward(
         return x.new_empty(x.shape), delta.new_empty(shape), A.new_zeros(A.shape), *inputs, *of_channel, state
     order = _order(order)
     gradient = _parameter(grad_state)
-    chosen = plan(batch, length, K, channels, N, _processors(device), backward=True)
+    chosen = plan(batch, length, K, channels, N, nvrtc.processors(device), backward=True)
     every, start_type = chosen.tile, torch.float32
     kept = starts is not None and every == _tile(N)
     if kept:

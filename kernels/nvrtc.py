@@ -57,6 +57,12 @@ def _architecture(device: int) -> int:
 
 
 @functools.cache
+def processors(device: int) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def _unknown(architecture: int) -> str | None:
     """Why this NVRTC cannot compile for an architecture, 90 for sm_90, or None if it can."""
     nvrtc, count = _nvrtc(), ctypes.c_int()
