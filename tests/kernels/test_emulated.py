@@ -1,6 +1,7 @@
 """The CUDA kernels on the CPU: sources and host code through the emulator, against the fp64 reference."""
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,9 +114,16 @@ def test_extreme_steps_and_decays(case, emulator):
     check(case, "cuda")
 
 
+def by_token(v: Tensor) -> Tensor:
+    """Same values, tokens as neighbours in memory."""
+    return v.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def direct(case: Case, device: str = "cpu", starts: bool = False, change=lambda name, v: v) -> list[Tensor]:
     """`scan` and `scan_backward` of the case, called as the operator calls them, once they agree with the reference."""
     args = {k: change(k, v).to(device) for k, v in make(case).items()}
+    if case.strided:
+        args |= {k: by_token(args[k]) for k in ("x", "delta", "B", "C")}
     g = torch.Generator().manual_seed(1)
     order = torch.stack([torch.randperm(case.length, generator=g) for _ in case.orders]).to(device)
     x = args["x"][:, :, None]
@@ -126,6 +134,7 @@ def direct(case: Case, device: str = "cpu", starts: bool = False, change=lambda 
         kept = torch.empty(shape, dtype=dtype, device=device)
     y, last = cuda.scan(*inputs, case.options, case.merge, starts=kept)
     dy, dlast = (torch.randn(v.shape, generator=g).to(v) for v in (y, last))
+    dy = by_token(dy) if case.strided else dy
     gradients = cuda.scan_backward(dy, dlast, *inputs, case.options, case.merge, starts=kept)
     leaves = [v.double().requires_grad_() if v is not None else None for v in inputs[:-1]]
     want = reference.scan(*leaves, order, case.options, case.merge)
@@ -138,8 +147,13 @@ def direct(case: Case, device: str = "cpu", starts: bool = False, change=lambda 
     return results
 
 
-@pytest.mark.parametrize("processors", [1, 132])
-@pytest.mark.parametrize("case", [Case(530, 2, "bf16", 3), Case(70, 16, "fp32", 9), Case(40, 1, "fp16", 33)], ids=str)
+RACING = [Case(530, 16, "bf16", 3), Case(70, 16, "fp32", 40), Case(40, 1, "fp16", 33), Case(530, 2, "fp16", 33)]
+RACING = [
+    (replace(case, strided=strided), (132, 1)[i % 2]) for i, case in enumerate(RACING) for strided in (False, True)
+]
+
+
+@pytest.mark.parametrize("case, processors", RACING, ids=str)
 def test_any_order_of_threads_and_blocks_gives_the_same_bits(case, processors, emulator):
     emulator.processors, seen = processors, []
     for emulator.order in ORDERS:
