@@ -161,11 +161,17 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(case, processors, e
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
 
 
-@pytest.mark.parametrize("case", [Case(70, 16, "fp32", 9), Case(33, 8, "bf16", 5, merge=False)], ids=str)
 @pytest.mark.parametrize(
-    "options", [{"keep_decay": True}, {"polynomial": 5}, {"tile": 8, "segment": 24}, {"segment": 16}], ids=str
+    "case, options",
+    [
+        (Case(70, 16, "fp32", 9), {"keep_decay": True}),
+        (Case(33, 8, "bf16", 5, merge=False), {"polynomial": 5}),
+        (Case(70, 16, "fp32", 9), {"tile": 8, "segment": 24}),
+        (Case(33, 8, "bf16", 5, merge=False), {"segment": 16}),
+    ],
+    ids=str,
 )
-def test_plans_that_no_small_shape_is_given(options, case, emulator, monkeypatch):
+def test_plans_that_no_small_shape_is_given(case, options, emulator, monkeypatch):
     plan = cuda.plan
 
     def other(*args, backward, **kwargs):

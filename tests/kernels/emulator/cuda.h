@@ -5,17 +5,17 @@
 // cannot come. Fibers run in an order of the caller's choice: a block without races gives the same bits in all of them.
 // Shared memory is NaN (bytes of 0xff) when a block begins, and static shared memory is all that is thread_local here.
 
-#include <cmath>
-#include <csetjmp>
-#include <cstdarg>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // C's math.h alone: libstdc++'s takes longer to read than a kernel to compile
 #include <link.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
-#include <vector>
 
 #define __global__
 #define __device__
@@ -80,7 +80,7 @@ constexpr unsigned MOST_THREADS = 1024;
 enum Order { ASCENDING, DESCENDING, RANDOM };  // RANDOM and above: seeds
 enum State { READY, IN_WARP, AT_BARRIER, DONE };
 
-struct Copy { char *to; const char *from; bool inside; };
+struct Copy { char *to; const char *from; bool inside; unsigned group; };
 
 struct Fiber {
     jmp_buf here;
@@ -89,7 +89,8 @@ struct Fiber {
     unsigned mask;
     int line;
     void *data;
-    std::vector<std::vector<Copy>> groups;  // of asynchronous copies, the last one still open
+    Copy *copies;  // asynchronous ones on their way, from the oldest
+    unsigned under_way, room, group;  // group: the one still open
 };
 
 inline Fiber fibers[MOST_THREADS];
@@ -173,6 +174,25 @@ inline void land(const Copy &copy) {
     else memset(copy.to, 0, 16);
 }
 
+inline void send(char *to, const char *from, bool inside) {
+    Fiber &me = fibers[current];
+    const Copy copy{to, from, inside, me.group};
+    if (order == DESCENDING) return land(copy);
+    if (me.under_way == me.room) {
+        me.room = 2 * me.room + 16;
+        me.copies = (Copy *)realloc(me.copies, me.room * sizeof copy);
+    }
+    me.copies[me.under_way++] = copy;
+}
+
+inline void receive(unsigned youngest) {  // all closed groups but so many
+    Fiber &me = fibers[current];
+    unsigned landed = 0;
+    while (landed < me.under_way && me.copies[landed].group + youngest < me.group) land(me.copies[landed++]);
+    me.under_way -= landed;
+    memmove(me.copies, me.copies + landed, me.under_way * sizeof(Copy));
+}
+
 inline void fiber_main() {
     for (;;) {
         kernel(argument);
@@ -218,7 +238,7 @@ inline bool run_block() {
     if (static_size) memset(static_begin, 0xff, static_size);
     memset(dynamic_begin - 4096, 0xff, dynamic_size + 8192);
     alive = threads, waiting = 0, barrier_all = 1, barrier_any = barrier_count = 0;
-    for (unsigned i = 0; i < threads; i++) fibers[i].state = READY, fibers[i].groups.assign(1, {});
+    for (unsigned i = 0; i < threads; i++) fibers[i].state = READY, fibers[i].under_way = fibers[i].group = 0;
     while (alive) {
         any = false;
         arrange(warps, (threads + 31) / 32);
