@@ -126,7 +126,7 @@ def test_an_error_is_found_in_the_source_it_is_in(driver, monkeypatch, tmp_path)
     driver(1)
     sources = tmp_path / "first.cuh", tmp_path / "second.cu"
     sources[0].write_text("#define TWO 2\n")
-    sources[1].write_text(f"{SOURCE}\nint f() {{ return TWO; }}\nint g() {{ return THREE; }}\n")
+    sources[1].write_text(f"{SOURCE}\n__device__ int f() {{ return TWO; }}\n__device__ int g() {{ return THREE; }}\n")
     monkeypatch.setattr(nvrtc, "_architecture", lambda device: 90)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     with pytest.raises(RuntimeError, match=r"second\.cu\(3\)(.|\n)*1 error"):
