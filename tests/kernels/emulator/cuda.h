@@ -4,11 +4,13 @@
 // takes place once every lane named by the mask is there, at the same line and with the same mask, and fails where one
 // cannot come. Fibers run in an order of the caller's choice: a block without races gives the same bits in all of them.
 // Shared memory is NaN (bytes of 0xff) when a block begins, and static shared memory is all that is thread_local here.
+// A segmentation fault ends the grid with a message: memory from emulated.guarded has pages on both sides that fault.
 
 #define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // C's math.h alone: libstdc++'s takes longer to read than a kernel to compile
 #include <link.h>
 #include <math.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -283,6 +285,11 @@ inline int find_static(dl_phdr_info *info, size_t, void *) {
     return 0;
 }
 
+inline void fault(int, siginfo_t *info, void *) {
+    fail("touches %p, which is not its own%s", info->si_addr,
+         (char *)info->si_addr >= stacks && (char *)info->si_addr < stacks + STACK * threads ? ": its stack is full" : "");
+}
+
 inline const char *run(void (*what)(const void *), unsigned blocks, unsigned count, unsigned shared, int in_order,
                        const void *with) {
     static char dynamic[ALL_SHARED + 16384] __attribute__((aligned(1024)));
@@ -302,11 +309,20 @@ inline const char *run(void (*what)(const void *), unsigned blocks, unsigned cou
     kernel = what, argument = with, threads = count, order = in_order, random_state = in_order;
     blockDim = {count, 1, 1}, gridDim = {blocks, 1, 1}, threadIdx = blockIdx = {0, 0, 0};
     for (unsigned i = 0; i < count; i++) fibers[i].begun = false;
+    static char for_faults[65536];
+    stack_t apart = {}, usual_stack;
+    apart.ss_sp = for_faults, apart.ss_size = sizeof for_faults;
+    sigaltstack(&apart, &usual_stack);
+    struct sigaction on_fault = {}, usual[2];
+    on_fault.sa_sigaction = fault, on_fault.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &on_fault, &usual[0]), sigaction(SIGBUS, &on_fault, &usual[1]);
     bool right = true;
     for (unsigned i = 0; i < blocks && right; i++) {
         blockIdx.x = order == DESCENDING ? blocks - 1 - i : i;
         right = run_block();
     }
+    sigaction(SIGSEGV, &usual[0], 0), sigaction(SIGBUS, &usual[1], 0);
+    sigaltstack(&usual_stack, 0);
     munmap(stacks, STACK * count);
     return right ? 0 : message;
 }
