@@ -1,8 +1,8 @@
 _base_ = ["mamba_yolo_t_custom.py"]
 
 # A plain check that the network, its losses and its decoding fit together: it must learn 32 COCO photos by heart.
-# Trained and tested on the same pictures, without augmentation. 1280x1280: at 640 nine of the 284 boxes hold no centre of
-# a stride-8 cell, so nothing could learn them.
+# Trained and tested on the same pictures, without augmentation. 1280x1280: at 640 nine of the 284 boxes hold no centre
+# of a stride-8 cell, so nothing could learn them.
 data_root = "../shared/data/tinycoco"
 ann_file = "annotations/instances_train2017.json"
 photos = dict(data_root=data_root, ann_file=ann_file, data_prefix=dict(img="images/train2017"), cache="ram")
