@@ -26,6 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import mambavision.detection  # noqa: F401  registers the detectors
 from mambavision.detection import cli
 
+WARM_UP = 4  # calls: kernels are compiled, CUDA graphs recorded
+
 
 def build(config: str) -> BaseModel:
     if not Path(config).is_file():
@@ -54,16 +56,22 @@ def count_flops(model: BaseModel, size: int, device: torch.device) -> int:
 def images_per_second(model: BaseModel, size: int, batch: int, device: torch.device, seconds: float) -> float:
     pictures = torch.rand(batch, 3, size, size, device=device)
     meta = dict(img_shape=(size, size), ori_shape=(size, size), scale_factor=(1.0, 1.0), batch_input_shape=(size, size))
-    times, started = [], time.perf_counter()
-    while len(times) < 4 or time.perf_counter() - started < seconds:
+
+    def call() -> float:
         samples = [DetDataSample(metainfo=meta) for _ in range(batch)]
         before = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             model.predict(pictures, samples)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - before)
-    return batch / statistics.median(times[1:])
+        return time.perf_counter() - before
+
+    for _ in range(WARM_UP):
+        call()
+    times, started = [call()], time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        times.append(call())
+    return batch / statistics.median(times)
 
 
 def main() -> None:
