@@ -1,0 +1,756 @@
+// The gradients of state-space duality on NVIDIA GPUs, both directions in one pass (ssd_cuda_backward.py).
+//
+// Compiled behind intrinsics.cuh, one ENTRY at a time. `decays` turns dt into decays to the borders of tiles of TILE
+// tokens; `walk` takes each head's states and costates through the sequence and leaves those that enter each tile;
+// `gradients` does the rest, one block a tile and several heads of a group; `sums` adds up what blocks left.
+//
+// A warp of `gradients` owns 16 tokens, as senders j of x and B and as receivers i of dy and C. With m_ij the decay
+// from j to i, S = C B^T, G_ij = dy_i . x_j: dx_j = dt_j (sum_i m S dy_i + what leaves the tile) + D_j dy_j, and of all
+// heads together dS = sum dt_j m G, dB += dS^T C, dC += dS B. T_ij = dt_j m S G of a pair is the gradient of every
+// log-decay on the path from j to i: paths are sorted by where in the tile they begin and end, and those that cross it
+// are what enters times what leaves on the other side.
+//
+// Macros: KERNEL, ENTRY, ARGUMENT; THREADS, RESIDENT (blocks a processor); TILE; P, N: widths, multiples of 16; OPERAND, type of
+// x, dy, B and C, DT_TYPE of dt (0 float, 1 bfloat16, 2 half); BOTH directions; DIAGONAL: directions that count a token's own
+// pair; SOFTPLUS; HAS_D; PARTIAL: dB and dC are parts of a sum, in float.
+
+#define LOG2E 1.4426950408889634f
+#define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
+
+typedef unsigned short bits16;
+
+constexpr int WARPS = THREADS / 32, KINDS = BOTH ? 4 : 2, STATE = N * P;
+
+struct View { i64 batch, token, head; };  // strides in bytes
+
+struct Call {
+    const char *x, *dy, *B, *C, *dt;
+    const float *A, *bias, *D;        // (H,), (H,) or null, strided as D_view says
+    const float *initial, *gradient;  // (batch, directions, H, p, n) or null: initial state, gradient of the last state
+    float *planes;                    // (7, batch, H, tiles TILE)
+    bits16 *states;                   // (batch, tiles, H, KINDS, N, P): what enters each tile
+    char *dx, *ddt;                   // (batch, L, H, p), (batch, L, H)
+    char *dB, *dC;                    // (parts, batch, L, groups, n)
+    float *dD, *dinitial;             // (batch, L, H), (batch, directions, H, p, n) or null
+    float *dA, *dbias;                // (batch, tiles, H)
+    View x_view, dy_view, B_view, C_view, dt_view, D_view;
+    i64 batch, length, tiles, H, groups, parts, part;  // part: heads of a block
+    int p, n, stages, walked;                          // p, n: widths in memory, multiples of 8
+};
+
+struct Sum {
+    const float *dB_parts, *dC_parts, *dA_rows, *dbias_rows;  // (parts, inner), (rows, H)
+    unsigned *dB, *dC;                                        // pairs
+    float *dA, *dbias;
+    i64 parts, inner, rows, H;
+};
+
+// Planes of `decays`: log2-decay from the tile's left border through a token, through it to the right border, dt; then
+// what each kind of state multiplies its tokens by
+enum { FROM_LEFT, TO_RIGHT, STEP, SCALE, PLANES = SCALE + 4 };
+
+// Kinds: what x sends to the right, what dy sends back to the left; of the other direction, the same mirrored
+enum { STATE_RIGHT, COSTATE_LEFT, STATE_LEFT, COSTATE_RIGHT };
+
+template <int KIND_TYPE> INLINE float decode(const char *p, i64 i) {
+    if constexpr (KIND_TYPE == 0) return ((const float *)p)[i];
+    const bits16 v = ((const bits16 *)p)[i];
+    return KIND_TYPE == 1 ? __uint_as_float((unsigned)v << 16) : half_to_float(v);
+}
+
+template <int KIND_TYPE> INLINE void encode(char *p, i64 i, float v) {
+    if constexpr (KIND_TYPE == 0) ((float *)p)[i] = v;
+    else ((bits16 *)p)[i] = KIND_TYPE == 1 ? float_to_bfloat16(v) : float_to_half(v);
+}
+
+INLINE float softplus(float v) {
+    const float e = exp2_fast(-fabsf(v) * LOG2E), s = e * reciprocal_fast(e + 2.f), q = s * s;
+    const float p = 2.001245514e-1f + q * (1.398030134e-1f + q * 1.408916763e-1f);
+    return fmaxf(v, 0.f) + 2.f * s * (1.f + q * (3.333315734e-1f + q * p));
+}
+
+// d softplus(v) / dv = 1 - exp(-softplus(v))
+INLINE float softplus_slope(float dt) {
+    const float series = dt * (1.f - dt / 2 * (1.f - dt / 3 * (1.f - dt / 4 * (1.f - dt / 5))));
+    return dt < 0.125f ? series : 1.f - exp2_fast(-dt * LOG2E);
+}
+
+// A tile of rows of 16-bit elements in shared memory, 16 bytes a chunk, so that 8 rows' chunks miss bank conflicts
+template <int WIDTH> struct Rows {
+    static constexpr int PITCH = WIDTH % 64 ? WIDTH + 8 : WIDTH;
+
+    static INLINE int at(int row, int chunk) {
+        return row * PITCH + (WIDTH % 64 ? chunk : chunk ^ row % 8) * 8;
+    }
+    // `rows` of them from memory, `width` elements each; zeros beyond
+    template <int ROWS> static INLINE void fetch(bits16 *to, const char *from, i64 pitch, int rows, int width) {
+        constexpr int CHUNKS = WIDTH / 8, COUNT = ROWS * CHUNKS;
+#pragma unroll
+        for (int j = 0; j < ROUND_UP(COUNT, THREADS); j++) {
+            const int i = threadIdx.x + j * THREADS, row = i / CHUNKS, chunk = i % CHUNKS;
+            if (COUNT % THREADS && i >= COUNT) break;
+            const bool inside = row < rows && chunk * 8 < width;
+            copy_async_16(to + at(row, chunk), inside ? from + row * pitch + chunk * 16 : from, inside);
+        }
+    }
+    // 16 x 16 at (row, column): as left factor, its transpose as left factor, as right factor, its transpose as that
+    static INLINE void left(unsigned *r, const bits16 *tile, int row, int column) {
+        const int lane = threadIdx.x % 32;
+        ldmatrix_x4(r, tile + at(row + lane % 16, column / 8 + lane / 16));
+    }
+    static INLINE void left_transposed(unsigned *r, const bits16 *tile, int row, int column) {
+        const int lane = threadIdx.x % 32;
+        ldmatrix_x4_trans(r, tile + at(row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
+    }
+    static INLINE void right(unsigned *r, const bits16 *tile, int row, int column) {
+        const int lane = threadIdx.x % 32;
+        ldmatrix_x4_trans(r, tile + at(row + lane % 16, column / 8 + lane / 16));
+    }
+    static INLINE void right_transposed(unsigned *r, const bits16 *tile, int row, int column) {
+        const int lane = threadIdx.x % 32;
+        ldmatrix_x4(r, tile + at(row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
+    }
+    // elements (row, column) and (row, column + 1)
+    static INLINE float2 pair(const bits16 *tile, int row, int column) {
+        return unpack2<OPERAND>(*(const unsigned *)(tile + at(row, column / 8) + column % 8));
+    }
+};
+
+// c (16 x 16, two fragments) += a b
+INLINE void multiply(float (*c)[4], const unsigned *a, const unsigned *b) {
+    mma_16x8x16<OPERAND>(c[0], a, b);
+    mma_16x8x16<OPERAND>(c[1], a, b + 2);
+}
+
+INLINE float sum_of_quad(float v) {
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+INLINE float sum_of_warp(float v) {
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) v += __shfl_xor_sync(~0u, v, mask);
+    return v;
+}
+
+// Sums over a warp of COUNT neighbours a lane, in order from the first lane (or the last): v[j] gets those up to its own
+template <int COUNT> INLINE void scan_of_warp(float *v, bool from_last) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 1; j < COUNT; j++) {
+        if (from_last) v[COUNT - 1 - j] += v[COUNT - j];
+        else v[j] += v[j - 1];
+    }
+    const float own = from_last ? v[0] : v[COUNT - 1];
+    float sum = own;
+#pragma unroll
+    for (int reach = 1; reach < 32; reach *= 2) {
+        const float other = from_last ? __shfl_down_sync(~0u, sum, reach) : __shfl_up_sync(~0u, sum, reach);
+        sum += (from_last ? lane + reach < 32 : lane >= reach) ? other : 0.f;
+    }
+    float outside = from_last ? __shfl_down_sync(~0u, sum, 1) : __shfl_up_sync(~0u, sum, 1);
+    if (lane == (from_last ? 31 : 0)) outside = 0.f;
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) v[j] += outside;
+}
+
+template <int COUNT> struct alignas(COUNT * 4) Floats {
+    float v[COUNT];
+};
+
+constexpr int EACH = TILE / 32;  // tokens a lane where a warp holds a tile's
+
+INLINE void decays(const Call &c) {
+    __shared__ float steps[TILE][33];
+    const i64 blocks = ROUND_UP(c.H, 32), h0 = blockIdx.x % blocks * 32, padded = c.tiles * TILE;
+    const i64 tile = blockIdx.x / blocks % c.tiles, b = blockIdx.x / blocks / c.tiles;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const i64 h = h0 + lane;
+    const float bias = c.bias && h < c.H ? c.bias[h] : 0.f;
+    for (int t = warp; t < TILE; t += WARPS) {
+        const i64 token = tile * TILE + t;
+        float v = 0.f;
+        if (token < c.length && h < c.H) {
+            v = decode<DT_TYPE>(c.dt + b * c.dt_view.batch + token * c.dt_view.token + h * c.dt_view.head, 0) + bias;
+            v = SOFTPLUS ? softplus(v) : v;
+        }
+        steps[t][lane] = v;
+    }
+    __syncthreads();
+    const i64 plane = c.batch * c.H * padded;
+    for (int k = warp; k < 32 && h0 + k < c.H; k += WARPS) {
+        const float rate = c.A[h0 + k] * LOG2E;
+        typedef Floats<EACH> Each;
+        Each dt, left, right, out[PLANES];
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            dt.v[j] = steps[lane * EACH + j][k];
+            left.v[j] = right.v[j] = dt.v[j] * rate;
+        }
+        scan_of_warp<EACH>(left.v, false);
+        scan_of_warp<EACH>(right.v, true);
+        const float before = __shfl_up_sync(~0u, left.v[EACH - 1], 1), after = __shfl_down_sync(~0u, right.v[0], 1);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            const float to_left = j ? left.v[j ? j - 1 : 0] : lane ? before : 0.f;
+            const float to_right = j < EACH - 1 ? right.v[j < EACH - 1 ? j + 1 : j] : lane < 31 ? after : 0.f;
+            out[FROM_LEFT].v[j] = left.v[j];
+            out[TO_RIGHT].v[j] = right.v[j];
+            out[STEP].v[j] = dt.v[j];
+            out[SCALE + STATE_RIGHT].v[j] = dt.v[j] * exp2_fast(to_right);
+            out[SCALE + COSTATE_LEFT].v[j] = exp2_fast(left.v[j]);
+            out[SCALE + STATE_LEFT].v[j] = dt.v[j] * exp2_fast(to_left);
+            out[SCALE + COSTATE_RIGHT].v[j] = exp2_fast(right.v[j]);
+        }
+        float *to = c.planes + (b * c.H + h0 + k) * padded + tile * TILE + lane * EACH;
+#pragma unroll
+        for (int j = 0; j < PLANES; j++) *(Each *)(to + j * plane) = out[j];
+    }
+}
+
+struct WalkStage {
+    bits16 keys[TILE * Rows<N>::PITCH], values[TILE * Rows<P>::PITCH];
+    alignas(16) float scale[TILE], last[4];
+};
+
+// A warp's columns of a state from or to a matrix (p, n) in memory
+template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix, const Call &c) {
+    const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane % 4 * 2, row = lane / 4;
+#pragma unroll
+    for (int m = 0; m < N / 16; m++)
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            const int n = m * 16 + e / 2 % 2 * 8 + row, p = column + e / 4 * 8 + e % 2;
+            float &v = state[m][e / 4][e % 4];
+            if (n < c.n && p < c.p) (LOAD ? v : matrix[p * c.n + n]) = LOAD ? matrix[p * c.n + n] : v;
+        }
+}
+
+// One block a sequence, head and kind; a warp holds 16 columns of the state (N, P) in float
+INLINE void walk(const Call &c) {
+    WalkStage *stages = (WalkStage *)dynamic_shared();
+    const int kind = blockIdx.x % KINDS, direction = kind / 2, adjoint = kind % 2;
+    const bool leftward = direction != adjoint;
+    const i64 h = blockIdx.x / KINDS % c.H, b = blockIdx.x / KINDS / c.H, padded = c.tiles * TILE;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const View &values_view = adjoint ? c.dy_view : c.x_view, &keys_view = adjoint ? c.C_view : c.B_view;
+    const char *values = (adjoint ? c.dy : c.x) + b * values_view.batch + h * values_view.head;
+    const char *keys = (adjoint ? c.C : c.B) + b * keys_view.batch + h / (c.H / c.groups) * keys_view.head;
+    const float *planes = c.planes + (b * c.H + h) * padded;
+    const i64 plane = c.batch * c.H * padded, matrix = ((b * (KINDS / 2) + direction) * c.H + h) * c.p * c.n;
+    const float *outside = adjoint ? c.gradient : c.initial;
+    float *last = adjoint ? c.dinitial : 0;
+    const i64 steps = last ? c.tiles : c.tiles - 1;
+
+    auto fetch = [&](i64 s) {
+        if (s < steps) {
+            const i64 t = (leftward ? c.tiles - 1 - s : s) * TILE;
+            const int rows = (int)min(c.length - t, (i64)TILE);
+            WalkStage &to = stages[s % c.stages];
+            Rows<N>::fetch<TILE>(to.keys, keys + t * keys_view.token, keys_view.token, rows, c.n);
+            Rows<P>::fetch<TILE>(to.values, values + t * values_view.token, values_view.token, rows, c.p);
+            const float *from = planes + t;
+            for (int j = threadIdx.x; j <= TILE / 4; j += THREADS) {
+                const i64 plane_of = j < TILE / 4 ? SCALE + kind : SCALE + COSTATE_LEFT;
+                copy_async_16(to.scale + j * 4, from + plane_of * plane + min(j * 4, TILE - 4), true);
+            }
+        }
+        copy_async_commit();
+    };
+    for (int s = 0; s < c.stages - 1; s++) fetch(s);
+
+    float state[N / 16][2][4] = {};
+    if (outside) move_state<true>(state, (float *)outside + matrix, c);
+    for (i64 s = 0; s < c.tiles; s++) {
+        const i64 tile = leftward ? c.tiles - 1 - s : s;
+        if (s || outside) {
+            bits16 *to = c.states + (((b * c.tiles + tile) * c.H + h) * KINDS + kind) * STATE + g * P + warp * 16 + 2 * q;
+#pragma unroll
+            for (int m = 0; m < N / 16; m++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    *(unsigned *)(to + (m * 16 + e % 2 * 8) * P + e / 2 * 8) =
+                        pack2<OPERAND>(state[m][e / 2][e % 2 * 2], state[m][e / 2][e % 2 * 2 + 1]);
+        }
+        if (s == steps) break;
+        if (c.stages == 3) copy_async_wait<1>();
+        else copy_async_wait<0>();
+        __syncthreads();
+        fetch(s + c.stages - 1);
+        const WalkStage &at = stages[s % c.stages];
+        const float total = at.last[3];
+#pragma unroll
+        for (int e = 0; e < N / 2; e++) state[e / 8][e / 4 % 2][e % 4] *= total;
+#pragma unroll
+        for (int t = 0; t < TILE; t += 16) {
+            unsigned v[4];
+            Rows<P>::right(v, at.values, t, warp * 16);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 scale = *(const float2 *)(at.scale + t + e % 2 * 8 + 2 * q), pair = unpack2<OPERAND>(v[e]);
+                v[e] = pack2<OPERAND>(pair.x * scale.x, pair.y * scale.y);
+            }
+#pragma unroll
+            for (int m = 0; m < N / 16; m++) {
+                unsigned k[4];
+                Rows<N>::left_transposed(k, at.keys, t, m * 16);
+                multiply(state[m], k, v);
+            }
+        }
+    }
+    if (last) move_state<false>(state, last + matrix, c);
+}
+
+// What the tokens of a tile make of its log-decays; FROM and TO: where paths begin and end
+struct Paths {
+    float pairs[WARPS][TILE];  // of the pairs of a warp's senders with each receiver; within the warp, forward ones
+    float pairs_back[TILE];    // and backward ones
+    float forward[TILE], backward[TILE], received[TILE], sent[TILE], unit[TILE], step[TILE];
+    float crossing[WARPS];
+};
+
+struct Stage {
+    bits16 x[TILE * Rows<P>::PITCH], dy[TILE * Rows<P>::PITCH], states[KINDS][N * Rows<P>::PITCH];
+    alignas(16) float planes[3][TILE];
+};
+
+struct Shared {
+    bits16 B[TILE * Rows<N>::PITCH], C[TILE * Rows<N>::PITCH];
+    uint4 products[TILE / 16][THREADS];  // S^T, each thread's own; at the end dS^T
+    Stage stages[2];
+    Paths paths[2];
+};
+
+// Gradients of a head's dt, and its tile's share of those of A and the bias, by one warp
+INLINE void finish(const Call &c, const Paths &paths, i64 b, i64 tile, i64 h) {
+    const int lane = threadIdx.x % 32, first = lane * EACH;
+    float from_left[EACH], from_right[EACH];  // of paths that end at a token or, negative, begin at it
+    float back[EACH];
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const int i = first + j;
+        float ahead = 0.f, behind = BOTH ? paths.pairs_back[i] : 0.f;
+        for (int w = 0; w < WARPS; w++) {
+            if (w <= i / 16) ahead += paths.pairs[w][i];
+            else if (BOTH) behind += paths.pairs[w][i];
+        }
+        from_left[j] = paths.forward[i] + ahead;
+        back[j] = BOTH ? paths.backward[i] - behind : 0.f;
+        from_right[j] = (BOTH ? paths.received[i] : 0.f) + (i ? paths.sent[i ? i - 1 : 0] : 0.f);
+    }
+    const float next = __shfl_down_sync(~0u, back[0], 1);
+#pragma unroll
+    for (int j = 0; j < EACH; j++) from_left[j] += j < EACH - 1 ? back[j < EACH - 1 ? j + 1 : j] : lane < 31 ? next : 0.f;
+    if (lane == 0)
+        for (int w = 0; w < WARPS; w++) from_right[0] += paths.crossing[w];
+    scan_of_warp<EACH>(from_left, true);
+    scan_of_warp<EACH>(from_right, false);
+    const float A = c.A[h];
+    float dA = 0.f, dbias = 0.f;
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const i64 token = tile * TILE + first + j;
+        const float step = paths.step[first + j], decay = from_left[j] + from_right[j];
+        const float slope = SOFTPLUS ? softplus_slope(step) : 1.f, grad = (paths.unit[first + j] + A * decay) * slope;
+        if (token < c.length) {
+            encode<DT_TYPE>(c.ddt, (b * c.length + token) * c.H + h, grad);
+            dA += decay * step, dbias += grad;
+        }
+    }
+    dA = sum_of_warp(dA), dbias = sum_of_warp(dbias);
+    const i64 at = (b * c.tiles + tile) * c.H + h;
+    if (lane == 0) c.dA[at] = dA, c.dbias[at] = dbias;
+}
+
+INLINE void gradients(const Call &c) {
+    Shared &shared = *(Shared *)dynamic_shared();
+    const i64 heads = c.H / c.groups, part = blockIdx.x % c.parts, group = blockIdx.x / c.parts % c.groups;
+    const i64 tile = blockIdx.x / c.parts / c.groups % c.tiles, b = blockIdx.x / c.parts / c.groups / c.tiles;
+    const i64 begin = group * heads + part * c.part, end = group * heads + min((part + 1) * c.part, heads);
+    const i64 token0 = tile * TILE, padded = c.tiles * TILE, plane = c.batch * c.H * padded;
+    const int rows = (int)min(c.length - token0, (i64)TILE);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, own = warp * 16;
+    // which states there are: none enters the sequence unless it is given
+    const bool from_left = tile > 0, from_right = tile < c.tiles - 1;
+    const bool present[4] = {c.walked && (from_left || c.initial), c.walked && (from_right || c.gradient),
+                             c.walked && (from_right || c.initial), c.walked && (from_left || c.gradient)};
+
+    const char *x = c.x + b * c.x_view.batch + token0 * c.x_view.token;
+    const char *dy = c.dy + b * c.dy_view.batch + token0 * c.dy_view.token;
+    auto fetch = [&](i64 h) {
+        if (h < end) {
+            Stage &to = shared.stages[(h - begin) % 2];
+            Rows<P>::fetch<TILE>(to.x, x + h * c.x_view.head, c.x_view.token, rows, c.p);
+            Rows<P>::fetch<TILE>(to.dy, dy + h * c.dy_view.head, c.dy_view.token, rows, c.p);
+            const bits16 *states = c.states + ((b * c.tiles + tile) * c.H + h) * KINDS * STATE;
+#pragma unroll
+            for (int kind = 0; kind < KINDS; kind++)
+                if (present[kind]) Rows<P>::fetch<N>(to.states[kind], (const char *)(states + kind * STATE), P * 2, N, P);
+            for (int j = threadIdx.x; j < 3 * TILE / 4; j += THREADS) {
+                const i64 from = j / (TILE / 4) * plane + (b * c.H + h) * padded + token0 + j % (TILE / 4) * 4;
+                copy_async_16(to.planes[0] + j * 4, c.planes + from, true);
+            }
+        }
+        copy_async_commit();
+    };
+    Rows<N>::fetch<TILE>(shared.B, c.B + b * c.B_view.batch + token0 * c.B_view.token + group * c.B_view.head,
+                         c.B_view.token, rows, c.n);
+    Rows<N>::fetch<TILE>(shared.C, c.C + b * c.C_view.batch + token0 * c.C_view.token + group * c.C_view.head,
+                         c.C_view.token, rows, c.n);
+    copy_async_commit();
+    fetch(begin);
+    copy_async_wait<1>();
+    __syncthreads();
+
+    constexpr int BLOCKS = TILE / 16;
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+        float S[2][4] = {};
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            unsigned a[4], b[4];
+            Rows<N>::left(a, shared.B, own, n);
+            Rows<N>::right_transposed(b, shared.C, i * 16, n);
+            multiply(S, a, b);
+        }
+        shared.products[i][threadIdx.x] = make_uint4(pack2<OPERAND>(S[0][0], S[0][1]), pack2<OPERAND>(S[0][2], S[0][3]),
+                                                     pack2<OPERAND>(S[1][0], S[1][1]), pack2<OPERAND>(S[1][2], S[1][3]));
+    }
+
+    float dS[BLOCKS][2][4] = {}, dB[N / 16][2][4] = {}, dC[N / 16][2][4] = {};
+    for (i64 h = begin; h < end; h++) {
+        copy_async_wait<0>();
+        __syncthreads();
+        if (h > begin && warp == (h - begin) % WARPS) finish(c, shared.paths[(h - begin - 1) % 2], b, tile, h - 1);
+        fetch(h + 1);
+        const Stage &at = shared.stages[(h - begin) % 2];
+        Paths &paths = shared.paths[(h - begin) % 2];
+        const float *left = at.planes[FROM_LEFT], *right = at.planes[TO_RIGHT];
+        float step[2], forward[2] = {}, backward[2] = {}, sent[2] = {}, received[2] = {}, unit[2] = {};
+#pragma unroll
+        for (int r = 0; r < 2; r++) step[r] = at.planes[STEP][own + r * 8 + g];
+
+        float dx[P / 16][2][4] = {};
+        unsigned x_left[P / 16][4];
+#pragma unroll
+        for (int p = 0; p < P; p += 16) Rows<P>::left(x_left[p / 16], at.x, own, p);
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            if (!BOTH && i < warp) continue;
+            float G[2][4] = {};
+#pragma unroll
+            for (int p = 0; p < P; p += 16) {
+                unsigned b[4];
+                Rows<P>::right_transposed(b, at.dy, i * 16, p);
+                multiply(G, x_left[p / 16], b);
+            }
+            const uint4 packed = shared.products[i][threadIdx.x];
+            const unsigned S[4] = {packed.x, packed.y, packed.z, packed.w};  // [column block * 2 + row]
+            unsigned W[4];
+            float column[4] = {};  // sums over rows: [column block * 2 + column]
+            if (i != warp) {
+                const float *border = i > warp ? left : right;
+                float row[2] = {};
+                const float from[2] = {border[own + g], border[own + 8 + g]};
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int block = e / 2, r = e % 2;
+                    const float2 to = *(const float2 *)(border + i * 16 + block * 8 + 2 * q), s = unpack2<OPERAND>(S[e]);
+                    const float m[2] = {exp2_fast(to.x - from[r]), exp2_fast(to.y - from[r])}, pair[2] = {s.x, s.y};
+                    float w[2];
+#pragma unroll
+                    for (int k = 0; k < 2; k++) {
+                        const float mG = m[k] * G[block][r * 2 + k], d = step[r] * mG;
+                        w[k] = m[k] * pair[k];
+                        row[r] += mG * pair[k];
+                        dS[i][block][r * 2 + k] += d;
+                        column[block * 2 + k] += d * pair[k];
+                    }
+                    W[e] = pack2<OPERAND>(w[0], w[1]);
+                }
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    unit[r] += row[r];
+                    if (i > warp) forward[r] -= step[r] * row[r];
+                    else backward[r] += step[r] * row[r];
+                }
+            } else {
+                float column_back[4] = {};
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int block = e / 2, r = e % 2;
+                    const float2 s = unpack2<OPERAND>(S[e]);
+                    const float pair[2] = {s.x, s.y};
+                    float w[2];
+#pragma unroll
+                    for (int k = 0; k < 2; k++) {
+                        const int from = own + r * 8 + g, to = own + block * 8 + 2 * q + k;
+                        const float *border = to > from ? left : right;
+                        const float product = G[block][r * 2 + k];
+                        const float m = to == from ? DIAGONAL : BOTH || to > from ? exp2_fast(border[to] - border[from]) : 0.f;
+                        const float mG = m * product, d = step[r] * mG, path = d * pair[k];
+                        w[k] = m * pair[k];
+                        dS[i][block][r * 2 + k] += d;
+                        unit[r] += mG * pair[k];
+                        if (to > from) forward[r] -= path, column[block * 2 + k] += path;
+                        if (to < from) backward[r] += path, column_back[block * 2 + k] += path;
+                        if (HAS_D && to == from && to < rows) c.dD[(b * c.length + token0 + to) * c.H + h] = product;
+                    }
+                    W[e] = pack2<OPERAND>(w[0], w[1]);
+                }
+                if (BOTH) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+#pragma unroll
+                        for (int mask = 4; mask < 32; mask *= 2)
+                            column_back[e] += __shfl_xor_sync(~0u, column_back[e], mask);
+                    if (g < 4) {
+                        const float v = g == 0 ? column_back[0] : g == 1 ? column_back[1] : g == 2 ? column_back[2] : column_back[3];
+                        paths.pairs_back[own + g / 2 * 8 + 2 * q + g % 2] = v;
+                    }
+                }
+            }
+            // each level of the sum over 8 lanes keeps one half of the columns
+            const bool upper = lane & 16, odd = lane & 8;
+            float half[2];
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+                half[k] = (upper ? column[2 + k] : column[k]) + __shfl_xor_sync(~0u, upper ? column[k] : column[2 + k], 16);
+            float sum = (odd ? half[1] : half[0]) + __shfl_xor_sync(~0u, odd ? half[0] : half[1], 8);
+            sum += __shfl_xor_sync(~0u, sum, 4);
+            if (!(lane & 4)) paths.pairs[warp][i * 16 + lane / 16 * 8 + 2 * q + lane / 8 % 2] = sum;
+
+#pragma unroll
+            for (int p = 0; p < P; p += 16) {
+                unsigned b[4];
+                Rows<P>::right(b, at.dy, i * 16, p);
+                multiply(dx[p / 16], W, b);
+            }
+        }
+
+        // what leaves the tile
+#pragma unroll
+        for (int kind = COSTATE_LEFT; kind < KINDS; kind += 2) {
+            if (!present[kind]) continue;
+            const bits16 *costate = at.states[kind];
+            float scale[2], dot[2] = {};
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int t = own + r * 8 + g;
+                if (kind == COSTATE_LEFT) scale[r] = t < TILE - 1 ? exp2_fast(right[t + 1]) : 1.f;
+                else scale[r] = t ? exp2_fast(left[t - 1]) : 1.f;
+            }
+            unsigned B_left[N / 16][4];
+#pragma unroll
+            for (int n = 0; n < N; n += 16) Rows<N>::left(B_left[n / 16], shared.B, own, n);
+#pragma unroll
+            for (int p = 0; p < P; p += 16) {
+                float v[2][4] = {};
+#pragma unroll
+                for (int n = 0; n < N; n += 16) {
+                    unsigned b[4];
+                    Rows<P>::right(b, costate, n, p);
+                    multiply(v, B_left[n / 16], b);
+                }
+#pragma unroll
+                for (int e = 0; e < 8; e++) dx[p / 16][e / 4][e % 4] += scale[e / 2 % 2] * v[e / 4][e % 4];
+            }
+#pragma unroll
+            for (int n = 0; n < N; n += 16) {
+                float v[2][4] = {};
+#pragma unroll
+                for (int p = 0; p < P; p += 16) {
+                    unsigned b[4];
+                    Rows<P>::right_transposed(b, costate, n, p);
+                    multiply(v, x_left[p / 16], b);
+                }
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int block = e / 2, r = e % 2;
+                    const float2 key = Rows<N>::pair(shared.B, own + r * 8 + g, n + block * 8 + 2 * q);
+                    const float *pair = v[block] + r * 2;
+                    dot[r] += pair[0] * key.x + pair[1] * key.y;
+                    dB[n / 16][block][r * 2] += step[r] * scale[r] * pair[0];
+                    dB[n / 16][block][r * 2 + 1] += step[r] * scale[r] * pair[1];
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                dot[r] *= scale[r];
+                unit[r] += dot[r];
+                if (kind == COSTATE_LEFT) sent[r] += step[r] * dot[r];
+                else backward[r] += step[r] * dot[r];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int t = own + r * 8 + g;
+            const i64 token = token0 + t;
+            const bool inside = t < rows;
+            const float skip = HAS_D && inside
+                ? *(const float *)((const char *)c.D + b * c.D_view.batch + token * c.D_view.token + h * c.D_view.head) : 0.f;
+            bits16 *to = (bits16 *)c.dx + ((b * c.length + token) * c.H + h) * c.p + 2 * q;
+#pragma unroll
+            for (int e = 0; e < P / 8; e++) {
+                const float *v = dx[e / 2][e % 2] + r * 2;
+                float2 out = make_float2(step[r] * v[0], step[r] * v[1]);
+                if (HAS_D) {
+                    const float2 y = Rows<P>::pair(at.dy, t, e * 8 + 2 * q);
+                    out.x += skip * y.x, out.y += skip * y.y;
+                }
+                if (inside && e * 8 < c.p) *(unsigned *)(to + e * 8) = pack2<OPERAND>(out.x, out.y);
+            }
+        }
+
+        // what enters it
+#pragma unroll
+        for (int kind = STATE_RIGHT; kind < KINDS; kind += 2) {
+            if (!present[kind]) continue;
+            float scale[2], dot[2] = {};
+#pragma unroll
+            for (int r = 0; r < 2; r++) scale[r] = exp2_fast((kind == STATE_RIGHT ? left : right)[own + r * 8 + g]);
+            unsigned dy_left[P / 16][4];
+#pragma unroll
+            for (int p = 0; p < P; p += 16) Rows<P>::left(dy_left[p / 16], at.dy, own, p);
+#pragma unroll
+            for (int n = 0; n < N; n += 16) {
+                float v[2][4] = {};
+#pragma unroll
+                for (int p = 0; p < P; p += 16) {
+                    unsigned b[4];
+                    Rows<P>::right_transposed(b, at.states[kind], n, p);
+                    multiply(v, dy_left[p / 16], b);
+                }
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int block = e / 2, r = e % 2;
+                    const float2 key = Rows<N>::pair(shared.C, own + r * 8 + g, n + block * 8 + 2 * q);
+                    const float *pair = v[block] + r * 2;
+                    dot[r] += pair[0] * key.x + pair[1] * key.y;
+                    dC[n / 16][block][r * 2] += scale[r] * pair[0];
+                    dC[n / 16][block][r * 2 + 1] += scale[r] * pair[1];
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                if (kind == STATE_RIGHT) forward[r] += scale[r] * dot[r];
+                else received[r] += scale[r] * dot[r];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float sums[5] = {sum_of_quad(forward[r]), sum_of_quad(backward[r]), sum_of_quad(received[r]),
+                                   sum_of_quad(sent[r]), sum_of_quad(unit[r])};
+            const int t = own + r * 8 + g;
+            if (q) continue;
+            paths.forward[t] = sums[0], paths.backward[t] = sums[1], paths.received[t] = sums[2];
+            paths.sent[t] = sums[3], paths.unit[t] = sums[4], paths.step[t] = step[r];
+        }
+
+        // what crosses it
+        float crossing = 0.f;
+#pragma unroll
+        for (int kind = 0; kind < KINDS; kind += 2) {
+            if (!present[kind] || !present[kind + 1]) continue;
+            for (int i = threadIdx.x; i < STATE / 8; i += THREADS) {
+                const int place = Rows<P>::at(i / (P / 8), i % (P / 8));
+                const uint4 v = *(const uint4 *)(at.states[kind] + place);
+                const uint4 w = *(const uint4 *)(at.states[kind + 1] + place);
+                const unsigned vs[4] = {v.x, v.y, v.z, v.w}, ws[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float2 one = unpack2<OPERAND>(vs[e]), other = unpack2<OPERAND>(ws[e]);
+                    crossing += one.x * other.x + one.y * other.y;
+                }
+            }
+        }
+        crossing = sum_of_warp(crossing) * exp2_fast(left[TILE - 1]);
+        if (lane == 0) paths.crossing[warp] = crossing;
+    }
+    __syncthreads();
+    if (warp == 0) finish(c, shared.paths[(end - begin - 1) % 2], b, tile, end - 1);
+
+    // dS^T lies in senders' rows, so its transpose is what others left
+    bits16 *const senders = (bits16 *)shared.products;
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+        unsigned a[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float *pair = dS[i][e / 2] + e % 2 * 2;
+            a[e] = pack2<OPERAND>(pair[0], pair[1]);
+            *(unsigned *)(senders + Rows<TILE>::at(own + e % 2 * 8 + g, i * 2 + e / 2) + 2 * q) = a[e];
+        }
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            unsigned b[4];
+            Rows<N>::right(b, shared.C, i * 16, n);
+            multiply(dB[n / 16], a, b);
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < BLOCKS; j++) {
+        unsigned a[4];
+        Rows<TILE>::left_transposed(a, senders, j * 16, own);
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            unsigned b[4];
+            Rows<N>::right(b, shared.B, j * 16, n);
+            multiply(dC[n / 16], a, b);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int t = own + r * 8 + g;
+        if (t >= rows) continue;
+        const i64 to = (((part * c.batch + b) * c.length + token0 + t) * c.groups + group) * c.n + 2 * q;
+#pragma unroll
+        for (int e = 0; e < N / 8; e++) {
+            if (e * 8 >= c.n) continue;
+            const float *one = dB[e / 2][e % 2] + r * 2, *other = dC[e / 2][e % 2] + r * 2;
+            if (PARTIAL) {
+                *(float2 *)((float *)c.dB + to + e * 8) = make_float2(one[0], one[1]);
+                *(float2 *)((float *)c.dC + to + e * 8) = make_float2(other[0], other[1]);
+            } else {
+                *(unsigned *)((bits16 *)c.dB + to + e * 8) = pack2<OPERAND>(one[0], one[1]);
+                *(unsigned *)((bits16 *)c.dC + to + e * 8) = pack2<OPERAND>(other[0], other[1]);
+            }
+        }
+    }
+}
+
+// First the parts of dB and dC, if any, two neighbours a thread; then rows of dA and dbias, 32 heads a block
+INLINE void sums(const Sum &c) {
+    const i64 blocks = PARTIAL ? ROUND_UP(c.inner / 2, THREADS) : 0;
+    i64 block = blockIdx.x;
+    if (block < 2 * blocks) {
+        const float *in = block < blocks ? c.dB_parts : c.dC_parts;
+        unsigned *out = block < blocks ? c.dB : c.dC;
+        const i64 i = (block - (block < blocks ? 0 : blocks)) * THREADS + threadIdx.x;
+        if (i * 2 >= c.inner) return;
+        float2 total = make_float2(0.f, 0.f);
+        for (i64 j = 0; j < c.parts; j++) {
+            const float2 v = *(const float2 *)(in + j * c.inner + i * 2);
+            total.x += v.x, total.y += v.y;
+        }
+        out[i] = pack2<OPERAND>(total.x, total.y);
+        return;
+    }
+    __shared__ float partial[WARPS][33];
+    block -= 2 * blocks;
+    const i64 of_heads = ROUND_UP(c.H, 32), h = block % of_heads * 32 + threadIdx.x % 32;
+    const float *in = block < of_heads ? c.dA_rows : c.dbias_rows;
+    float total = 0.f;
+    if (h < c.H) {
+#pragma unroll 8
+        for (i64 j = threadIdx.x / 32; j < c.rows; j += WARPS) total += in[j * c.H + h];
+    }
+    partial[threadIdx.x / 32][threadIdx.x % 32] = total;
+    __syncthreads();
+    if (threadIdx.x >= 32 || h >= c.H) return;
+    for (int w = 1; w < WARPS; w++) total += partial[w][threadIdx.x];
+    (block < of_heads ? c.dA : c.dbias)[h] = total;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) KERNEL(const ARGUMENT argument) { ENTRY(argument); }
