@@ -151,4 +151,14 @@ template <int TYPE> INLINE float2 unpack2(unsigned pair) {
     return make_float2(half_to_float((unsigned short)pair), half_to_float((unsigned short)(pair >> 16)));
 }
 
+// Products of two pairs, each rounded
+template <int TYPE> INLINE unsigned multiply2(unsigned a, unsigned b) {
+    unsigned pair;
+    if constexpr (TYPE == 1)
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(0x80008000));
+    else
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+
 #endif

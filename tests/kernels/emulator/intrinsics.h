@@ -44,6 +44,11 @@ template <int TYPE> inline float2 unpack2(unsigned pair) {
     return {from_16<TYPE>(pair & 0xffff), from_16<TYPE>(pair >> 16)};
 }
 
+template <int TYPE> inline unsigned multiply2(unsigned a, unsigned b) {
+    const float2 v = unpack2<TYPE>(a), w = unpack2<TYPE>(b);
+    return pack2<TYPE>(v.x * w.x, v.y * w.y);
+}
+
 inline char *dynamic_shared() { return emulator::dynamic_begin; }
 
 namespace emulator {

@@ -1,0 +1,550 @@
+// State-space duality on NVIDIA GPUs: forward, one or both directions, any strides but a contiguous last axis.
+//
+// Compiled by ssd_cuda.py through NVRTC behind intrinsics.cuh, one ENTRY at a time. Tokens are cut into chunks of
+// STRIPS strips of 32. `outputs` is attention whose scores C B^T all heads of a group share: a warp forms those of its
+// strip's 32 rows once, keeps them in registers as bfloat16, and for every head weighs them with decays and multiplies
+// by x. A decay between two strips is a product of three numbers, none above 1: token to its strip's border, strips in
+// between, border to token. Only the 32 x 32 pairs of a strip with itself take an exponential each.
+//
+// What other chunks send are states: `sums` forms each chunk's own, with B^T in registers in place of the scores;
+// `chain` turns them into those that enter each chunk; to `outputs` they are 2 N more columns, with C for scores.
+//
+// Macros: KERNEL, ENTRY; THREADS, RESIDENT (blocks a processor); X_TYPE (of x, B, C and y: 1 bfloat16); STRIPS; N, WIDTH:
+// states and a slice of P, padded to multiples of 16; DIRECTIONS; ALL: every chunk is full; STATES: some enter.
+
+#define LOG2E 1.4426950408889634f
+#define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
+
+constexpr int TOKENS = 32 * STRIPS, WARPS = THREADS / 32, OWN = ROUND_UP(STRIPS, WARPS);
+constexpr int ROW = 128, SLICE = 64;                             // bytes and elements of a tile's row in shared memory
+constexpr int PANELS = ROUND_UP(N, SLICE), STEPS = N / 16;       // tiles side by side that hold N states
+constexpr int TILE_BYTES = TOKENS * ROW, STATE_BYTES = N * ROW;
+constexpr bool BOTH = DIRECTIONS == 2;
+
+struct View { i64 batch, token, head; };  // strides in bytes
+
+struct Call {
+    const char *x, *dt, *B, *C, *D;      // (batch, length, heads or groups, P or N or nothing); D may be null
+    const float *A, *bias, *initial;     // (heads); null or (heads); null or (batch, DIRECTIONS, heads, P, N)
+    char *y, *states;                    // (batch, length, heads, P); (batch, chunks, jobs, DIRECTIONS, N, WIDTH)
+    float *totals, *last;                // (batch, chunks, heads); null or like initial
+    View x_view, dt_view, B_view, C_view, D_view;
+    i64 batch, length;
+    int heads, groups, p, n, slices, chunks;  // slices: of P, at most 64 wide; a job is a head and a slice
+    int parts, share;                         // a group's jobs go to so many blocks, each takes up to so many
+    int dt_type, D_type, softplus;
+    float diagonal;
+};
+
+// One head's decays, their logarithms to base 2. A strip's tokens lie in the order in which lanes want them: `columns`
+// 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of each 16 together, `rows` g, g + 8, g + 16, g + 24
+struct alignas(16) Decays {
+    float sent[2][TOKENS];                        // columns: dt times decay to the strip's right border, left border
+    float prefix[TOKENS], suffix[TOKENS];         // rows: sums from the left border, to the right border, own included
+    float prefix_columns[TOKENS], suffix_columns[TOKENS], dt[TOKENS];
+    float D[TOKENS];                              // rows
+    float total[STRIPS < 4 ? 4 : STRIPS];
+};
+
+INLINE int column_place(int t) { return (t & 16) + (t % 8 / 2) * 4 + (t & 1) + (t & 8) / 4; }
+INLINE int row_place(int t) { return t % 8 * 4 + t / 8; }
+
+INLINE float scalar(const char *p, int type) {
+    if (type == 0) return __ldg((const float *)p);
+    const unsigned short bits = __ldg((const unsigned short *)p);
+    return type == 1 ? __uint_as_float((unsigned)bits << 16) : half_to_float(bits);
+}
+
+// log(1 + exp(v)) = max(v, 0) + log(1 + e), as in scan.cu
+INLINE float softplus(float v) {
+    const float e = exp2_fast(-fabsf(v) * LOG2E), s = e * reciprocal_fast(e + 2.f), q = s * s;
+    const float p = 2.001245514e-1f + q * (1.398030134e-1f + q * 1.408916763e-1f);
+    return fmaxf(v, 0.f) + 2.f * s * (1.f + q * (3.333315734e-1f + q * p));
+}
+
+// What a block works on: a chunk, and jobs begin to end of one group
+struct Place {
+    i64 b, first;  // first: token
+    int c, g, begin, end, tokens, rest;  // tokens: of the chunk; rest: of the block's index
+    INLINE Place(const Call &call) {
+        int i = blockIdx.x;
+        const int part = i % (call.groups * call.parts), of_group = call.heads / call.groups * call.slices;
+        i /= call.groups * call.parts, g = part / call.parts;
+        begin = g * of_group + part % call.parts * call.share;
+        end = min(begin + call.share, (g + 1) * of_group);
+        c = i % call.chunks, i /= call.chunks;
+        b = i % call.batch, rest = i / (int)call.batch;
+        first = (i64)c * TOKENS, tokens = (int)min(call.length - first, (i64)TOKENS);
+    }
+    INLINE const char *at(const char *v, const View &view, int head) const {
+        return v + b * view.batch + first * view.token + head * view.head;
+    }
+};
+
+// dt and D of a lane's tokens, one in each of the warp's strips warp + i WARPS, fetched ahead
+struct Fetched {
+    float dt[OWN], D[OWN];
+    INLINE void fetch(const Call &call, const Place &place, int h, bool skip) {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const int t = threadIdx.x + i * THREADS;
+            const bool inside = t < place.tokens;
+            dt[i] = inside ? scalar(place.at(call.dt, call.dt_view, h) + t * call.dt_view.token, call.dt_type) : 0;
+            D[i] = skip && inside ? scalar(place.at(call.D, call.D_view, h) + t * call.D_view.token, call.D_type) : 0;
+        }
+    }
+    template <bool PAIRS> INLINE void store(const Call &call, const Place &place, int h, Decays &to) const {
+        const int lane = threadIdx.x % 32;
+        const float rate = __ldg(call.A + h) * LOG2E, bias = call.bias ? __ldg(call.bias + h) : 0;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const int t = threadIdx.x + i * THREADS, strip = t / 32;
+            if (strip >= STRIPS) break;
+            float step = dt[i] + bias;
+            if (call.softplus) step = softplus(step);
+            if (!ALL && t >= place.tokens) step = 0;
+            const float decay = step * rate;
+            float prefix = decay, suffix = decay;
+#pragma unroll
+            for (int d = 1; d < 32; d *= 2) {
+                const float left = __shfl_up_sync(~0u, prefix, d), right = __shfl_down_sync(~0u, suffix, d);
+                prefix += lane >= d ? left : 0, suffix += lane + d < 32 ? right : 0;
+            }
+            const float before = __shfl_up_sync(~0u, prefix, 1), after = __shfl_down_sync(~0u, suffix, 1);
+            const int column = strip * 32 + column_place(lane), row = strip * 32 + row_place(lane);
+            to.sent[0][column] = step * exp2_fast(lane < 31 ? after : 0);
+            to.sent[1][column] = step * exp2_fast(lane > 0 ? before : 0);
+            if (lane == 31) to.total[strip] = prefix;
+            if (PAIRS) {
+                to.prefix[row] = prefix, to.suffix[row] = suffix, to.D[row] = D[i];
+                to.prefix_columns[column] = prefix, to.suffix_columns[column] = suffix, to.dt[column] = step;
+            }
+        }
+    }
+};
+
+// Rows of 128 bytes whose 16-byte pieces are exchanged, so that those of 8 rows in one place lie in different banks.
+// COLUMNS elements a row are filled, with zeros where `from` has no such row or column
+template <int ROWS, int COLUMNS>
+INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int columns) {
+    constexpr int PIECES = COLUMNS / 8, EACH = ROUND_UP(ROWS * PIECES, THREADS);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const unsigned at = threadIdx.x + i * THREADS, row = at / PIECES, piece = at % PIECES;
+        if (ROWS * PIECES % THREADS && at >= ROWS * PIECES) break;
+        const bool inside = (int)row < rows && (int)piece * 8 < columns;
+        copy_async_16(
+            tile + row * ROW + ((piece ^ row % 8) << 4), from + (inside ? row * stride + piece * 16 : 0), inside
+        );
+    }
+}
+
+template <int ROWS> INLINE void load_panels(char *tile, const char *from, i64 stride, int rows, int columns) {
+#pragma unroll
+    for (int i = 0; i < PANELS; i++)
+        load_tile<ROWS, (N < SLICE ? N : SLICE)>(
+            tile + i * ROWS * ROW, from + i * ROW, stride, rows, columns - i * SLICE
+        );
+}
+
+// Where ldmatrix finds a lane's row of four 8 x 8 matrices at a 16 x 16 corner of a tile: lower rows second, or right
+// columns second. The corner's column is added by ^ (bytes)
+INLINE int lane_rows_first() {
+    const int lane = threadIdx.x % 32;
+    return lane % 16 * ROW + ((lane / 16 ^ lane % 8) << 4);
+}
+INLINE int lane_columns_first() {
+    const int lane = threadIdx.x % 32;
+    return (lane % 8 + lane / 16 * 8) * ROW + ((lane / 8 % 2 ^ lane % 8) << 4);
+}
+
+// c (16 x WIDTH) += a (16 x 16) times 16 rows of a tile, for COUNT a at once
+template <int COUNT>
+INLINE void multiply(float (*c)[WIDTH / 8][4], const unsigned (*a)[4], const char *rows, int lane_offset) {
+#pragma unroll
+    for (int i = 0; i < WIDTH / 16; i++) {
+        unsigned b[4];
+        ldmatrix_x4_trans(b, rows + (lane_offset ^ i * 32));
+#pragma unroll
+        for (int m = 0; m < COUNT; m++) {
+            mma_16x8x16<X_TYPE>(c[m][2 * i], a[m], b);
+            mma_16x8x16<X_TYPE>(c[m][2 * i + 1], a[m], b + 2);
+        }
+    }
+}
+
+// Rows g and g + 8 of a warp's 16 x WIDTH to memory: neighbouring lanes exchange halves, so that 4 lanes fill 32 bytes
+INLINE void store_rows(char *to, i64 stride, const float (*c)[4], int rows, int columns) {
+    const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
+    const bool odd = q & 1;
+#pragma unroll
+    for (int i = 0; i < WIDTH / 16; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const unsigned left = pack2<X_TYPE>(c[2 * i][2 * half], c[2 * i][2 * half + 1]);
+            const unsigned right = pack2<X_TYPE>(c[2 * i + 1][2 * half], c[2 * i + 1][2 * half + 1]);
+            const unsigned other = __shfl_xor_sync(~0u, odd ? left : right, 1);
+            const int row = g + 8 * half, column = i * 16 + odd * 8 + q / 2 * 4;
+            if (row < rows && column < columns)
+                *(uint2 *)(to + row * stride + column * 2) = odd ? make_uint2(other, right) : make_uint2(left, other);
+        }
+}
+
+// Decay over the strips between the lane's strip and this one; lane STRIPS: left of this one, STRIPS + 1: right of it
+INLINE float gates(const Decays &decays, int strip) {
+    const int lane = threadIdx.x % 32;
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < STRIPS; k++) {
+        const bool between = lane == STRIPS       ? k < strip
+                             : lane == STRIPS + 1 ? k > strip
+                                                  : k > min(lane, strip) && k < max(lane, strip);
+        sum += between ? decays.total[k] : 0;
+    }
+    return exp2_fast(sum);
+}
+
+INLINE float4 four(const float *p) { return *(const float4 *)p; }
+
+// A 16 x 16 fragment with its columns scaled, and its rows g and g + 8
+INLINE void scale(unsigned to[4], const unsigned from[4], float4 columns, float row, float row_8) {
+#if SCALE == 0
+    const unsigned left = pack2<X_TYPE>(columns.x, columns.y), right = pack2<X_TYPE>(columns.z, columns.w);
+    const unsigned r = pack2<X_TYPE>(row, row), r_8 = pack2<X_TYPE>(row_8, row_8);
+    to[0] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[0], left), r);
+    to[1] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[1], left), r_8);
+    to[2] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[2], right), r);
+    to[3] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[3], right), r_8);
+#elif SCALE == 1
+    to[0] = multiply2<X_TYPE>(from[0], pack2<X_TYPE>(columns.x * row, columns.y * row));
+    to[1] = multiply2<X_TYPE>(from[1], pack2<X_TYPE>(columns.x * row_8, columns.y * row_8));
+    to[2] = multiply2<X_TYPE>(from[2], pack2<X_TYPE>(columns.z * row, columns.w * row));
+    to[3] = multiply2<X_TYPE>(from[3], pack2<X_TYPE>(columns.z * row_8, columns.w * row_8));
+#else
+    float2 v = unpack2<X_TYPE>(from[0]);
+    to[0] = pack2<X_TYPE>(v.x * columns.x * row, v.y * columns.y * row);
+    v = unpack2<X_TYPE>(from[1]);
+    to[1] = pack2<X_TYPE>(v.x * columns.x * row_8, v.y * columns.y * row_8);
+    v = unpack2<X_TYPE>(from[2]);
+    to[2] = pack2<X_TYPE>(v.x * columns.z * row, v.y * columns.w * row);
+    v = unpack2<X_TYPE>(from[3]);
+    to[3] = pack2<X_TYPE>(v.x * columns.z * row_8, v.y * columns.w * row_8);
+#endif
+}
+
+// y of a chunk's rows of WARPS strips
+INLINE void outputs(const Call &call) {
+    constexpr int ROWS = WARPS * 32;
+    char *const tiles = dynamic_shared(), *const B_tile = tiles + (PANELS == 1 ? TILE_BYTES : 0);
+    char *const C_tile = tiles + 2 * TILE_BYTES, *const entering = C_tile + PANELS * ROWS * ROW;
+    Decays *const decays = (Decays *)(entering + (STATES ? 2 * DIRECTIONS * STATE_BYTES : 0));
+    const Place place(call);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+    const int strip = place.rest * WARPS + warp, jobs = call.heads * call.slices;
+    const int rows_first = lane_rows_first(), columns_first = lane_columns_first();
+    const bool skip = call.D != 0, alive = ALL || strip * 32 < place.tokens;
+
+    const auto load = [&](int job, int buffer) {
+        const int h = job / call.slices, p = (job - h * call.slices) * SLICE;
+        load_tile<TOKENS, WIDTH>(
+            tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
+            ALL ? TOKENS : place.tokens, call.p - p
+        );
+        if (STATES)
+            load_tile<DIRECTIONS * N, WIDTH>(
+                entering + buffer * DIRECTIONS * STATE_BYTES,
+                call.states + ((place.b * call.chunks + place.c) * jobs + job) * (DIRECTIONS * N * WIDTH * 2), WIDTH * 2,
+                DIRECTIONS * N, WIDTH
+            );
+        copy_async_commit();
+    };
+
+    load_panels<TOKENS>(B_tile, place.at(call.B, call.B_view, place.g), call.B_view.token, place.tokens, call.n);
+    load_panels<ROWS>(
+        C_tile, place.at(call.C, call.C_view, place.g) + place.rest * ROWS * call.C_view.token, call.C_view.token,
+        place.tokens - place.rest * ROWS, call.n
+    );
+    copy_async_commit();
+    if (PANELS == 1) load(place.begin, 0);
+    Fetched fetched;
+    fetched.fetch(call, place, place.begin / call.slices, skip);
+    copy_async_wait<PANELS == 1 ? 1 : 0>();
+    __syncthreads();
+
+    unsigned scores[STRIPS][2][2][4];  // of strip (own + i) % STRIPS, its 16 columns each, the warp's 16 rows each
+    {
+        unsigned c[STEPS][2][4];
+#pragma unroll
+        for (int n = 0; n < STEPS; n++)
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+                ldmatrix_x4(c[n][m], C_tile + (n / 4 * ROWS + warp * 32 + m * 16) * ROW + (rows_first ^ n % 4 * 32));
+#pragma unroll
+        for (int i = 0; i < STRIPS; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const char *rows = B_tile + ((strip + i & STRIPS - 1) * 32 + half * 16) * ROW;
+                float sum[2][2][4] = {};
+#pragma unroll
+                for (int n = 0; n < STEPS; n++) {
+                    unsigned b[4];
+                    ldmatrix_x4(b, rows + n / 4 * TILE_BYTES + (columns_first ^ n % 4 * 32));
+#pragma unroll
+                    for (int m = 0; m < 2; m++)
+                        mma_16x8x16<X_TYPE>(sum[m][0], c[n][m], b), mma_16x8x16<X_TYPE>(sum[m][1], c[n][m], b + 2);
+                }
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+#pragma unroll
+                    for (int k = 0; k < 4; k++)
+                        scores[i][half][m][k] = pack2<X_TYPE>(sum[m][k / 2][k % 2 * 2], sum[m][k / 2][k % 2 * 2 + 1]);
+            }
+    }
+    if (PANELS > 1) {
+        __syncthreads();
+        load(place.begin, 0);
+    }
+    fetched.store<true>(call, place, place.begin / call.slices, decays[0]);
+    fetched.fetch(call, place, min(place.begin + 1, place.end - 1) / call.slices, skip);
+
+    for (int job = place.begin, buffer = 0; job < place.end; job++, buffer ^= 1) {
+        copy_async_wait<0>();
+        __syncthreads();
+        if (job + 1 < place.end) load(job + 1, buffer ^ 1);
+        fetched.store<true>(call, place, min(job + 1, place.end - 1) / call.slices, decays[buffer ^ 1]);
+        fetched.fetch(call, place, min(job + 2, place.end - 1) / call.slices, skip);
+        if (!alive) continue;
+        const char *const tile = tiles + buffer * TILE_BYTES;
+        const Decays &own = decays[buffer];
+        const float gate = gates(own, strip);
+        float from_left[4], from_right[4];
+        float out[2][WIDTH / 8][4] = {};
+
+        // the strip itself
+        {
+            const float4 prefix = four(own.prefix + strip * 32 + g * 4), suffix = four(own.suffix + strip * 32 + g * 4);
+            const float4 D4 = four(own.D + strip * 32 + g * 4);
+            const float left[4] = {prefix.x, prefix.y, prefix.z, prefix.w};
+            const float right[4] = {suffix.x, suffix.y, suffix.z, suffix.w}, D[4] = {D4.x, D4.y, D4.z, D4.w};
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int columns = strip * 32 + half * 16 + q * 4;
+                const float4 prefixes = four(own.prefix_columns + columns), steps = four(own.dt + columns);
+                const float4 suffixes = BOTH ? four(own.suffix_columns + columns) : prefixes;
+                const float l[4] = {prefixes.x, prefixes.y, prefixes.z, prefixes.w};
+                const float r[4] = {suffixes.x, suffixes.y, suffixes.z, suffixes.w};
+                const float dt[4] = {steps.x, steps.y, steps.z, steps.w};
+                unsigned weight[2][4];
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        const float2 score = unpack2<X_TYPE>(scores[0][half][m][k]);
+                        float w[2] = {score.x, score.y};
+                        const int row = 2 * m + k % 2, i = g + 8 * row;
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            const int j = half * 16 + k / 2 * 8 + 2 * q + e, column = k / 2 * 2 + e;
+                            const float forward = left[row] - l[column];
+                            const float backward = BOTH ? right[row] - r[column] : __int_as_float(0xff800000);
+                            w[e] *= exp2_fast(i >= j ? forward : backward) * dt[column];
+                            if (half == m && i == j) w[e] = w[e] * call.diagonal + D[row];
+                        }
+                        weight[m][k] = pack2<X_TYPE>(w[0], w[1]);
+                    }
+                multiply<2>(out, weight, tile + (strip * 32 + half * 16) * ROW, rows_first);
+            }
+#pragma unroll
+            for (int k = 0; k < 4; k++) from_left[k] = exp2_fast(left[k]), from_right[k] = exp2_fast(right[k]);
+        }
+
+        // the other strips of the chunk
+#pragma unroll
+        for (int i = 1; i < STRIPS; i++) {
+            const int other = (strip + i & STRIPS - 1);
+            const bool before = other < strip;
+            const float between = __shfl_sync(~0u, gate, other);
+            if ((!BOTH && !before) || (!ALL && other * 32 >= place.tokens)) continue;
+            float received[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) received[k] = (before ? from_left[k] : from_right[k]) * between;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float4 sent = four(own.sent[BOTH && !before] + other * 32 + half * 16 + q * 4);
+                unsigned weight[2][4];
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+                    scale(weight[m], scores[i][half][m], sent, received[2 * m], received[2 * m + 1]);
+                multiply<2>(out, weight, tile + (other * 32 + half * 16) * ROW, rows_first);
+            }
+        }
+
+        // other chunks
+        if (STATES) {
+            const char *const state = entering + buffer * DIRECTIONS * STATE_BYTES;
+            const float between[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
+            const float4 ones = make_float4(1, 1, 1, 1);
+#pragma unroll
+            for (int n = 0; n < STEPS; n++) {
+                unsigned c[2][4];
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+                    ldmatrix_x4(c[m], C_tile + (n / 4 * ROWS + warp * 32 + m * 16) * ROW + (rows_first ^ n % 4 * 32));
+#pragma unroll
+                for (int d = 0; d < DIRECTIONS; d++) {
+                    unsigned weight[2][4];
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        const float *received = d ? from_right : from_left;
+                        scale(weight[m], c[m], ones, received[2 * m] * between[d], received[2 * m + 1] * between[d]);
+                    }
+                    multiply<2>(out, weight, state + d * STATE_BYTES + n * 16 * ROW, rows_first);
+                }
+            }
+        }
+
+        const int h = job / call.slices, p = (job - h * call.slices) * SLICE;
+        const i64 stride = (i64)call.heads * call.p * 2, token = place.first + strip * 32;
+        char *const y = call.y + (place.b * call.length + token) * stride + ((i64)h * call.p + p) * 2;
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+            store_rows(
+                y + m * 16 * stride, stride, out[m], ALL ? 16 : place.tokens - strip * 32 - m * 16, call.p - p
+            );
+    }
+}
+
+// What a chunk alone sends over its borders, and its decay: a warp's 16 states of N, the two directions
+INLINE void sums(const Call &call) {
+    char *const tiles = dynamic_shared(), *const B_tile = tiles + (PANELS == 1 ? TILE_BYTES : 0);
+    Decays *const decays = (Decays *)(tiles + 2 * TILE_BYTES);
+    const Place place(call);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = lane % 4;
+    const int jobs = call.heads * call.slices, rows_first = lane_rows_first();
+
+    const auto load = [&](int job, int buffer) {
+        const int h = job / call.slices, p = (job - h * call.slices) * SLICE;
+        load_tile<TOKENS, WIDTH>(
+            tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
+            ALL ? TOKENS : place.tokens, call.p - p
+        );
+        copy_async_commit();
+    };
+
+    load_panels<TOKENS>(B_tile, place.at(call.B, call.B_view, place.g), call.B_view.token, place.tokens, call.n);
+    copy_async_commit();
+    if (PANELS == 1) load(place.begin, 0);
+    Fetched fetched;
+    fetched.fetch(call, place, place.begin / call.slices, false);
+    copy_async_wait<PANELS == 1 ? 1 : 0>();
+    __syncthreads();
+    unsigned keys[STRIPS * 2][4];
+#pragma unroll
+    for (int i = 0; i < STRIPS * 2; i++)
+        ldmatrix_x4_trans(
+            keys[i], B_tile + warp / 4 * TILE_BYTES + i * 16 * ROW + (lane_columns_first() ^ warp % 4 * 32)
+        );
+    if (PANELS > 1) {
+        __syncthreads();
+        load(place.begin, 0);
+    }
+    fetched.store<false>(call, place, place.begin / call.slices, decays[0]);
+    fetched.fetch(call, place, min(place.begin + 1, place.end - 1) / call.slices, false);
+
+    for (int job = place.begin, buffer = 0; job < place.end; job++, buffer ^= 1) {
+        copy_async_wait<0>();
+        __syncthreads();
+        if (job + 1 < place.end) load(job + 1, buffer ^ 1);
+        fetched.store<false>(call, place, min(job + 1, place.end - 1) / call.slices, decays[buffer ^ 1]);
+        fetched.fetch(call, place, min(job + 2, place.end - 1) / call.slices, false);
+        const char *const tile = tiles + buffer * TILE_BYTES;
+        const Decays &own = decays[buffer];
+        float after = 0, before = 0, total = 0;  // of strip `lane`
+#pragma unroll
+        for (int k = 0; k < STRIPS; k++) {
+            after += k > lane ? own.total[k] : 0, before += k < lane ? own.total[k] : 0, total += own.total[k];
+        }
+        after = exp2_fast(after), before = exp2_fast(before);
+        float state[DIRECTIONS][WIDTH / 8][4] = {};
+#pragma unroll
+        for (int i = 0; i < STRIPS; i++) {
+            if (!ALL && i * 32 >= place.tokens) break;
+            const float gate[2] = {__shfl_sync(~0u, after, i), __shfl_sync(~0u, before, i)};
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                unsigned weight[DIRECTIONS][4];
+#pragma unroll
+                for (int d = 0; d < DIRECTIONS; d++) {
+                    float4 sent = four(own.sent[d] + i * 32 + half * 16 + q * 4);
+                    sent = make_float4(sent.x * gate[d], sent.y * gate[d], sent.z * gate[d], sent.w * gate[d]);
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        const float2 v = unpack2<X_TYPE>(keys[2 * i + half][k]);
+                        weight[d][k] = pack2<X_TYPE>(v.x * (k < 2 ? sent.x : sent.z), v.y * (k < 2 ? sent.y : sent.w));
+                    }
+                }
+                multiply<DIRECTIONS>(state, weight, tile + (i * 32 + half * 16) * ROW, rows_first);
+            }
+        }
+        const i64 at = (place.b * call.chunks + place.c) * jobs + job;
+#pragma unroll
+        for (int d = 0; d < DIRECTIONS; d++)
+            store_rows(
+                call.states + ((at * DIRECTIONS + d) * N + warp * 16) * (WIDTH * 2), WIDTH * 2, state[d], 16, WIDTH
+            );
+        if (threadIdx.x == 0 && job % call.slices == 0)
+            call.totals[(place.b * call.chunks + place.c) * call.heads + job / call.slices] = total;
+    }
+}
+
+// States of each chunk alone become those that enter it; those that leave the last one go to `last`. 8 columns a thread
+INLINE void chain(const Call &call) {
+    constexpr int AHEAD = 8, PIECES = WIDTH / 8;
+    const int jobs = call.heads * call.slices;
+    i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= call.batch * jobs * (DIRECTIONS * N * PIECES)) return;
+    const int e = (int)(i % (N * PIECES));
+    i /= N * PIECES;
+    const int d = (int)(i % DIRECTIONS), job = (int)(i / DIRECTIONS % jobs);
+    const i64 b = i / DIRECTIONS / jobs, step = (i64)jobs * DIRECTIONS * N * PIECES;
+    const int h = job / call.slices, p = (job - h * call.slices) * SLICE + e % PIECES * 8, n = e / PIECES;
+    uint4 *states = (uint4 *)call.states + (b * call.chunks * jobs * DIRECTIONS + job * DIRECTIONS + d) * (N * PIECES) + e;
+    const float *totals = call.totals + b * call.chunks * call.heads + h;
+    const i64 outside = (((b * DIRECTIONS + d) * call.heads + h) * call.p + p) * call.n + n;
+    float state[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+        state[k] = call.initial && n < call.n && p + k < call.p ? call.initial[outside + (i64)k * call.n] : 0;
+    for (int first = 0; first < call.chunks; first += AHEAD) {
+        uint4 own[AHEAD];
+        float decay[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            if (first + j >= call.chunks) break;
+            const int c = d ? call.chunks - 1 - first - j : first + j;
+            own[j] = states[c * step], decay[j] = totals[(i64)c * call.heads];
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            if (first + j >= call.chunks) break;
+            const int c = d ? call.chunks - 1 - first - j : first + j;
+            states[c * step] = make_uint4(
+                pack2<X_TYPE>(state[0], state[1]), pack2<X_TYPE>(state[2], state[3]), pack2<X_TYPE>(state[4], state[5]),
+                pack2<X_TYPE>(state[6], state[7])
+            );
+            const unsigned pairs[4] = {own[j].x, own[j].y, own[j].z, own[j].w};
+            const float kept = exp2_fast(decay[j]);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const float2 v = unpack2<X_TYPE>(pairs[k]);
+                state[2 * k] = state[2 * k] * kept + v.x, state[2 * k + 1] = state[2 * k + 1] * kept + v.y;
+            }
+        }
+    }
+    if (call.last)
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            if (n < call.n && p + k < call.p) call.last[outside + (i64)k * call.n] = state[k];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) KERNEL(const Call call) { ENTRY(call); }
