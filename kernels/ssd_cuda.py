@@ -32,8 +32,11 @@ class Plan(NamedTuple):
 
 
 def unavailable() -> str | None:
-    """Why CUDA kernels cannot be compiled here, or None if they can."""
-    return nvrtc.unavailable()
+    """Why these kernels cannot run on the current device, or None if they can."""
+    reason = nvrtc.unavailable()
+    if reason is None and nvrtc._architecture(torch.cuda.current_device()) < 80:
+        return "its tensor-core instructions need sm_80 or later"
+    return reason
 
 
 def _share(jobs: int, blocks: int, places: int, overhead: float) -> int:
@@ -198,9 +201,7 @@ def ssd(
     D_view = None if D is None else _view(D)
     device, taken = x.get_device(), initial is not None
     views = _view(x), _view(dt), _view(B), _view(C), D_view
-    layout = _layout(
-        _Signature(device, dt_softplus, bidirectional, diagonal, chunk, taken, return_last_state, *views)
-    )
+    layout = _layout(_Signature(device, dt_softplus, bidirectional, diagonal, chunk, taken, return_last_state, *views))
     scratch = y.new_empty(-(-layout.scratch // 2)) if layout.scratch else None
     states = _address(scratch)
     argument = _POINTERS.pack(
