@@ -10,7 +10,7 @@
 // log-decay on the path from j to i: paths are sorted by where in the tile they begin and end, and those that cross it
 // are what enters times what leaves on the other side.
 //
-// Macros: KERNEL, ENTRY, ARGUMENT; THREADS, RESIDENT (blocks a processor); TILE; P, N: widths, multiples of 16; OPERAND, type of
+// Macros: KERNEL, ENTRY, ARGUMENT; THREADS, RESIDENT (blocks a processor); TILE; STAGES of a walk; P, N: widths, multiples of 16; OPERAND, type of
 // x, dy, B and C, DT_TYPE of dt (0 float, 1 bfloat16, 2 half); BOTH directions; DIAGONAL: directions that count a token's own
 // pair; SOFTPLUS; HAS_D; PARTIAL: dB and dC are parts of a sum, in float.
 
@@ -21,7 +21,7 @@ typedef unsigned short bits16;
 
 constexpr int WARPS = THREADS / 32, KINDS = BOTH ? 4 : 2, STATE = N * P;
 
-struct View { i64 batch, token, head; };  // strides in bytes
+struct View { i64 batch, head, token; };  // strides in bytes; a tile of tokens stays below 2^31
 
 struct Call {
     const char *x, *dy, *B, *C, *dt;
@@ -35,7 +35,7 @@ struct Call {
     float *dA, *dbias;                // (batch, tiles, H)
     View x_view, dy_view, B_view, C_view, dt_view, D_view;
     i64 batch, length, tiles, H, groups, parts, part;  // part: heads of a block
-    int p, n, stages, walked;                          // p, n: widths in memory, multiples of 8
+    int p, n, walked;                                  // p, n: widths in memory, multiples of 8
 };
 
 struct Sum {
@@ -79,39 +79,46 @@ INLINE float softplus_slope(float dt) {
 template <int WIDTH> struct Rows {
     static constexpr int PITCH = WIDTH % 64 ? WIDTH + 8 : WIDTH;
 
-    static INLINE int at(int row, int chunk) {
+    static INLINE unsigned at(unsigned row, unsigned chunk) {
         return row * PITCH + (WIDTH % 64 ? chunk : chunk ^ row % 8) * 8;
     }
+    // of the 16 x 16 elements at (row, column), the chunk that a lane names: by columns of 8, or by rows of 8
+    static INLINE unsigned by_columns(unsigned row, unsigned column) {
+        const unsigned lane = threadIdx.x % 32, own = at(lane % 16, lane / 16);
+        return row * PITCH + (WIDTH % 64 ? own + column : own ^ column);
+    }
+    static INLINE unsigned by_rows(unsigned row, unsigned column) {
+        const unsigned lane = threadIdx.x % 32, own = at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+        return row * PITCH + (WIDTH % 64 ? own + column : own ^ column);
+    }
     // `rows` of them from memory, `width` elements each; zeros beyond
-    template <int ROWS> static INLINE void fetch(bits16 *to, const char *from, i64 pitch, int rows, int width) {
-        constexpr int CHUNKS = WIDTH / 8, COUNT = ROWS * CHUNKS;
+    template <int ROWS> static INLINE void fetch(bits16 *to, const char *from, int pitch, int rows, int width) {
+        constexpr int CHUNKS = WIDTH / 8, STEP = THREADS / CHUNKS;
+        static_assert(WIDTH % 64 || STEP % 8 == 0, "a thread's rows are stored alike");
+        const int first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        to += at(first, chunk), from += (i64)first * pitch + chunk * 16;
 #pragma unroll
-        for (int j = 0; j < ROUND_UP(COUNT, THREADS); j++) {
-            const int i = threadIdx.x + j * THREADS, row = i / CHUNKS, chunk = i % CHUNKS;
-            if (COUNT % THREADS && i >= COUNT) break;
-            const bool inside = row < rows && chunk * 8 < width;
-            copy_async_16(to + at(row, chunk), inside ? from + row * pitch + chunk * 16 : from, inside);
+        for (int j = 0; j < ROUND_UP(ROWS, STEP); j++, from += (i64)STEP * pitch) {
+            const int row = first + j * STEP;
+            if ((ROWS % STEP && row >= ROWS) || (THREADS % CHUNKS && first >= STEP)) break;
+            copy_async_16(to + j * STEP * PITCH, from, row < rows && chunk * 8 < width);
         }
     }
     // 16 x 16 at (row, column): as left factor, its transpose as left factor, as right factor, its transpose as that
-    static INLINE void left(unsigned *r, const bits16 *tile, int row, int column) {
-        const int lane = threadIdx.x % 32;
-        ldmatrix_x4(r, tile + at(row + lane % 16, column / 8 + lane / 16));
+    static INLINE void left(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
+        ldmatrix_x4(r, tile + by_columns(row, column));
     }
-    static INLINE void left_transposed(unsigned *r, const bits16 *tile, int row, int column) {
-        const int lane = threadIdx.x % 32;
-        ldmatrix_x4_trans(r, tile + at(row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
+    static INLINE void left_transposed(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
+        ldmatrix_x4_trans(r, tile + by_rows(row, column));
     }
-    static INLINE void right(unsigned *r, const bits16 *tile, int row, int column) {
-        const int lane = threadIdx.x % 32;
-        ldmatrix_x4_trans(r, tile + at(row + lane % 16, column / 8 + lane / 16));
+    static INLINE void right(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
+        ldmatrix_x4_trans(r, tile + by_columns(row, column));
     }
-    static INLINE void right_transposed(unsigned *r, const bits16 *tile, int row, int column) {
-        const int lane = threadIdx.x % 32;
-        ldmatrix_x4(r, tile + at(row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
+    static INLINE void right_transposed(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
+        ldmatrix_x4(r, tile + by_rows(row, column));
     }
     // elements (row, column) and (row, column + 1)
-    static INLINE float2 pair(const bits16 *tile, int row, int column) {
+    static INLINE float2 pair(const bits16 *tile, unsigned row, unsigned column) {
         return unpack2<OPERAND>(*(const unsigned *)(tile + at(row, column / 8) + column % 8));
     }
 };
@@ -121,6 +128,9 @@ INLINE void multiply(float (*c)[4], const unsigned *a, const unsigned *b) {
     mma_16x8x16<OPERAND>(c[0], a, b);
     mma_16x8x16<OPERAND>(c[1], a, b + 2);
 }
+
+// This thread's warp, which the compiler then knows to be the same for the warp
+INLINE int warp_of_block() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
 INLINE float sum_of_quad(float v) {
     v += __shfl_xor_sync(~0u, v, 1);
@@ -164,7 +174,7 @@ INLINE void decays(const Call &c) {
     __shared__ float steps[TILE][33];
     const i64 blocks = ROUND_UP(c.H, 32), h0 = blockIdx.x % blocks * 32, padded = c.tiles * TILE;
     const i64 tile = blockIdx.x / blocks % c.tiles, b = blockIdx.x / blocks / c.tiles;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = warp_of_block(), lane = threadIdx.x % 32;
     const i64 h = h0 + lane;
     const float bias = c.bias && h < c.H ? c.bias[h] : 0.f;
     for (int t = warp; t < TILE; t += WARPS) {
@@ -232,7 +242,7 @@ INLINE void walk(const Call &c) {
     const int kind = blockIdx.x % KINDS, direction = kind / 2, adjoint = kind % 2;
     const bool leftward = direction != adjoint;
     const i64 h = blockIdx.x / KINDS % c.H, b = blockIdx.x / KINDS / c.H, padded = c.tiles * TILE;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const int warp = warp_of_block(), lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const View &values_view = adjoint ? c.dy_view : c.x_view, &keys_view = adjoint ? c.C_view : c.B_view;
     const char *values = (adjoint ? c.dy : c.x) + b * values_view.batch + h * values_view.head;
     const char *keys = (adjoint ? c.C : c.B) + b * keys_view.batch + h / (c.H / c.groups) * keys_view.head;
@@ -240,31 +250,31 @@ INLINE void walk(const Call &c) {
     const i64 plane = c.batch * c.H * padded, matrix = ((b * (KINDS / 2) + direction) * c.H + h) * c.p * c.n;
     const float *outside = adjoint ? c.gradient : c.initial;
     float *last = adjoint ? c.dinitial : 0;
-    const i64 steps = last ? c.tiles : c.tiles - 1;
+    const int tiles = (int)c.tiles, steps = last ? tiles : tiles - 1;
 
-    auto fetch = [&](i64 s) {
+    auto fetch = [&](int s) {
         if (s < steps) {
-            const i64 t = (leftward ? c.tiles - 1 - s : s) * TILE;
+            const i64 t = (i64)(leftward ? tiles - 1 - s : s) * TILE;
             const int rows = (int)min(c.length - t, (i64)TILE);
-            WalkStage &to = stages[s % c.stages];
-            Rows<N>::fetch<TILE>(to.keys, keys + t * keys_view.token, keys_view.token, rows, c.n);
-            Rows<P>::fetch<TILE>(to.values, values + t * values_view.token, values_view.token, rows, c.p);
-            const float *from = planes + t;
-            for (int j = threadIdx.x; j <= TILE / 4; j += THREADS) {
-                const i64 plane_of = j < TILE / 4 ? SCALE + kind : SCALE + COSTATE_LEFT;
-                copy_async_16(to.scale + j * 4, from + plane_of * plane + min(j * 4, TILE - 4), true);
-            }
+            WalkStage &to = stages[s % STAGES];
+            Rows<N>::fetch<TILE>(to.keys, keys + t * keys_view.token, (int)keys_view.token, rows, c.n);
+            Rows<P>::fetch<TILE>(to.values, values + t * values_view.token, (int)values_view.token, rows, c.p);
+            if (threadIdx.x < TILE / 4)
+                copy_async_16(to.scale + threadIdx.x * 4, planes + (SCALE + kind) * plane + t + threadIdx.x * 4, true);
+            if (threadIdx.x == 0)
+                copy_async_16(to.last, planes + (SCALE + COSTATE_LEFT) * plane + t + TILE - 4, true);
         }
         copy_async_commit();
     };
-    for (int s = 0; s < c.stages - 1; s++) fetch(s);
+    for (int s = 0; s < STAGES - 1; s++) fetch(s);
 
     float state[N / 16][2][4] = {};
     if (outside) move_state<true>(state, (float *)outside + matrix, c);
-    for (i64 s = 0; s < c.tiles; s++) {
-        const i64 tile = leftward ? c.tiles - 1 - s : s;
+    const i64 ahead = (leftward ? -1 : 1) * c.H * KINDS * STATE;
+    bits16 *to = c.states + (((b * c.tiles + (leftward ? tiles - 1 : 0)) * c.H + h) * KINDS + kind) * STATE;
+    to += g * P + warp * 16 + 2 * q;
+    for (int s = 0; s < tiles; s++, to += ahead) {
         if (s || outside) {
-            bits16 *to = c.states + (((b * c.tiles + tile) * c.H + h) * KINDS + kind) * STATE + g * P + warp * 16 + 2 * q;
 #pragma unroll
             for (int m = 0; m < N / 16; m++)
 #pragma unroll
@@ -273,11 +283,10 @@ INLINE void walk(const Call &c) {
                         pack2<OPERAND>(state[m][e / 2][e % 2 * 2], state[m][e / 2][e % 2 * 2 + 1]);
         }
         if (s == steps) break;
-        if (c.stages == 3) copy_async_wait<1>();
-        else copy_async_wait<0>();
+        copy_async_wait<STAGES - 2>();
         __syncthreads();
-        fetch(s + c.stages - 1);
-        const WalkStage &at = stages[s % c.stages];
+        fetch(s + STAGES - 1);
+        const WalkStage &at = stages[s % STAGES];
         const float total = at.last[3];
 #pragma unroll
         for (int e = 0; e < N / 2; e++) state[e / 8][e / 4 % 2][e % 4] *= total;
@@ -366,10 +375,10 @@ INLINE void gradients(const Call &c) {
     Shared &shared = *(Shared *)dynamic_shared();
     const i64 heads = c.H / c.groups, part = blockIdx.x % c.parts, group = blockIdx.x / c.parts % c.groups;
     const i64 tile = blockIdx.x / c.parts / c.groups % c.tiles, b = blockIdx.x / c.parts / c.groups / c.tiles;
-    const i64 begin = group * heads + part * c.part, end = group * heads + min((part + 1) * c.part, heads);
+    const int begin = (int)(group * heads + part * c.part), end = (int)(group * heads + min((part + 1) * c.part, heads));
     const i64 token0 = tile * TILE, padded = c.tiles * TILE, plane = c.batch * c.H * padded;
     const int rows = (int)min(c.length - token0, (i64)TILE);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, own = warp * 16;
+    const int warp = warp_of_block(), lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, own = warp * 16;
     // which states there are: none enters the sequence unless it is given
     const bool from_left = tile > 0, from_right = tile < c.tiles - 1;
     const bool present[4] = {c.walked && (from_left || c.initial), c.walked && (from_right || c.gradient),
@@ -377,11 +386,11 @@ INLINE void gradients(const Call &c) {
 
     const char *x = c.x + b * c.x_view.batch + token0 * c.x_view.token;
     const char *dy = c.dy + b * c.dy_view.batch + token0 * c.dy_view.token;
-    auto fetch = [&](i64 h) {
+    auto fetch = [&](int h) {
         if (h < end) {
             Stage &to = shared.stages[(h - begin) % 2];
-            Rows<P>::fetch<TILE>(to.x, x + h * c.x_view.head, c.x_view.token, rows, c.p);
-            Rows<P>::fetch<TILE>(to.dy, dy + h * c.dy_view.head, c.dy_view.token, rows, c.p);
+            Rows<P>::fetch<TILE>(to.x, x + h * c.x_view.head, (int)c.x_view.token, rows, c.p);
+            Rows<P>::fetch<TILE>(to.dy, dy + h * c.dy_view.head, (int)c.dy_view.token, rows, c.p);
             const bits16 *states = c.states + ((b * c.tiles + tile) * c.H + h) * KINDS * STATE;
 #pragma unroll
             for (int kind = 0; kind < KINDS; kind++)
@@ -394,17 +403,19 @@ INLINE void gradients(const Call &c) {
         copy_async_commit();
     };
     Rows<N>::fetch<TILE>(shared.B, c.B + b * c.B_view.batch + token0 * c.B_view.token + group * c.B_view.head,
-                         c.B_view.token, rows, c.n);
+                         (int)c.B_view.token, rows, c.n);
     Rows<N>::fetch<TILE>(shared.C, c.C + b * c.C_view.batch + token0 * c.C_view.token + group * c.C_view.head,
-                         c.C_view.token, rows, c.n);
+                         (int)c.C_view.token, rows, c.n);
     copy_async_commit();
     fetch(begin);
     copy_async_wait<1>();
     __syncthreads();
 
+    // receivers in blocks of 16, a warp's own first, so that only that one has a diagonal
     constexpr int BLOCKS = TILE / 16;
 #pragma unroll
-    for (int i = 0; i < BLOCKS; i++) {
+    for (int k = 0; k < BLOCKS; k++) {
+        const int i = (warp + k) % BLOCKS;
         float S[2][4] = {};
 #pragma unroll
         for (int n = 0; n < N; n += 16) {
@@ -413,12 +424,12 @@ INLINE void gradients(const Call &c) {
             Rows<N>::right_transposed(b, shared.C, i * 16, n);
             multiply(S, a, b);
         }
-        shared.products[i][threadIdx.x] = make_uint4(pack2<OPERAND>(S[0][0], S[0][1]), pack2<OPERAND>(S[0][2], S[0][3]),
+        shared.products[k][threadIdx.x] = make_uint4(pack2<OPERAND>(S[0][0], S[0][1]), pack2<OPERAND>(S[0][2], S[0][3]),
                                                      pack2<OPERAND>(S[1][0], S[1][1]), pack2<OPERAND>(S[1][2], S[1][3]));
     }
 
     float dS[BLOCKS][2][4] = {}, dB[N / 16][2][4] = {}, dC[N / 16][2][4] = {};
-    for (i64 h = begin; h < end; h++) {
+    for (int h = begin; h < end; h++) {
         copy_async_wait<0>();
         __syncthreads();
         if (h > begin && warp == (h - begin) % WARPS) finish(c, shared.paths[(h - begin - 1) % 2], b, tile, h - 1);
@@ -435,7 +446,8 @@ INLINE void gradients(const Call &c) {
 #pragma unroll
         for (int p = 0; p < P; p += 16) Rows<P>::left(x_left[p / 16], at.x, own, p);
 #pragma unroll
-        for (int i = 0; i < BLOCKS; i++) {
+        for (int k = 0; k < BLOCKS; k++) {
+            const int i = (warp + k) % BLOCKS;
             if (!BOTH && i < warp) continue;
             float G[2][4] = {};
 #pragma unroll
@@ -444,11 +456,11 @@ INLINE void gradients(const Call &c) {
                 Rows<P>::right_transposed(b, at.dy, i * 16, p);
                 multiply(G, x_left[p / 16], b);
             }
-            const uint4 packed = shared.products[i][threadIdx.x];
+            const uint4 packed = shared.products[k][threadIdx.x];
             const unsigned S[4] = {packed.x, packed.y, packed.z, packed.w};  // [column block * 2 + row]
             unsigned W[4];
             float column[4] = {};  // sums over rows: [column block * 2 + column]
-            if (i != warp) {
+            if (k) {
                 const float *border = i > warp ? left : right;
                 float row[2] = {};
                 const float from[2] = {border[own + g], border[own + 8 + g]};
@@ -459,12 +471,12 @@ INLINE void gradients(const Call &c) {
                     const float m[2] = {exp2_fast(to.x - from[r]), exp2_fast(to.y - from[r])}, pair[2] = {s.x, s.y};
                     float w[2];
 #pragma unroll
-                    for (int k = 0; k < 2; k++) {
-                        const float mG = m[k] * G[block][r * 2 + k], d = step[r] * mG;
-                        w[k] = m[k] * pair[k];
-                        row[r] += mG * pair[k];
-                        dS[i][block][r * 2 + k] += d;
-                        column[block * 2 + k] += d * pair[k];
+                    for (int f = 0; f < 2; f++) {
+                        const float mG = m[f] * G[block][r * 2 + f], d = step[r] * mG;
+                        w[f] = m[f] * pair[f];
+                        row[r] += mG * pair[f];
+                        dS[k][block][r * 2 + f] += d;
+                        column[block * 2 + f] += d * pair[f];
                     }
                     W[e] = pack2<OPERAND>(w[0], w[1]);
                 }
@@ -483,17 +495,17 @@ INLINE void gradients(const Call &c) {
                     const float pair[2] = {s.x, s.y};
                     float w[2];
 #pragma unroll
-                    for (int k = 0; k < 2; k++) {
-                        const int from = own + r * 8 + g, to = own + block * 8 + 2 * q + k;
+                    for (int f = 0; f < 2; f++) {
+                        const int from = own + r * 8 + g, to = own + block * 8 + 2 * q + f;
                         const float *border = to > from ? left : right;
-                        const float product = G[block][r * 2 + k];
+                        const float product = G[block][r * 2 + f];
                         const float m = to == from ? DIAGONAL : BOTH || to > from ? exp2_fast(border[to] - border[from]) : 0.f;
-                        const float mG = m * product, d = step[r] * mG, path = d * pair[k];
-                        w[k] = m * pair[k];
-                        dS[i][block][r * 2 + k] += d;
-                        unit[r] += mG * pair[k];
-                        if (to > from) forward[r] -= path, column[block * 2 + k] += path;
-                        if (to < from) backward[r] += path, column_back[block * 2 + k] += path;
+                        const float mG = m * product, d = step[r] * mG, path = d * pair[f];
+                        w[f] = m * pair[f];
+                        dS[k][block][r * 2 + f] += d;
+                        unit[r] += mG * pair[f];
+                        if (to > from) forward[r] -= path, column[block * 2 + f] += path;
+                        if (to < from) backward[r] += path, column_back[block * 2 + f] += path;
                         if (HAS_D && to == from && to < rows) c.dD[(b * c.length + token0 + to) * c.H + h] = product;
                     }
                     W[e] = pack2<OPERAND>(w[0], w[1]);
@@ -514,8 +526,8 @@ INLINE void gradients(const Call &c) {
             const bool upper = lane & 16, odd = lane & 8;
             float half[2];
 #pragma unroll
-            for (int k = 0; k < 2; k++)
-                half[k] = (upper ? column[2 + k] : column[k]) + __shfl_xor_sync(~0u, upper ? column[k] : column[2 + k], 16);
+            for (int f = 0; f < 2; f++)
+                half[f] = (upper ? column[2 + f] : column[f]) + __shfl_xor_sync(~0u, upper ? column[f] : column[2 + f], 16);
             float sum = (odd ? half[1] : half[0]) + __shfl_xor_sync(~0u, odd ? half[0] : half[1], 8);
             sum += __shfl_xor_sync(~0u, sum, 4);
             if (!(lane & 4)) paths.pairs[warp][i * 16 + lane / 16 * 8 + 2 * q + lane / 8 % 2] = sum;
@@ -673,11 +685,12 @@ INLINE void gradients(const Call &c) {
     // dS^T lies in senders' rows, so its transpose is what others left
     bits16 *const senders = (bits16 *)shared.products;
 #pragma unroll
-    for (int i = 0; i < BLOCKS; i++) {
+    for (int k = 0; k < BLOCKS; k++) {
+        const int i = (warp + k) % BLOCKS;
         unsigned a[4];
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const float *pair = dS[i][e / 2] + e % 2 * 2;
+            const float *pair = dS[k][e / 2] + e % 2 * 2;
             a[e] = pack2<OPERAND>(pair[0], pair[1]);
             *(unsigned *)(senders + Rows<TILE>::at(own + e % 2 * 8 + g, i * 2 + e / 2) + 2 * q) = a[e];
         }

@@ -15,7 +15,8 @@ from mambavision.kernels import nvrtc
 WIDTH = 64  # headdim and d_state up to which a block's tiles fit into shared memory
 _SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "ssd_backward.cu"))
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CALL = struct.Struct("20P18q7q4i")
+_POINTERS = struct.Struct("20P")
+_REST = struct.Struct("25q3i4x")  # the rest of ssd_backward.cu's Call: its views, its sizes
 _SUM = struct.Struct("8P4q")
 _SMALL_THREADS = 256  # of `decays` and `sums`
 _PLANES = 7
@@ -89,15 +90,15 @@ def _layout(
     P, N = _up(p, 16), _up(n, 16)
     tiles, parts = -(-length // tile), -(-(H // groups) // plan.part)
     steps = tiles if ends else tiles - 1
-    walk, gradients = _shared(tile, P, N, kinds, min(plan.stages, max(steps, 1)))
+    walk, gradients = _shared(tile, P, N, kinds, min(plan.stages, steps))
     macros = {"TILE": tile, "P": P, "N": N, "OPERAND": _TYPES[operand], "DT_TYPE": _TYPES[dt_type], "BOTH": int(both)}
     macros |= {"DIAGONAL": f"{(1 + both) * scanned}.f", "SOFTPLUS": int(softplus), "HAS_D": int(has_D)}
-    macros["PARTIAL"] = int(parts > 1)
+    macros |= {"PARTIAL": int(parts > 1), "STAGES": plan.stages}
     unread = {  # what an entry does not look at shall not compile it again
-        "decays": dict.fromkeys(("P", "N"), 16) | {"BOTH": 1, "HAS_D": 0, "PARTIAL": 0, "DIAGONAL": "0.f"},
+        "decays": dict.fromkeys(("P", "N"), 16) | {"BOTH": 1, "HAS_D": 0, "PARTIAL": 0, "STAGES": 2, "DIAGONAL": "0.f"},
         "walk": {"DT_TYPE": 0, "SOFTPLUS": 0, "HAS_D": 0, "PARTIAL": 0, "DIAGONAL": "0.f"},
-        "gradients": {},
-        "sums": {"TILE": 64, "P": 16, "N": 16, "DT_TYPE": 0, "BOTH": 1, "SOFTPLUS": 0, "HAS_D": 0, "DIAGONAL": "0.f"},
+        "gradients": {"STAGES": 2},
+        "sums": {"STAGES": 2, "TILE": 64, "P": 16, "N": 16, "DT_TYPE": 0, "BOTH": 1, "SOFTPLUS": 0, "HAS_D": 0, "DIAGONAL": "0.f"},
     }
     heads = -(-H // 32)
     jobs = [
@@ -124,11 +125,11 @@ def _layout(
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + _up(size, 256))
-    rest = (*views, batch, length, tiles, H, groups, parts, plan.part, p, n, plan.stages, int(walked))
+    rest = (*views, batch, length, tiles, H, groups, parts, plan.part, p, n, int(walked))
     return _Layout(
         tuple(launches),
         (sums, blocks),
-        struct.pack("18q7q4i", *rest),
+        _REST.pack(*rest),
         tuple(offsets),
         parts,
         rows,
@@ -148,7 +149,12 @@ def _rows(v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _view(v: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if v is None else tuple(s * v.element_size() for s in v.stride()[:3])
+    if v is None:
+        return 0, 0, 0
+    batch, token, head = (s * v.element_size() for s in v.stride()[:3])
+    if token * 128 >= 2**31:
+        raise ValueError(f"strides {v.stride()} of a {v.dtype} tensor are too long: make it contiguous")
+    return batch, head, token
 
 
 def _states(v: Tensor | None, p: int, n: int) -> Tensor | None:
@@ -209,8 +215,7 @@ def ssd_backward(
     dinitial = None if initial is None else torch.empty_like(initial)
     inputs = (x, dy, keys, queries, dt, A, bias, D, initial, gradient)
     split = layout.parts > 1
-    argument = struct.pack(
-        "20P",
+    argument = _POINTERS.pack(
         *map(_address, inputs),
         planes,
         states,
