@@ -236,7 +236,7 @@ template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix,
         }
 }
 
-// One block a sequence, head and kind; a warp holds 16 columns of the state (N, P) in float
+// One block a sequence, head and kind; a warp holds 16 columns of the state (N, P) in float, or none and only copies
 INLINE void walk(const Call &c) {
     WalkStage *stages = (WalkStage *)dynamic_shared();
     const int kind = blockIdx.x % KINDS, direction = kind / 2, adjoint = kind % 2;
@@ -268,13 +268,14 @@ INLINE void walk(const Call &c) {
     };
     for (int s = 0; s < STAGES - 1; s++) fetch(s);
 
+    const bool holds = warp * 16 < P;
     float state[N / 16][2][4] = {};
-    if (outside) move_state<true>(state, (float *)outside + matrix, c);
+    if (outside && holds) move_state<true>(state, (float *)outside + matrix, c);
     const i64 ahead = (leftward ? -1 : 1) * c.H * KINDS * STATE;
     bits16 *to = c.states + (((b * c.tiles + (leftward ? tiles - 1 : 0)) * c.H + h) * KINDS + kind) * STATE;
     to += g * P + warp * 16 + 2 * q;
     for (int s = 0; s < tiles; s++, to += ahead) {
-        if (s || outside) {
+        if (holds && (s || outside)) {
 #pragma unroll
             for (int m = 0; m < N / 16; m++)
 #pragma unroll
@@ -286,6 +287,7 @@ INLINE void walk(const Call &c) {
         copy_async_wait<STAGES - 2>();
         __syncthreads();
         fetch(s + STAGES - 1);
+        if (!holds) continue;
         const WalkStage &at = stages[s % STAGES];
         const float total = at.last[3];
 #pragma unroll
@@ -307,7 +309,7 @@ INLINE void walk(const Call &c) {
             }
         }
     }
-    if (last) move_state<false>(state, last + matrix, c);
+    if (last && holds) move_state<false>(state, last + matrix, c);
 }
 
 // What the tokens of a tile make of its log-decays; FROM and TO: where paths begin and end

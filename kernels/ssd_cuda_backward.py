@@ -19,6 +19,7 @@ _POINTERS = struct.Struct("20P")
 _REST = struct.Struct("25q3i4x")  # the rest of ssd_backward.cu's Call: its views, its sizes
 _SUM = struct.Struct("8P4q")
 _SMALL_THREADS = 256  # of `decays` and `sums`
+_WALK_THREADS = 2 * WIDTH
 _PLANES = 7
 
 
@@ -103,7 +104,7 @@ def _layout(
     heads = -(-H // 32)
     jobs = [
         ("decays", batch * tiles * heads, _SMALL_THREADS, 1, 0),
-        *[("walk", batch * H * kinds, 2 * P, 2, walk)] * walked,
+        *[("walk", batch * H * kinds, _WALK_THREADS, 2, walk)] * walked,
         ("gradients", batch * tiles * groups * parts, 2 * tile, 128 // tile, gradients),
     ]
     inner = batch * length * groups * n
