@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambavision.kernels import ssd_chunked, ssd_cuda, ssd_reference
+from mambavision.kernels import ssd_chunked, ssd_cuda, ssd_cuda_backward, ssd_reference
 from mambavision.ops import dispatch
 from mambavision.ops.compile import constant_result
 
@@ -56,7 +56,8 @@ def ssd(
 
     Args:
         x, z: (batch, L, H, P), float32, bfloat16, float16 or float64. On a GPU, ``cuda`` takes bfloat16 with N up to
-            128, ``triton`` bfloat16 and float16 with P and N up to 64; all else runs on ``chunked``.
+            128 (for gradients P and N up to 64), ``triton`` bfloat16 and float16 with P and N up to 64; all else runs
+            on ``chunked``.
         dt: (batch, L, H).
         A: (H,), negative reals, used in float32.
         B, C: (batch, L, G, N); group g serves heads [g H/G, (g+1) H/G).
@@ -111,8 +112,9 @@ def ssd(
     D = D if D is None else D.expand(batch, length, H)
     if initial_state is not None and not bidirectional:
         initial_state = initial_state[:, None]
-    backend = _choose(backend, x.device.type, x.dtype, operator.index(P), operator.index(N), chunk_size)
     arguments = (x, dt, A, B, C, D, dt_bias, initial_state)
+    learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in arguments)
+    backend = _choose(backend, x.device.type, x.dtype, operator.index(P), operator.index(N), chunk_size, learns)
     options = (dt_softplus, bidirectional, diagonal == "scanned", chunk_size, return_last_state)
     if backend == "reference":
         y, last = ssd_reference.ssd(*arguments, *options)
@@ -168,28 +170,30 @@ def noncausal_ssd(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, D: Tensor | N
     return y if D is None else (y + D[..., None] * x).to(x.dtype)
 
 
-def _choose(backend: str | None, device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None) -> SSDBackend:
+def _choose(
+    backend: str | None, device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None, learns: bool
+) -> SSDBackend:
     """Argument, then ``use_backend``, then the environment variable, then the first that can serve the call."""
     asked = backend or (dispatch._chosen[-1] if dispatch._chosen else os.environ.get(dispatch.ENVIRONMENT))
     if not asked:
-        return _automatic(device, dtype, P, N, chunk)
+        return _automatic(device, dtype, P, N, chunk, learns)
     if asked not in BACKENDS:
         if backend or asked not in dispatch.BACKENDS:
             raise ValueError(f"unknown ssd backend {asked!r}, use one of {', '.join(BACKENDS)}")
         raise RuntimeError(f"ssd has no backend {asked!r}, only {', '.join(BACKENDS)}: pass backend= to this call")
-    reason = _unavailable(asked, device, dtype, P, N, chunk)
+    reason = _unavailable(asked, device, dtype, P, N, chunk, learns)
     if reason is not None:
         raise RuntimeError(f"ssd backend {asked!r} cannot run this call: {reason}")
     return asked
 
 
 @constant_result
-def _automatic(device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None) -> SSDBackend:
+def _automatic(device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None, learns: bool) -> SSDBackend:
     """The first of FAST that can serve on a GPU, else ``chunked``; a fallback's reason is logged once."""
     if device == "cpu" or dtype not in dispatch.KERNEL_DTYPES:
         return "chunked"
     for fast in FAST:
-        reason = _unavailable(fast, device, dtype, P, N, chunk)
+        reason = _unavailable(fast, device, dtype, P, N, chunk, learns)
         if reason is None:
             return fast
         dispatch._log_once(f"ssd backend {fast!r} is passed over: {reason}")
@@ -197,7 +201,9 @@ def _automatic(device: str, dtype: torch.dtype, P: int, N: int, chunk: int | Non
 
 
 @constant_result
-def _unavailable(backend: SSDBackend, device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None) -> str | None:
+def _unavailable(
+    backend: SSDBackend, device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None, learns: bool
+) -> str | None:
     """Why a backend cannot serve, or None; of ``triton`` on a GPU only what was seen right there is served."""
     if backend == "triton" and device not in ("cpu", "cuda"):
         return f"it needs CUDA tensors, not {device}"
@@ -215,6 +221,9 @@ def _unavailable(backend: SSDBackend, device: str, dtype: torch.dtype, P: int, N
         return reason
     if dtype is not torch.bfloat16:  # scores, weights and states of float16 inputs overflow float16
         return f"it computes on bfloat16 tensor cores and takes bfloat16, got {str(dtype)[6:]}"
+    width = ssd_cuda_backward.WIDTH
+    if learns and max(P, N) > width:
+        return f"its gradients take headdim and d_state up to {width}, got {P} and {N}"
     if N > ssd_cuda.MOST_STATES:
         return f"it takes d_state up to {ssd_cuda.MOST_STATES}, got {N}"
     if chunk not in (None, *ssd_cuda.CHUNK_SIZES):

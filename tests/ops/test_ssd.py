@@ -188,14 +188,15 @@ UNSERVED = {
         "d_state": ({"N": 129}, {}, "up to 128, got 129"),
         "float16": ({"dtype": torch.float16}, {}, "takes bfloat16, got float16"),
         "chunk size": ({}, {"chunk_size": 48}, "32, 64, 128, 256, got 48"),
+        "gradients": ({"P": 128, "requires_grad": True}, {}, "gradients take .* up to 64, got 128 and 64"),
     },
 }
 
 
-def on_cuda(P=64, N=64, dtype=torch.bfloat16) -> dict[str, Tensor]:
+def on_cuda(P=64, N=64, dtype=torch.bfloat16, requires_grad=False) -> dict[str, Tensor]:
     """Shapes only, to be called in FakeTensorMode: which backend serves is decided without the device."""
     shapes = {"x": (2, 70, 4, P), "dt": (2, 70, 4), "A": (4,), "B": (2, 70, 1, N), "C": (2, 70, 1, N)}
-    return {name: torch.empty(shape, dtype=dtype, device="cuda") for name, shape in shapes.items()}
+    return {k: torch.empty(v, dtype=dtype, device="cuda").requires_grad_(requires_grad) for k, v in shapes.items()}
 
 
 @pytest.fixture
@@ -218,6 +219,8 @@ def test_kernels_serve_only_what_was_seen_right(backend, what, a_gpu, no_environ
 PASSED_OVER = [
     ({}, {}, []),
     ({"P": 128, "N": 128}, {"chunk_size": 128}, []),
+    ({"requires_grad": True}, {}, []),
+    ({"P": 128, "requires_grad": True}, {}, ["cuda", "triton"]),
     ({"dtype": torch.float16}, {}, ["cuda"]),
     ({"dtype": torch.float32}, {}, ["cuda", "triton"]),
     ({"N": 129}, {}, ["cuda", "triton"]),
