@@ -71,7 +71,7 @@ INLINE float softplus(float v) {
 
 // d softplus(v) / dv = 1 - exp(-softplus(v))
 INLINE float softplus_slope(float dt) {
-    const float series = dt * (1.f - dt / 2 * (1.f - dt / 3 * (1.f - dt / 4 * (1.f - dt / 5))));
+    const float series = dt * (1.f - dt * (1.f / 2 - dt * (1.f / 6 - dt * (1.f / 24 - dt * (1.f / 120)))));
     return dt < 0.125f ? series : 1.f - exp2_fast(-dt * LOG2E);
 }
 
@@ -83,13 +83,14 @@ template <int WIDTH> struct Rows {
         return row * PITCH + (WIDTH % 64 ? chunk : chunk ^ row % 8) * 8;
     }
     // of the 16 x 16 elements at (row, column), the chunk that a lane names: by columns of 8, or by rows of 8
-    static INLINE unsigned by_columns(unsigned row, unsigned column) {
-        const unsigned lane = threadIdx.x % 32, own = at(lane % 16, lane / 16);
-        return row * PITCH + (WIDTH % 64 ? own + column : own ^ column);
+    static INLINE const char *chunk(const bits16 *tile, unsigned own, unsigned row, unsigned column) {
+        return (const char *)tile + row * PITCH * 2 + (WIDTH % 64 ? own * 2 + column * 2 : own * 2 ^ column * 2);
     }
-    static INLINE unsigned by_rows(unsigned row, unsigned column) {
-        const unsigned lane = threadIdx.x % 32, own = at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-        return row * PITCH + (WIDTH % 64 ? own + column : own ^ column);
+    static INLINE const char *by_columns(const bits16 *tile, unsigned row, unsigned column) {
+        return chunk(tile, at(threadIdx.x % 16, threadIdx.x % 32 / 16), row, column);
+    }
+    static INLINE const char *by_rows(const bits16 *tile, unsigned row, unsigned column) {
+        return chunk(tile, at(threadIdx.x % 32 / 16 * 8 + threadIdx.x % 8, threadIdx.x / 8 % 2), row, column);
     }
     // `rows` of them from memory, `width` elements each; zeros beyond
     template <int ROWS> static INLINE void fetch(bits16 *to, const char *from, int pitch, int rows, int width) {
@@ -106,20 +107,21 @@ template <int WIDTH> struct Rows {
     }
     // 16 x 16 at (row, column): as left factor, its transpose as left factor, as right factor, its transpose as that
     static INLINE void left(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
-        ldmatrix_x4(r, tile + by_columns(row, column));
+        ldmatrix_x4(r, by_columns(tile, row, column));
     }
     static INLINE void left_transposed(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
-        ldmatrix_x4_trans(r, tile + by_rows(row, column));
+        ldmatrix_x4_trans(r, by_rows(tile, row, column));
     }
     static INLINE void right(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
-        ldmatrix_x4_trans(r, tile + by_columns(row, column));
+        ldmatrix_x4_trans(r, by_columns(tile, row, column));
     }
     static INLINE void right_transposed(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
-        ldmatrix_x4(r, tile + by_rows(row, column));
+        ldmatrix_x4(r, by_rows(tile, row, column));
     }
-    // elements (row, column) and (row, column + 1)
+    // a lane's two elements of the 8 x 8 at (row, column), as in a product
     static INLINE float2 pair(const bits16 *tile, unsigned row, unsigned column) {
-        return unpack2<OPERAND>(*(const unsigned *)(tile + at(row, column / 8) + column % 8));
+        const unsigned lane = threadIdx.x % 32;
+        return unpack2<OPERAND>(*(const unsigned *)chunk(tile, at(lane / 4, 0) + lane % 4 * 2, row, column));
     }
 };
 
@@ -358,13 +360,15 @@ INLINE void finish(const Call &c, const Paths &paths, i64 b, i64 tile, i64 h) {
     scan_of_warp<EACH>(from_right, false);
     const float A = c.A[h];
     float dA = 0.f, dbias = 0.f;
+    const i64 token0 = tile * TILE + first;
+    const int rows = (int)min(max(c.length - token0, 0LL), (i64)EACH);
+    char *const to = c.ddt + ((b * c.length + token0) * c.H + h) * (DT_TYPE ? 2 : 4);
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-        const i64 token = tile * TILE + first + j;
         const float step = paths.step[first + j], decay = from_left[j] + from_right[j];
         const float slope = SOFTPLUS ? softplus_slope(step) : 1.f, grad = (paths.unit[first + j] + A * decay) * slope;
-        if (token < c.length) {
-            encode<DT_TYPE>(c.ddt, (b * c.length + token) * c.H + h, grad);
+        if (j < rows) {
+            encode<DT_TYPE>(to, j * c.H, grad);
             dA += decay * step, dbias += grad;
         }
     }
@@ -443,7 +447,7 @@ INLINE void gradients(const Call &c) {
 #pragma unroll
         for (int r = 0; r < 2; r++) step[r] = at.planes[STEP][own + r * 8 + g];
 
-        float dx[P / 16][2][4] = {};
+        float dx[P / 16][2][4] = {}, all[2] = {}, ahead[2] = {};  // sums over receivers, and over those to the right
         unsigned x_left[P / 16][4];
 #pragma unroll
         for (int p = 0; p < P; p += 16) Rows<P>::left(x_left[p / 16], at.x, own, p);
@@ -482,12 +486,9 @@ INLINE void gradients(const Call &c) {
                     }
                     W[e] = pack2<OPERAND>(w[0], w[1]);
                 }
+                const float is_forward = i > warp ? 1.f : 0.f;
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    unit[r] += row[r];
-                    if (i > warp) forward[r] -= step[r] * row[r];
-                    else backward[r] += step[r] * row[r];
-                }
+                for (int r = 0; r < 2; r++) all[r] += row[r], ahead[r] += is_forward * row[r];
             } else {
                 float column_back[4] = {};
 #pragma unroll
@@ -542,6 +543,13 @@ INLINE void gradients(const Call &c) {
             }
         }
 
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            unit[r] += all[r];
+            forward[r] -= step[r] * ahead[r];
+            backward[r] += step[r] * (all[r] - ahead[r]);
+        }
+
         // what leaves the tile
 #pragma unroll
         for (int kind = COSTATE_LEFT; kind < KINDS; kind += 2) {
@@ -581,7 +589,7 @@ INLINE void gradients(const Call &c) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const int block = e / 2, r = e % 2;
-                    const float2 key = Rows<N>::pair(shared.B, own + r * 8 + g, n + block * 8 + 2 * q);
+                    const float2 key = Rows<N>::pair(shared.B, own + r * 8, n + block * 8);
                     const float *pair = v[block] + r * 2;
                     dot[r] += pair[0] * key.x + pair[1] * key.y;
                     dB[n / 16][block][r * 2] += step[r] * scale[r] * pair[0];
@@ -609,7 +617,7 @@ INLINE void gradients(const Call &c) {
                 const float *v = dx[e / 2][e % 2] + r * 2;
                 float2 out = make_float2(step[r] * v[0], step[r] * v[1]);
                 if (HAS_D) {
-                    const float2 y = Rows<P>::pair(at.dy, t, e * 8 + 2 * q);
+                    const float2 y = Rows<P>::pair(at.dy, own + r * 8, e * 8);
                     out.x += skip * y.x, out.y += skip * y.y;
                 }
                 if (inside && e * 8 < c.p) *(unsigned *)(to + e * 8) = pack2<OPERAND>(out.x, out.y);
@@ -638,7 +646,7 @@ INLINE void gradients(const Call &c) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const int block = e / 2, r = e % 2;
-                    const float2 key = Rows<N>::pair(shared.C, own + r * 8 + g, n + block * 8 + 2 * q);
+                    const float2 key = Rows<N>::pair(shared.C, own + r * 8, n + block * 8);
                     const float *pair = v[block] + r * 2;
                     dot[r] += pair[0] * key.x + pair[1] * key.y;
                     dC[n / 16][block][r * 2] += scale[r] * pair[0];
