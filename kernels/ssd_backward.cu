@@ -443,6 +443,7 @@ INLINE void gradients(const Call &c) {
         const Stage &at = shared.stages[(h - begin) % 2];
         Paths &paths = shared.paths[(h - begin) % 2];
         const float *left = at.planes[FROM_LEFT], *right = at.planes[TO_RIGHT];
+        float *const pairs = paths.pairs[warp] + lane / 16 * 8 + 2 * q + lane / 8 % 2;
         float step[2], forward[2] = {}, backward[2] = {}, sent[2] = {}, received[2] = {}, unit[2] = {};
 #pragma unroll
         for (int r = 0; r < 2; r++) step[r] = at.planes[STEP][own + r * 8 + g];
@@ -455,11 +456,12 @@ INLINE void gradients(const Call &c) {
         for (int k = 0; k < BLOCKS; k++) {
             const int i = (warp + k) % BLOCKS;
             if (!BOTH && i < warp) continue;
+            const bits16 *const dy_of = at.dy + i * 16 * Rows<P>::PITCH;
             float G[2][4] = {};
 #pragma unroll
             for (int p = 0; p < P; p += 16) {
                 unsigned b[4];
-                Rows<P>::right_transposed(b, at.dy, i * 16, p);
+                Rows<P>::right_transposed(b, dy_of, 0, p);
                 multiply(G, x_left[p / 16], b);
             }
             const uint4 packed = shared.products[k][threadIdx.x];
@@ -533,12 +535,12 @@ INLINE void gradients(const Call &c) {
                 half[f] = (upper ? column[2 + f] : column[f]) + __shfl_xor_sync(~0u, upper ? column[f] : column[2 + f], 16);
             float sum = (odd ? half[1] : half[0]) + __shfl_xor_sync(~0u, odd ? half[0] : half[1], 8);
             sum += __shfl_xor_sync(~0u, sum, 4);
-            if (!(lane & 4)) paths.pairs[warp][i * 16 + lane / 16 * 8 + 2 * q + lane / 8 % 2] = sum;
+            pairs[i * 16] = sum;  // from two lanes
 
 #pragma unroll
             for (int p = 0; p < P; p += 16) {
                 unsigned b[4];
-                Rows<P>::right(b, at.dy, i * 16, p);
+                Rows<P>::right(b, dy_of, 0, p);
                 multiply(dx[p / 16], W, b);
             }
         }
