@@ -10,7 +10,8 @@
 // `chain` turns them into those that enter each chunk; to `outputs` they are 2 N more columns, with C for scores.
 //
 // Macros: KERNEL, ENTRY; THREADS, RESIDENT (blocks a processor); X_TYPE (of x, B, C and y: 1 bfloat16); STRIPS; N, WIDTH:
-// states and a slice of P, padded to multiples of 16; DIRECTIONS; ALL: every chunk is full; STATES: some enter.
+// states and a slice of P, padded to multiples of 16; DIRECTIONS; ALL: every chunk is full; STATES: those
+// that enter, DIRECT: one from each other chunk of few, which `chain` has not seen.
 
 #define LOG2E 1.4426950408889634f
 #define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
@@ -237,7 +238,7 @@ INLINE void outputs(const Call &call) {
     constexpr int ROWS = WARPS * 32;
     char *const tiles = dynamic_shared(), *const B_tile = tiles + (PANELS == 1 ? TILE_BYTES : 0);
     char *const C_tile = tiles + 2 * TILE_BYTES, *const entering = C_tile + PANELS * ROWS * ROW;
-    Decays *const decays = (Decays *)(entering + (STATES ? 2 * DIRECTIONS * STATE_BYTES : 0));
+    Decays *const decays = (Decays *)(entering + 2 * STATES * STATE_BYTES);
     const Place place(call);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const int strip = place.rest * WARPS + warp, jobs = call.heads * call.slices;
@@ -250,12 +251,15 @@ INLINE void outputs(const Call &call) {
             tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
             ALL ? TOKENS : place.tokens, call.p - p
         );
-        if (STATES)
-            load_tile<DIRECTIONS * N, WIDTH>(
-                entering + buffer * DIRECTIONS * STATE_BYTES,
-                call.states + ((place.b * call.chunks + place.c) * jobs + job) * (DIRECTIONS * N * WIDTH * 2), WIDTH * 2,
-                DIRECTIONS * N, WIDTH
+#pragma unroll
+        for (int s = 0; s < STATES; s++) {
+            const int c = DIRECT ? s + (s >= place.c) : place.c, d = DIRECT ? s >= place.c : s;
+            if (d >= DIRECTIONS) continue;
+            const i64 at = ((place.b * call.chunks + c) * jobs + job) * DIRECTIONS + d;
+            load_tile<N, WIDTH>(
+                entering + (buffer * STATES + s) * STATE_BYTES, call.states + at * (N * WIDTH * 2), WIDTH * 2, N, WIDTH
             );
+        }
         copy_async_commit();
     };
 
@@ -304,6 +308,11 @@ INLINE void outputs(const Call &call) {
         __syncthreads();
         load(place.begin, 0);
     }
+    const auto fetch_total = [&](int job) {
+        return DIRECT && lane <= STATES
+                   ? call.totals[(place.b * call.chunks + lane) * call.heads + job / call.slices] : 0.f;
+    };
+    float chunk_total = 0, next_total = fetch_total(place.begin);
     fetched.store<true>(call, place, place.begin / call.slices, decays[0]);
     fetched.fetch(call, place, min(place.begin + 1, place.end - 1) / call.slices, skip);
 
@@ -313,6 +322,7 @@ INLINE void outputs(const Call &call) {
         if (job + 1 < place.end) load(job + 1, buffer ^ 1);
         fetched.store<true>(call, place, min(job + 1, place.end - 1) / call.slices, decays[buffer ^ 1]);
         fetched.fetch(call, place, min(job + 2, place.end - 1) / call.slices, skip);
+        chunk_total = next_total, next_total = fetch_total(min(job + 1, place.end - 1));
         if (!alive) continue;
         const char *const tile = tiles + buffer * TILE_BYTES;
         const Decays &own = decays[buffer];
@@ -381,9 +391,21 @@ INLINE void outputs(const Call &call) {
 
         // other chunks
         if (STATES) {
-            const char *const state = entering + buffer * DIRECTIONS * STATE_BYTES;
-            const float between[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
+            const char *const state = entering + buffer * STATES * STATE_BYTES;
             const float4 ones = make_float4(1, 1, 1, 1);
+            const float outside[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
+            float between[STATES ? STATES : 1];
+#pragma unroll
+            for (int s = 0; s < STATES; s++) {
+                const int c = s + (s >= place.c);
+                float gap = 0;
+#pragma unroll
+                for (int k = 0; DIRECT && k <= STATES; k++) {
+                    const float total = __shfl_sync(~0u, chunk_total, k);
+                    gap += k > min(c, place.c) && k < max(c, place.c) ? total : 0;
+                }
+                between[s] = outside[DIRECT ? s >= place.c : s] * exp2_fast(gap);
+            }
 #pragma unroll
             for (int n = 0; n < STEPS; n++) {
                 unsigned c[2][4];
@@ -391,14 +413,17 @@ INLINE void outputs(const Call &call) {
                 for (int m = 0; m < 2; m++)
                     ldmatrix_x4(c[m], C_tile + (n / 4 * ROWS + warp * 32 + m * 16) * ROW + (rows_first ^ n % 4 * 32));
 #pragma unroll
-                for (int d = 0; d < DIRECTIONS; d++) {
+                for (int s = 0; s < STATES; s++) {
+                    const bool right = DIRECT ? s >= place.c : s;
+                    if (right && !BOTH) continue;
                     unsigned weight[2][4];
 #pragma unroll
-                    for (int m = 0; m < 2; m++) {
-                        const float *received = d ? from_right : from_left;
-                        scale(weight[m], c[m], ones, received[2 * m] * between[d], received[2 * m + 1] * between[d]);
-                    }
-                    multiply<2>(out, weight, state + d * STATE_BYTES + n * 16 * ROW, rows_first);
+                    for (int m = 0; m < 2; m++)
+                        scale(
+                            weight[m], c[m], ones, (right ? from_right : from_left)[2 * m] * between[s],
+                            (right ? from_right : from_left)[2 * m + 1] * between[s]
+                        );
+                    multiply<2>(out, weight, state + s * STATE_BYTES + n * 16 * ROW, rows_first);
                 }
             }
         }

@@ -19,7 +19,7 @@ _REST = struct.Struct("17q11if")  # the rest of ssd.cu's Call: its views, its si
 STRIP, SLICE = 32, 64  # tokens and columns of P that a warp takes at once
 CHUNK_SIZES = (32, 64, 128, 256)
 MOST_STATES = 128  # d_state that shared memory holds
-_STATIC = 8 * 4  # bytes of ssd.cu's Decays beside its 8 arrays of floats
+MOST_DIRECT = 4  # chunks up to which each takes states of all others, rather than those that `chain` makes of them
 _WEIGHED = 0  # ssd.cu's SCALE
 
 
@@ -124,15 +124,18 @@ def _layout(call: _Signature) -> _Layout:
         return _kernel(entry, call.device, shared, **known), blocks * parts, plan.warps * 32, _REST.pack(*views, *sizes)
 
     launches = []
-    entering = chunks > 1 or call.initial
+    # few chunks receive each other's states as they are
+    direct = 1 < chunks <= MOST_DIRECT and states <= SLICE and not (call.initial or call.last)
+    entering = chunks - 1 if direct else directions if chunks > 1 or call.initial else 0
     if entering or call.last:
-        launches.append(launch("sums", sums, batch * chunks * G, tiles + decays, STATES=0))
+        launches.append(launch("sums", sums, batch * chunks * G, tiles + decays, STATES=0, DIRECT=0))
+    if (entering or call.last) and not direct:
         each = Plan(4, 4, jobs)
         pieces = batch * H * slices * directions * states * width // 8
-        launches.append(launch("chain", each, -(-pieces // 128), 0, ALL=0, STATES=0))
-    shared = tiles + decays + panels * outputs.warps * STRIP * row + entering * 2 * directions * states * row
+        launches.append(launch("chain", each, -(-pieces // 128), 0, ALL=0, STATES=0, DIRECT=0))
+    shared = tiles + decays + panels * outputs.warps * STRIP * row + entering * 2 * states * row
     blocks = batch * chunks * G * (strips // outputs.warps)
-    launches.append(launch("outputs", outputs, blocks, shared, STATES=int(entering)))
+    launches.append(launch("outputs", outputs, blocks, shared, STATES=entering, DIRECT=int(direct)))
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
     return _Layout(tuple(launches), stored, stored + formed * batch * chunks * H * 4)
