@@ -175,6 +175,7 @@ INLINE void multiply(float (*c)[WIDTH / 8][4], const unsigned (*a)[4], const cha
 }
 
 // Rows g and g + 8 of a warp's 16 x WIDTH to memory: neighbouring lanes exchange halves, so that 4 lanes fill 32 bytes
+template <bool STREAM>
 INLINE void store_rows(char *to, i64 stride, const float (*c)[4], int rows, int columns) {
     const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
     const bool odd = q & 1;
@@ -186,8 +187,11 @@ INLINE void store_rows(char *to, i64 stride, const float (*c)[4], int rows, int 
             const unsigned right = pack2<X_TYPE>(c[2 * i + 1][2 * half], c[2 * i + 1][2 * half + 1]);
             const unsigned other = __shfl_xor_sync(~0u, odd ? left : right, 1);
             const int row = g + 8 * half, column = i * 16 + odd * 8 + q / 2 * 4;
-            if (row < rows && column < columns)
-                *(uint2 *)(to + row * stride + column * 2) = odd ? make_uint2(other, right) : make_uint2(left, other);
+            if (row >= rows || column >= columns) continue;
+            uint2 *const at = (uint2 *)(to + row * stride + column * 2);
+            const uint2 v = odd ? make_uint2(other, right) : make_uint2(left, other);
+            if (STREAM) __stcs(at, v);
+            else *at = v;
         }
 }
 
@@ -269,9 +273,10 @@ INLINE void outputs(const Call &call) {
         place.tokens - place.rest * ROWS, call.n
     );
     copy_async_commit();
-    if (PANELS == 1) load(place.begin, 0);
+    const int last = place.end - 1;  // from the last job to the first: what `sums` read last may still be in the L2 cache
+    if (PANELS == 1) load(last, 0);
     Fetched fetched;
-    fetched.fetch(call, place, place.begin / call.slices, skip);
+    fetched.fetch(call, place, last / call.slices, skip);
     copy_async_wait<PANELS == 1 ? 1 : 0>();
     __syncthreads();
 
@@ -306,23 +311,23 @@ INLINE void outputs(const Call &call) {
     }
     if (PANELS > 1) {
         __syncthreads();
-        load(place.begin, 0);
+        load(last, 0);
     }
     const auto fetch_total = [&](int job) {
         return DIRECT && lane <= STATES
                    ? call.totals[(place.b * call.chunks + lane) * call.heads + job / call.slices] : 0.f;
     };
-    float chunk_total = 0, next_total = fetch_total(place.begin);
-    fetched.store<true>(call, place, place.begin / call.slices, decays[0]);
-    fetched.fetch(call, place, min(place.begin + 1, place.end - 1) / call.slices, skip);
+    float chunk_total = 0, next_total = fetch_total(last);
+    fetched.store<true>(call, place, last / call.slices, decays[0]);
+    fetched.fetch(call, place, max(last - 1, place.begin) / call.slices, skip);
 
-    for (int job = place.begin, buffer = 0; job < place.end; job++, buffer ^= 1) {
+    for (int job = last, buffer = 0; job >= place.begin; job--, buffer ^= 1) {
         copy_async_wait<0>();
         __syncthreads();
-        if (job + 1 < place.end) load(job + 1, buffer ^ 1);
-        fetched.store<true>(call, place, min(job + 1, place.end - 1) / call.slices, decays[buffer ^ 1]);
-        fetched.fetch(call, place, min(job + 2, place.end - 1) / call.slices, skip);
-        chunk_total = next_total, next_total = fetch_total(min(job + 1, place.end - 1));
+        if (job > place.begin) load(job - 1, buffer ^ 1);
+        fetched.store<true>(call, place, max(job - 1, place.begin) / call.slices, decays[buffer ^ 1]);
+        fetched.fetch(call, place, max(job - 2, place.begin) / call.slices, skip);
+        chunk_total = next_total, next_total = fetch_total(max(job - 1, place.begin));
         if (!alive) continue;
         const char *const tile = tiles + buffer * TILE_BYTES;
         const Decays &own = decays[buffer];
@@ -433,7 +438,7 @@ INLINE void outputs(const Call &call) {
         char *const y = call.y + (place.b * call.length + token) * stride + ((i64)h * call.p + p) * 2;
 #pragma unroll
         for (int m = 0; m < 2; m++)
-            store_rows(
+            store_rows<true>(
                 y + m * 16 * stride, stride, out[m], ALL ? 16 : place.tokens - strip * 32 - m * 16, call.p - p
             );
     }
@@ -514,7 +519,7 @@ INLINE void sums(const Call &call) {
         const i64 at = (place.b * call.chunks + place.c) * jobs + job;
 #pragma unroll
         for (int d = 0; d < DIRECTIONS; d++)
-            store_rows(
+            store_rows<false>(
                 call.states + ((at * DIRECTIONS + d) * N + warp * 16) * (WIDTH * 2), WIDTH * 2, state[d], 16, WIDTH
             );
         if (threadIdx.x == 0 && job % call.slices == 0)
