@@ -10,7 +10,8 @@
 // log-decay on the path from j to i: paths are sorted by where in the tile they begin and end, and those that cross it
 // are what enters times what leaves on the other side.
 //
-// Macros: KERNEL, ENTRY, ARGUMENT; THREADS, RESIDENT (blocks a processor); TILE; STAGES of a walk; P, N: widths, multiples of 16; OPERAND, type of
+// Macros: KERNEL, ENTRY, ARGUMENT; THREADS, RESIDENT (blocks a processor); TILE; STAGES of a walk, in flight;
+// BUFFERS of gradients, 1 or 2; P, N: widths, multiples of 16; OPERAND, type of
 // x, dy, B and C, DT_TYPE of dt (0 float, 1 bfloat16, 2 half); BOTH directions; DIAGONAL: directions that count a token's own
 // pair; SOFTPLUS; HAS_D; PARTIAL: dB and dC are parts of a sum, in float.
 
@@ -330,7 +331,7 @@ struct Stage {
 struct Shared {
     bits16 B[TILE * Rows<N>::PITCH], C[TILE * Rows<N>::PITCH];
     uint4 products[TILE / 16][THREADS];  // S^T, each thread's own; at the end dS^T
-    Stage stages[2];
+    Stage stages[BUFFERS];
     Paths paths[2];
 };
 
@@ -394,7 +395,7 @@ INLINE void gradients(const Call &c) {
     const char *dy = c.dy + b * c.dy_view.batch + token0 * c.dy_view.token;
     auto fetch = [&](int h) {
         if (h < end) {
-            Stage &to = shared.stages[(h - begin) % 2];
+            Stage &to = shared.stages[(h - begin) % BUFFERS];
             Rows<P>::fetch<TILE>(to.x, x + h * c.x_view.head, (int)c.x_view.token, rows, c.p);
             Rows<P>::fetch<TILE>(to.dy, dy + h * c.dy_view.head, (int)c.dy_view.token, rows, c.p);
             const bits16 *states = c.states + ((b * c.tiles + tile) * c.H + h) * KINDS * STATE;
@@ -436,11 +437,15 @@ INLINE void gradients(const Call &c) {
 
     float dS[BLOCKS][2][4] = {}, dB[N / 16][2][4] = {}, dC[N / 16][2][4] = {};
     for (int h = begin; h < end; h++) {
+        if (BUFFERS == 1 && h > begin) {
+            __syncthreads();
+            fetch(h);
+        }
         copy_async_wait<0>();
         __syncthreads();
         if (h > begin && warp == (h - begin) % WARPS) finish(c, shared.paths[(h - begin - 1) % 2], b, tile, h - 1);
-        fetch(h + 1);
-        const Stage &at = shared.stages[(h - begin) % 2];
+        if (BUFFERS == 2) fetch(h + 1);
+        const Stage &at = shared.stages[(h - begin) % BUFFERS];
         Paths &paths = shared.paths[(h - begin) % 2];
         const float *left = at.planes[FROM_LEFT], *right = at.planes[TO_RIGHT];
         float *const pairs = paths.pairs[warp] + lane / 16 * 8 + 2 * q + lane / 8 % 2;

@@ -1,6 +1,7 @@
 """The gradients of state-space duality in CUDA C++ (ssd_backward.cu), compiled at first use by NVRTC."""
 
 import concurrent.futures
+import ctypes
 import functools
 import pathlib
 import struct
@@ -21,33 +22,64 @@ _SUM = struct.Struct("8P4q")
 _SMALL_THREADS = 256  # of `decays` and `sums`
 _WALK_THREADS = 2 * WIDTH
 _PLANES = 7
+_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a CUdevice_attribute
 
 
 class Plan(NamedTuple):
-    """How gradients are laid over the GPU: tokens of a tile, heads of a block, tiles in flight in a walk."""
+    """How gradients are laid over the GPU: tokens of a tile, heads of a block; tiles in flight in a walk, and heads."""
 
     tile: int
     part: int
     stages: int
+    buffers: int = 2
 
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+@functools.cache
+def _room(device: int) -> int:
+    """Bytes of shared memory that a block may have."""
+    if device < 0:  # a CPU that emulates
+        return 227 << 10
+    driver, handle, room = nvrtc._driver(), ctypes.c_int(), ctypes.c_int()
+    nvrtc._check(driver.cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+    asking = driver.cuDeviceGetAttribute(ctypes.byref(room), _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, handle)
+    nvrtc._check(asking, "measuring shared memory")
+    return room.value
+
+
+def _shared(plan: Plan, P: int, N: int, kinds: int, steps: int) -> tuple[int, int]:
+    """Bytes of shared memory of ssd_backward.cu's WalkStages, of which so many are used, and Shared."""
+    tile, warps = plan.tile, plan.tile // 16
+    p, n = (w if w % 64 == 0 else w + 8 for w in (P, N))
+    walk = 2 * tile * (n + p) + 4 * (tile + 4)
+    stage = 2 * (2 * tile * p + kinds * N * p) + 12 * tile
+    paths = 4 * (warps * tile + 7 * tile + warps)
+    return walk * min(plan.stages, steps), _up(4 * tile * n + 2 * tile * tile + plan.buffers * stage + 2 * paths, 16)
+
+
 @functools.lru_cache(4096)
-def plan(batch: int, length: int, H: int, groups: int, processors: int) -> Plan:
-    """Tiles of 128 tokens halve the traffic of states; a group's heads are split until blocks fill the GPU."""
-    tile = 64 if length <= 64 else 128
-    tiles, heads, slots = -(-length // tile), H // groups, processors * 128 // tile
-    best = None
-    for parts in range(1, heads + 1):
-        part = -(-heads // parts)
-        waves = -(-batch * tiles * groups * -(-heads // part) // slots)
-        cost = waves * (part + 2)  # a block begins and ends in the time of about two heads
-        if best is None or cost < best[0]:
-            best = cost, part
-    return Plan(tile, best[1], 3 if tiles > 3 else 2)
+def plan(
+    batch: int, length: int, H: int, groups: int, P: int, N: int, kinds: int, processors: int, room: int
+) -> Plan | None:
+    """Tiles of 128 tokens halve the traffic of states; a group's heads are split until blocks fill the GPU.
+
+    None where ``room`` is not enough.
+    """
+    stages = 3 if length > 384 else 2
+    sizes = [Plan(128, 0, stages)] * (length > 64) + [Plan(64, 0, stages), Plan(64, 0, 2, 1)]
+    fitting = [size for size in sizes if max(_shared(size, P, N, kinds, stages)) <= room]
+    if not fitting:
+        return None
+    tile, heads = fitting[0].tile, H // groups
+    blocks, slots = batch * -(-length // tile) * groups, processors * 128 // tile
+
+    def cost(part: int) -> int:  # a block begins and ends in the time of about two heads
+        return -(-blocks * -(-heads // part) // slots) * (part + 2)
+
+    return fitting[0]._replace(part=min(range(heads, 0, -1), key=cost))
 
 
 class _Layout(NamedTuple):
@@ -59,16 +91,6 @@ class _Layout(NamedTuple):
     offsets: tuple[int, ...]
     parts: int
     rows: int
-
-
-def _shared(tile: int, P: int, N: int, kinds: int, stages: int) -> tuple[int, int]:
-    """Bytes of shared memory of ssd_backward.cu's WalkStages and Shared."""
-    p, n = (w if w % 64 == 0 else w + 8 for w in (P, N))
-    warps = tile // 16
-    stage = 2 * (2 * tile * p + kinds * N * p) + 12 * tile
-    paths = 4 * (warps * tile + 7 * tile + warps)
-    walk = 2 * tile * (n + p) + 4 * (tile + 4)
-    return walk * stages, _up(4 * tile * n + 2 * tile * tile + 2 * stage + 2 * paths, 16)
 
 
 @functools.lru_cache(1024)
@@ -91,16 +113,17 @@ def _layout(
     P, N = _up(p, 16), _up(n, 16)
     tiles, parts = -(-length // tile), -(-(H // groups) // plan.part)
     steps = tiles if ends else tiles - 1
-    walk, gradients = _shared(tile, P, N, kinds, min(plan.stages, steps))
+    walk, gradients = _shared(plan, P, N, kinds, steps)
     macros = {"TILE": tile, "P": P, "N": N, "OPERAND": _TYPES[operand], "DT_TYPE": _TYPES[dt_type], "BOTH": int(both)}
     macros |= {"DIAGONAL": f"{(1 + both) * scanned}.f", "SOFTPLUS": int(softplus), "HAS_D": int(has_D)}
-    macros |= {"PARTIAL": int(parts > 1), "STAGES": plan.stages}
+    macros |= {"PARTIAL": int(parts > 1), "STAGES": plan.stages, "BUFFERS": plan.buffers}
     unread = {  # what an entry does not look at shall not compile it again
-        "decays": dict.fromkeys(("P", "N"), 16) | {"BOTH": 1, "HAS_D": 0, "PARTIAL": 0, "STAGES": 2, "DIAGONAL": "0.f"},
-        "walk": {"DT_TYPE": 0, "SOFTPLUS": 0, "HAS_D": 0, "PARTIAL": 0, "DIAGONAL": "0.f"},
-        "gradients": {"STAGES": 2},
-        "sums": {"STAGES": 2, "TILE": 64, "P": 16, "N": 16, "DT_TYPE": 0, "BOTH": 1, "SOFTPLUS": 0, "HAS_D": 0, "DIAGONAL": "0.f"},
+        "decays": ("P", "N", "BOTH", "DIAGONAL", "HAS_D", "PARTIAL", "STAGES", "BUFFERS"),
+        "walk": ("DT_TYPE", "DIAGONAL", "SOFTPLUS", "HAS_D", "PARTIAL", "BUFFERS"),
+        "gradients": ("STAGES",),
+        "sums": ("TILE", "P", "N", "DT_TYPE", "BOTH", "DIAGONAL", "SOFTPLUS", "HAS_D", "STAGES", "BUFFERS"),
     }
+    constants = {"TILE": 64, "P": 16, "N": 16, "DIAGONAL": "0.f", "STAGES": 2, "BUFFERS": 2}
     heads = -(-H // 32)
     jobs = [
         ("decays", batch * tiles * heads, _SMALL_THREADS, 1, 0),
@@ -112,7 +135,8 @@ def _layout(
 
     def build(job) -> tuple[nvrtc.Kernel, int, int]:
         entry, blocks, threads, resident, shared = job
-        values = macros | unread[entry] | {"ENTRY": entry, "KERNEL": f"ssd_{entry}", "THREADS": threads}
+        values = macros | {name: constants.get(name, 0) for name in unread[entry]} | {"ENTRY": entry}
+        values |= {"KERNEL": f"ssd_{entry}", "THREADS": threads}
         values |= {"RESIDENT": resident, "ARGUMENT": "Sum" if entry == "sums" else "Call"}
         defines = tuple(f"{name}={v}" for name, v in values.items())
         return nvrtc.kernel(_SOURCES, f"ssd_{entry}", defines, device, shared), blocks, threads
@@ -138,7 +162,7 @@ def _layout(
 
 
 def _rows(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of whole 16 bytes at multiples of 16 bytes, which copies take; others are copied and filled up with zeros."""
+    """Rows of whole 16 bytes at multiples of 16 bytes, which copies take; others are copied and zeros put at the end."""
     v = v.to(dtype)
     fill = -v.shape[-1] % 8
     if fill:
@@ -184,7 +208,7 @@ def ssd_backward(
     *,
     chosen: Plan | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, dt, A, B, C, D (batch, L, H), dt_bias and initial_state, or None where there is nothing to differ.
+    """Gradients of x, dt, A, B, C, D (batch, L, H), dt_bias and initial_state; None of what is None.
 
     bfloat16 and float16, P and N up to ``WIDTH``. States are formed again, none are kept. ``chosen`` instead of
     :func:`plan`. ``chunk_size`` is not looked at.
@@ -199,7 +223,8 @@ def ssd_backward(
     A, bias = A.float().contiguous(), None if dt_bias is None else dt_bias.float().contiguous()
     D = None if D is None else D.float()
     initial, gradient = _states(initial_state, p, n), _states(grad_state, p, n)
-    chosen = chosen or plan(batch, length, H, G, nvrtc.processors(device))
+    sizes = batch, length, H, G, _up(p, 16), _up(n, 16), 2 + 2 * bidirectional
+    chosen = chosen or plan(*sizes, nvrtc.processors(device), _room(device))
     ends = initial is not None
     walked = length > chosen.tile or ends or gradient is not None
     views = sum((_view(v) for v in (x, dy, keys, queries, dt, D)), ())

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mambavision.kernels import ssd_chunked, ssd_reference
-from mambavision.kernels.ssd_cuda_backward import Plan, plan, ssd_backward
+from mambavision.kernels.ssd_cuda_backward import Plan, _shared, plan, ssd_backward
 from tests.kernels.emulated import DESCENDING, RANDOM
-from tests.kernels.test_ssd import DTYPES, EXTREME, FULL, GRADIENT_LIMIT, LARGE, Case, make, relative, strided
+from tests.kernels.test_ssd import EXTREME, FULL, GRADIENT_LIMIT, LARGE, Case, make, relative, strided
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 SMALL = [
@@ -23,6 +23,7 @@ SMALL = [
     (Case(300, "free", 2, 16, 64, dtype="bf16", strided=True), Plan(128, 2, 3)),
     (Case(65, "sum", dtype="bf16", dt=20.0, decay=-16.0), Plan(64, 3, 2)),
     (Case(65, "sum", dtype="bf16", size=1e3, options=False), Plan(64, 3, 2)),
+    (Case(197, "sum", 4, 16, 16, dtype="bf16"), Plan(64, 4, 2, 1)),
 ]
 
 
@@ -84,7 +85,12 @@ def test_the_order_of_threads_changes_no_bit(emulator):
 
 def test_nothing_unwritten_comes_back(emulator, monkeypatch):
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(255 if kw["dtype"] == torch.uint8 else torch.nan))
+
+    def poisoned(*args, **options):
+        v = empty(*args, **options)
+        return v.fill_(255 if v.dtype == torch.uint8 else torch.nan)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
     check(Case(130, "sum", 2, 24, 16, dtype="bf16", options=False), Plan(64, 1, 2))
 
 
@@ -96,11 +102,13 @@ def test_an_empty_batch(emulator):
     assert not grads[2].any()
 
 
-@pytest.mark.parametrize("sizes", product((1, 3, 64), (1, 64, 65, 256, 16384), (1, 5, 36), (1, 132)), ids=str)
-def test_a_plan_covers_all_heads(sizes):
-    batch, length, H, processors = sizes
-    chosen = plan(batch, length, H, 1, processors)
-    assert chosen.tile in (64, 128) and 1 <= chosen.part <= H and chosen.stages in (2, 3)
+def test_a_plan_fits_its_block_and_covers_all_heads():
+    sizes = product((1, 3, 64), (1, 64, 65, 256, 16384), (1, 5, 36), (1,), (16, 64), (16, 64), (2, 4), (1, 132))
+    for (*shape, processors), room in product(sizes, (99 << 10, 163 << 10, 227 << 10)):
+        chosen, (_, length, H, _, P, N, kinds) = plan(*shape, processors, room), shape
+        assert max(_shared(chosen, P, N, kinds, chosen.stages)) <= room and 1 <= chosen.part <= H
+        assert chosen.tile == (128 if room > 200 << 10 and length > 64 else chosen.tile)
+    assert plan(1, 65, 1, 1, 64, 64, 4, 1, 48 << 10) is None
 
 
 @pytest.mark.gpu
