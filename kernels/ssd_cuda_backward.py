@@ -74,7 +74,10 @@ def plan(
     if not fitting:
         return None
     tile, heads = fitting[0].tile, H // groups
-    blocks, slots = batch * -(-length // tile) * groups, processors * 128 // tile
+    blocks, resident = batch * -(-length // tile) * groups, 1
+    while resident < 128 // tile and (resident + 1) * _shared(fitting[0], P, N, kinds, stages)[1] <= room:
+        resident += 1
+    slots = processors * resident
 
     def cost(part: int) -> int:  # a block begins and ends in the time of about two heads
         return -(-blocks * -(-heads // part) // slots) * (part + 2)
@@ -162,7 +165,7 @@ def _layout(
 
 
 def _rows(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of whole 16 bytes at multiples of 16 bytes, which copies take; others are copied and zeros put at the end."""
+    """Rows of whole 16 bytes at multiples of 16 bytes, which copies take; others are copied, with zeros at the end."""
     v = v.to(dtype)
     fill = -v.shape[-1] % 8
     if fill:
