@@ -10,7 +10,7 @@
 // `chain` turns them into those that enter each chunk; to `outputs` they are 2 N more columns, with C for scores.
 //
 // Macros: KERNEL, ENTRY; THREADS, RESIDENT (blocks a processor); X_TYPE (of x, B, C and y: 1 bfloat16); STRIPS; N, WIDTH:
-// states and a slice of P, padded to multiples of 16; DIRECTIONS; ALL: every chunk is full; STATES: those
+// states and a slice of P, padded to multiples of 16; DIRECTIONS; ALL: every chunk and slice is full; STATES: those
 // that enter, DIRECT: one from each other chunk of few, which `chain` has not seen.
 
 #define LOG2E 1.4426950408889634f
@@ -100,7 +100,7 @@ struct Fetched {
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const int t = threadIdx.x + i * THREADS, strip = t / 32;
-            if (strip >= STRIPS) break;
+            if (STRIPS % WARPS && strip >= STRIPS) break;
             float step = dt[i] + bias;
             if (call.softplus) step = softplus(step);
             if (!ALL && t >= place.tokens) step = 0;
@@ -253,7 +253,7 @@ INLINE void outputs(const Call &call) {
         const int h = job / call.slices, p = (job - h * call.slices) * SLICE;
         load_tile<TOKENS, WIDTH>(
             tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
-            ALL ? TOKENS : place.tokens, call.p - p
+            ALL ? TOKENS : place.tokens, ALL ? WIDTH : call.p - p
         );
 #pragma unroll
         for (int s = 0; s < STATES; s++) {
@@ -397,7 +397,6 @@ INLINE void outputs(const Call &call) {
         // other chunks
         if (STATES) {
             const char *const state = entering + buffer * STATES * STATE_BYTES;
-            const float4 ones = make_float4(1, 1, 1, 1);
             const float outside[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
             float between[STATES ? STATES : 1];
 #pragma unroll
@@ -424,10 +423,12 @@ INLINE void outputs(const Call &call) {
                     unsigned weight[2][4];
 #pragma unroll
                     for (int m = 0; m < 2; m++)
-                        scale(
-                            weight[m], c[m], ones, (right ? from_right : from_left)[2 * m] * between[s],
-                            (right ? from_right : from_left)[2 * m + 1] * between[s]
-                        );
+#pragma unroll
+                        for (int k = 0; k < 4; k++) {
+                            const int row = 2 * m + k % 2;
+                            const float received = (right ? from_right[row] : from_left[row]) * between[s];
+                            weight[m][k] = multiply2<X_TYPE>(c[m][k], pack2<X_TYPE>(received, received));
+                        }
                     multiply<2>(out, weight, state + s * STATE_BYTES + n * 16 * ROW, rows_first);
                 }
             }
@@ -439,7 +440,8 @@ INLINE void outputs(const Call &call) {
 #pragma unroll
         for (int m = 0; m < 2; m++)
             store_rows<true>(
-                y + m * 16 * stride, stride, out[m], ALL ? 16 : place.tokens - strip * 32 - m * 16, call.p - p
+                y + m * 16 * stride, stride, out[m], ALL ? 16 : place.tokens - strip * 32 - m * 16,
+                ALL ? WIDTH : call.p - p
             );
     }
 }
@@ -456,7 +458,7 @@ INLINE void sums(const Call &call) {
         const int h = job / call.slices, p = (job - h * call.slices) * SLICE;
         load_tile<TOKENS, WIDTH>(
             tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
-            ALL ? TOKENS : place.tokens, call.p - p
+            ALL ? TOKENS : place.tokens, ALL ? WIDTH : call.p - p
         );
         copy_async_commit();
     };

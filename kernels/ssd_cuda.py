@@ -111,7 +111,7 @@ def _layout(call: _Signature) -> _Layout:
     row = 2 * SLICE  # bytes of a tile's row
     tiles, decays = 2 * call.chunk * row, 2 * (8 * 4 * call.chunk + 4 * max(4, strips))
     defines = {"STRIPS": strips, "N": states, "WIDTH": width, "DIRECTIONS": directions}
-    defines["ALL"] = int(length % call.chunk == 0)
+    defines["ALL"] = int(length % call.chunk == 0 and P % width == 0)
     views = [s for v in (call.x, call.dt, call.B, call.C, call.D) for s in _strides(v)]
     dtypes = _TYPES[call.dt[2]], 0 if call.D is None else _TYPES[call.D[2]]
     jobs = H // G * slices
