@@ -391,21 +391,41 @@ INLINE void gradients(const Call &c) {
     const bool present[4] = {c.walked && (from_left || c.initial), c.walked && (from_right || c.gradient),
                              c.walked && (from_right || c.initial), c.walked && (from_left || c.gradient)};
 
-    const char *x = c.x + b * c.x_view.batch + token0 * c.x_view.token;
-    const char *dy = c.dy + b * c.dy_view.batch + token0 * c.dy_view.token;
+    // each thread's next head; copies of heads are asked for in their order
+    constexpr int CHUNKS = P / 8, PASS = THREADS / CHUNKS;
+    const int copied_row = threadIdx.x / CHUNKS, copied_chunk = threadIdx.x % CHUNKS;
+    const bool copies = copied_row < PASS && copied_chunk * 8 < c.p;
+    const char *x = c.x + b * c.x_view.batch + begin * c.x_view.head + (token0 + copied_row) * c.x_view.token;
+    const char *dy = c.dy + b * c.dy_view.batch + begin * c.dy_view.head + (token0 + copied_row) * c.dy_view.token;
+    x += copied_chunk * 16, dy += copied_chunk * 16;
+    const bits16 *states = c.states + ((b * c.tiles + tile) * c.H + begin) * KINDS * STATE + threadIdx.x * 8;
+    const float *planes = c.planes + warp * plane + (b * c.H + begin) * padded + token0 + lane * 4;
+    const i64 x_step = PASS * c.x_view.token, dy_step = PASS * c.dy_view.token;
     auto fetch = [&](int h) {
         if (h < end) {
             Stage &to = shared.stages[(h - begin) % BUFFERS];
-            Rows<P>::fetch<TILE>(to.x, x + h * c.x_view.head, (int)c.x_view.token, rows, c.p);
-            Rows<P>::fetch<TILE>(to.dy, dy + h * c.dy_view.head, (int)c.dy_view.token, rows, c.p);
-            const bits16 *states = c.states + ((b * c.tiles + tile) * c.H + h) * KINDS * STATE;
+            const unsigned place = Rows<P>::at(copied_row, copied_chunk);
 #pragma unroll
-            for (int kind = 0; kind < KINDS; kind++)
-                if (present[kind]) Rows<P>::fetch<N>(to.states[kind], (const char *)(states + kind * STATE), P * 2, N, P);
-            for (int j = threadIdx.x; j < 3 * TILE / 4; j += THREADS) {
-                const i64 from = j / (TILE / 4) * plane + (b * c.H + h) * padded + token0 + j % (TILE / 4) * 4;
-                copy_async_16(to.planes[0] + j * 4, c.planes + from, true);
+            for (int j = 0; j < ROUND_UP(TILE, PASS); j++) {
+                const int row = copied_row + j * PASS;
+                if (THREADS % CHUNKS && (copied_row >= PASS || row >= TILE)) break;
+                const bool inside = copies && row < rows;
+                copy_async_16(to.x + place + j * PASS * Rows<P>::PITCH, x + j * x_step, inside);
+                copy_async_16(to.dy + place + j * PASS * Rows<P>::PITCH, dy + j * dy_step, inside);
             }
+#pragma unroll
+            for (int kind = 0; kind < KINDS; kind++) {
+                if (!present[kind]) continue;
+#pragma unroll
+                for (int j = 0; j < ROUND_UP(N, PASS); j++) {
+                    const int row = copied_row + j * PASS;
+                    if ((THREADS % CHUNKS && copied_row >= PASS) || (N % PASS && row >= N)) break;
+                    copy_async_16(to.states[kind] + place + j * PASS * Rows<P>::PITCH,
+                                  states + kind * STATE + j * PASS * P, true);
+                }
+            }
+            if (warp < 3 && lane < TILE / 4) copy_async_16(to.planes[warp] + lane * 4, planes, true);
+            x += c.x_view.head, dy += c.dy_view.head, states += KINDS * STATE, planes += padded;
         }
         copy_async_commit();
     };
@@ -435,6 +455,9 @@ INLINE void gradients(const Call &c) {
                                                      pack2<OPERAND>(S[1][0], S[1][1]), pack2<OPERAND>(S[1][2], S[1][3]));
     }
 
+    bits16 *dx_to = (bits16 *)c.dx + ((b * c.length + token0 + own + g) * c.H + begin) * c.p + 2 * q;
+    const char *skip = (const char *)c.D + b * c.D_view.batch + (token0 + own + g) * c.D_view.token;
+    skip += begin * c.D_view.head;
     float dS[BLOCKS][2][4] = {}, dB[N / 16][2][4] = {}, dC[N / 16][2][4] = {};
     for (int h = begin; h < end; h++) {
         if (BUFFERS == 1 && h > begin) {
@@ -613,23 +636,21 @@ INLINE void gradients(const Call &c) {
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int t = own + r * 8 + g;
-            const i64 token = token0 + t;
-            const bool inside = t < rows;
-            const float skip = HAS_D && inside
-                ? *(const float *)((const char *)c.D + b * c.D_view.batch + token * c.D_view.token + h * c.D_view.head) : 0.f;
-            bits16 *to = (bits16 *)c.dx + ((b * c.length + token) * c.H + h) * c.p + 2 * q;
+            const bool inside = own + r * 8 + g < rows;
+            const float factor = HAS_D && inside ? *(const float *)(skip + r * 8 * c.D_view.token) : 0.f;
+            bits16 *const to = dx_to + r * 8 * c.H * c.p;
 #pragma unroll
             for (int e = 0; e < P / 8; e++) {
                 const float *v = dx[e / 2][e % 2] + r * 2;
                 float2 out = make_float2(step[r] * v[0], step[r] * v[1]);
                 if (HAS_D) {
                     const float2 y = Rows<P>::pair(at.dy, own + r * 8, e * 8);
-                    out.x += skip * y.x, out.y += skip * y.y;
+                    out.x += factor * y.x, out.y += factor * y.y;
                 }
                 if (inside && e * 8 < c.p) *(unsigned *)(to + e * 8) = pack2<OPERAND>(out.x, out.y);
             }
         }
+        dx_to += c.p, skip += c.D_view.head;
 
         // what enters it
 #pragma unroll
@@ -681,8 +702,11 @@ INLINE void gradients(const Call &c) {
 #pragma unroll
         for (int kind = 0; kind < KINDS; kind += 2) {
             if (!present[kind] || !present[kind + 1]) continue;
-            for (int i = threadIdx.x; i < STATE / 8; i += THREADS) {
-                const int place = Rows<P>::at(i / (P / 8), i % (P / 8));
+#pragma unroll
+            for (int j = 0; j < ROUND_UP(N, PASS); j++) {
+                const int row = copied_row + j * PASS;
+                if ((THREADS % CHUNKS && copied_row >= PASS) || (N % PASS && row >= N)) break;
+                const unsigned place = Rows<P>::at(copied_row, copied_chunk) + j * PASS * Rows<P>::PITCH;
                 const uint4 v = *(const uint4 *)(at.states[kind] + place);
                 const uint4 w = *(const uint4 *)(at.states[kind + 1] + place);
                 const unsigned vs[4] = {v.x, v.y, v.z, v.w}, ws[4] = {w.x, w.y, w.z, w.w};
