@@ -520,10 +520,12 @@ INLINE void sums(const Call &call) {
         }
         const i64 at = (place.b * call.chunks + place.c) * jobs + job;
 #pragma unroll
-        for (int d = 0; d < DIRECTIONS; d++)
+        for (int d = 0; d < DIRECTIONS; d++) {
+            if (place.c == (d ? 0 : call.chunks - 1) && !call.last) continue;  // nobody receives it
             store_rows<false>(
                 call.states + ((at * DIRECTIONS + d) * N + warp * 16) * (WIDTH * 2), WIDTH * 2, state[d], 16, WIDTH
             );
+        }
         if (threadIdx.x == 0 && job % call.slices == 0)
             call.totals[(place.b * call.chunks + place.c) * call.heads + job / call.slices] = total;
     }
