@@ -140,6 +140,13 @@ INLINE float sum_of_quad(float v) {
     return v + __shfl_xor_sync(~0u, v, 2);
 }
 
+// Of the sums of four values over lanes that differ in bits 3 and 2, each lane gets the one that these bits number
+INLINE float sum_of_column(const float *v, bool bit_3, bool bit_2) {
+    const float one = (bit_3 ? v[2] : v[0]) + __shfl_xor_sync(~0u, bit_3 ? v[0] : v[2], 8);
+    const float two = (bit_3 ? v[3] : v[1]) + __shfl_xor_sync(~0u, bit_3 ? v[1] : v[3], 8);
+    return (bit_2 ? two : one) + __shfl_xor_sync(~0u, bit_2 ? one : two, 4);
+}
+
 INLINE float sum_of_warp(float v) {
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) v += __shfl_xor_sync(~0u, v, mask);
@@ -471,168 +478,145 @@ INLINE void gradients(const Call &c) {
         const Stage &at = shared.stages[(h - begin) % BUFFERS];
         Paths &paths = shared.paths[(h - begin) % 2];
         const float *left = at.planes[FROM_LEFT], *right = at.planes[TO_RIGHT];
-        float *const pairs = paths.pairs[warp] + lane / 16 * 8 + 2 * q + lane / 8 % 2;
+        const bool upper = lane & 16, odd = lane & 8, last = lane & 4;
+        float *const pairs = paths.pairs[warp] + odd * 8 + 2 * q + last;
         float step[2], forward[2] = {}, backward[2] = {}, sent[2] = {}, received[2] = {}, unit[2] = {};
 #pragma unroll
         for (int r = 0; r < 2; r++) step[r] = at.planes[STEP][own + r * 8 + g];
+        const auto to_border = [&](int kind, int r) {  // decay from or to a token
+            const int t = own + r * 8 + g;
+            if (kind == STATE_RIGHT) return exp2_fast(left[t]);
+            if (kind == STATE_LEFT) return exp2_fast(right[t]);
+            if (kind == COSTATE_LEFT) return t < TILE - 1 ? exp2_fast(right[t + 1]) : 1.f;
+            return t ? exp2_fast(left[t - 1]) : 1.f;
+        };
 
-        float dx[P / 16][2][4] = {}, all[2] = {}, ahead[2] = {};  // sums over receivers, and over those to the right
+        // dx of what leaves the tile
+        float dx[P / 16][2][4] = {};
+#pragma unroll
+        for (int kind = COSTATE_LEFT; kind < KINDS; kind += 2) {
+            if (!present[kind]) continue;
+            float v[P / 16][2][4] = {};
+#pragma unroll
+            for (int n = 0; n < N; n += 16) {
+                unsigned a[4];
+                Rows<N>::left(a, shared.B, own, n);
+#pragma unroll
+                for (int p = 0; p < P; p += 16) {
+                    unsigned b[4];
+                    Rows<P>::right(b, at.states[kind], n, p);
+                    multiply(v[p / 16], a, b);
+                }
+            }
+            const float scale[2] = {to_border(kind, 0), to_border(kind, 1)};
+#pragma unroll
+            for (int e = 0; e < P / 2; e++) dx[e / 8][e / 4 % 2][e % 4] += scale[e / 2 % 2] * v[e / 8][e / 4 % 2][e % 4];
+        }
+
+        // pairs inside the tile, two blocks of receivers at once
+        float all[2] = {}, ahead[2] = {};  // sums over receivers, and over those to the right
         unsigned x_left[P / 16][4];
 #pragma unroll
         for (int p = 0; p < P; p += 16) Rows<P>::left(x_left[p / 16], at.x, own, p);
 #pragma unroll
-        for (int k = 0; k < BLOCKS; k++) {
-            const int i = (warp + k) % BLOCKS;
-            if (!BOTH && i < warp) continue;
-            const bits16 *const dy_of = at.dy + i * 16 * Rows<P>::PITCH;
-            float G[2][4] = {};
+        for (int k0 = 0; k0 < BLOCKS; k0 += 2) {
+            const int i[2] = {(warp + k0) % BLOCKS, (warp + k0 + 1) % BLOCKS};
+            if (!BOTH && i[0] < warp && i[1] < warp) continue;
+            const bits16 *const dy_of[2] = {at.dy + i[0] * 16 * Rows<P>::PITCH, at.dy + i[1] * 16 * Rows<P>::PITCH};
+            float G[2][2][4] = {};
 #pragma unroll
-            for (int p = 0; p < P; p += 16) {
-                unsigned b[4];
-                Rows<P>::right_transposed(b, dy_of, 0, p);
-                multiply(G, x_left[p / 16], b);
-            }
-            const uint4 packed = shared.products[k][threadIdx.x];
-            const unsigned S[4] = {packed.x, packed.y, packed.z, packed.w};  // [column block * 2 + row]
-            unsigned W[4];
-            float column[4] = {};  // sums over rows: [column block * 2 + column]
-            if (k) {
-                const float *border = i > warp ? left : right;
-                float row[2] = {};
-                const float from[2] = {border[own + g], border[own + 8 + g]};
+            for (int p = 0; p < P; p += 16)
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int block = e / 2, r = e % 2;
-                    const float2 to = *(const float2 *)(border + i * 16 + block * 8 + 2 * q), s = unpack2<OPERAND>(S[e]);
-                    const float m[2] = {exp2_fast(to.x - from[r]), exp2_fast(to.y - from[r])}, pair[2] = {s.x, s.y};
-                    float w[2];
-#pragma unroll
-                    for (int f = 0; f < 2; f++) {
-                        const float mG = m[f] * G[block][r * 2 + f], d = step[r] * mG;
-                        w[f] = m[f] * pair[f];
-                        row[r] += mG * pair[f];
-                        dS[k][block][r * 2 + f] += d;
-                        column[block * 2 + f] += d * pair[f];
-                    }
-                    W[e] = pack2<OPERAND>(w[0], w[1]);
+                for (int u = 0; u < 2; u++) {
+                    unsigned b[4];
+                    Rows<P>::right_transposed(b, dy_of[u], 0, p);
+                    multiply(G[u], x_left[p / 16], b);
                 }
-                const float is_forward = i > warp ? 1.f : 0.f;
+            unsigned W[2][4];
+            float column[8] = {};  // sums over rows: [block of receivers * 4 + column block * 2 + column]
 #pragma unroll
-                for (int r = 0; r < 2; r++) all[r] += row[r], ahead[r] += is_forward * row[r];
-            } else {
-                float column_back[4] = {};
+            for (int u = 0; u < 2; u++) {
+                const uint4 packed = shared.products[k0 + u][threadIdx.x];
+                const unsigned S[4] = {packed.x, packed.y, packed.z, packed.w};  // [column block * 2 + row]
+                if (k0 + u) {
+                    const float *border = i[u] > warp ? left : right;
+                    const float is_forward = i[u] > warp ? 1.f : 0.f;
+                    float row[2] = {};
+                    const float from[2] = {border[own + g], border[own + 8 + g]};
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int block = e / 2, r = e % 2;
-                    const float2 s = unpack2<OPERAND>(S[e]);
-                    const float pair[2] = {s.x, s.y};
-                    float w[2];
+                    for (int e = 0; e < 4; e++) {
+                        const int block = e / 2, r = e % 2;
+                        const float2 to = *(const float2 *)(border + i[u] * 16 + block * 8 + 2 * q);
+                        const float2 s = unpack2<OPERAND>(S[e]);
+                        float m[2] = {exp2_fast(to.x - from[r]), exp2_fast(to.y - from[r])};
+                        const float pair[2] = {s.x, s.y};
+                        float w[2];
 #pragma unroll
-                    for (int f = 0; f < 2; f++) {
-                        const int from = own + r * 8 + g, to = own + block * 8 + 2 * q + f;
-                        const float *border = to > from ? left : right;
-                        const float product = G[block][r * 2 + f];
-                        const float m = to == from ? DIAGONAL : BOTH || to > from ? exp2_fast(border[to] - border[from]) : 0.f;
-                        const float mG = m * product, d = step[r] * mG, path = d * pair[f];
-                        w[f] = m * pair[f];
-                        dS[k][block][r * 2 + f] += d;
-                        unit[r] += mG * pair[f];
-                        if (to > from) forward[r] -= path, column[block * 2 + f] += path;
-                        if (to < from) backward[r] += path, column_back[block * 2 + f] += path;
-                        if (HAS_D && to == from && to < rows) c.dD[(b * c.length + token0 + to) * c.H + h] = product;
+                        for (int f = 0; f < 2; f++) {
+                            if (!BOTH) m[f] *= is_forward;
+                            const float mG = m[f] * G[u][block][r * 2 + f], d = step[r] * mG;
+                            w[f] = m[f] * pair[f];
+                            row[r] += mG * pair[f];
+                            dS[k0 + u][block][r * 2 + f] += d;
+                            column[u * 4 + block * 2 + f] += d * pair[f];
+                        }
+                        W[u][e] = pack2<OPERAND>(w[0], w[1]);
                     }
-                    W[e] = pack2<OPERAND>(w[0], w[1]);
-                }
-                if (BOTH) {
 #pragma unroll
-                    for (int e = 0; e < 4; e++)
+                    for (int r = 0; r < 2; r++) all[r] += row[r], ahead[r] += is_forward * row[r];
+                } else {
+                    float column_back[4] = {};
 #pragma unroll
-                        for (int mask = 4; mask < 32; mask *= 2)
-                            column_back[e] += __shfl_xor_sync(~0u, column_back[e], mask);
-                    if (g < 4) {
-                        const float v = g == 0 ? column_back[0] : g == 1 ? column_back[1] : g == 2 ? column_back[2] : column_back[3];
-                        paths.pairs_back[own + g / 2 * 8 + 2 * q + g % 2] = v;
+                    for (int e = 0; e < 4; e++) {
+                        const int block = e / 2, r = e % 2;
+                        const float2 s = unpack2<OPERAND>(S[e]);
+                        const float pair[2] = {s.x, s.y};
+                        float w[2];
+#pragma unroll
+                        for (int f = 0; f < 2; f++) {
+                            const int from = own + r * 8 + g, to = own + block * 8 + 2 * q + f;
+                            const float *border = to > from ? left : right;
+                            const float product = G[0][block][r * 2 + f];
+                            const float decay = BOTH || to > from ? exp2_fast(border[to] - border[from]) : 0.f;
+                            const float m = to == from ? DIAGONAL : decay;
+                            const float mG = m * product, d = step[r] * mG, path = d * pair[f];
+                            w[f] = m * pair[f];
+                            dS[0][block][r * 2 + f] += d;
+                            unit[r] += mG * pair[f];
+                            if (to > from) forward[r] -= path, column[block * 2 + f] += path;
+                            if (to < from) backward[r] += path, column_back[block * 2 + f] += path;
+                            if (HAS_D && to == from && to < rows) c.dD[(b * c.length + token0 + to) * c.H + h] = product;
+                        }
+                        W[0][e] = pack2<OPERAND>(w[0], w[1]);
+                    }
+                    if (BOTH) {
+                        const float sum = sum_of_column(column_back, odd, last);
+                        paths.pairs_back[own + odd * 8 + 2 * q + last] = sum + __shfl_xor_sync(~0u, sum, 16);
                     }
                 }
             }
             // each level of the sum over 8 lanes keeps one half of the columns
-            const bool upper = lane & 16, odd = lane & 8;
-            float half[2];
+            float half[4];
 #pragma unroll
-            for (int f = 0; f < 2; f++)
-                half[f] = (upper ? column[2 + f] : column[f]) + __shfl_xor_sync(~0u, upper ? column[f] : column[2 + f], 16);
-            float sum = (odd ? half[1] : half[0]) + __shfl_xor_sync(~0u, odd ? half[0] : half[1], 8);
-            sum += __shfl_xor_sync(~0u, sum, 4);
-            pairs[i * 16] = sum;  // from two lanes
-
-#pragma unroll
-            for (int p = 0; p < P; p += 16) {
-                unsigned b[4];
-                Rows<P>::right(b, dy_of, 0, p);
-                multiply(dx[p / 16], W, b);
+            for (int f = 0; f < 4; f++) {
+                const float keep = upper ? column[4 + f] : column[f], give = upper ? column[f] : column[4 + f];
+                half[f] = keep + __shfl_xor_sync(~0u, give, 16);
             }
+            pairs[(upper ? i[1] : i[0]) * 16] = sum_of_column(half, odd, last);
+#pragma unroll
+            for (int u = 0; u < 2; u++)
+#pragma unroll
+                for (int p = 0; p < P; p += 16) {
+                    unsigned b[4];
+                    Rows<P>::right(b, dy_of[u], 0, p);
+                    multiply(dx[p / 16], W[u], b);
+                }
         }
-
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             unit[r] += all[r];
             forward[r] -= step[r] * ahead[r];
             backward[r] += step[r] * (all[r] - ahead[r]);
-        }
-
-        // what leaves the tile
-#pragma unroll
-        for (int kind = COSTATE_LEFT; kind < KINDS; kind += 2) {
-            if (!present[kind]) continue;
-            const bits16 *costate = at.states[kind];
-            float scale[2], dot[2] = {};
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const int t = own + r * 8 + g;
-                if (kind == COSTATE_LEFT) scale[r] = t < TILE - 1 ? exp2_fast(right[t + 1]) : 1.f;
-                else scale[r] = t ? exp2_fast(left[t - 1]) : 1.f;
-            }
-            unsigned B_left[N / 16][4];
-#pragma unroll
-            for (int n = 0; n < N; n += 16) Rows<N>::left(B_left[n / 16], shared.B, own, n);
-#pragma unroll
-            for (int p = 0; p < P; p += 16) {
-                float v[2][4] = {};
-#pragma unroll
-                for (int n = 0; n < N; n += 16) {
-                    unsigned b[4];
-                    Rows<P>::right(b, costate, n, p);
-                    multiply(v, B_left[n / 16], b);
-                }
-#pragma unroll
-                for (int e = 0; e < 8; e++) dx[p / 16][e / 4][e % 4] += scale[e / 2 % 2] * v[e / 4][e % 4];
-            }
-#pragma unroll
-            for (int n = 0; n < N; n += 16) {
-                float v[2][4] = {};
-#pragma unroll
-                for (int p = 0; p < P; p += 16) {
-                    unsigned b[4];
-                    Rows<P>::right_transposed(b, costate, n, p);
-                    multiply(v, x_left[p / 16], b);
-                }
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int block = e / 2, r = e % 2;
-                    const float2 key = Rows<N>::pair(shared.B, own + r * 8, n + block * 8);
-                    const float *pair = v[block] + r * 2;
-                    dot[r] += pair[0] * key.x + pair[1] * key.y;
-                    dB[n / 16][block][r * 2] += step[r] * scale[r] * pair[0];
-                    dB[n / 16][block][r * 2 + 1] += step[r] * scale[r] * pair[1];
-                }
-            }
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                dot[r] *= scale[r];
-                unit[r] += dot[r];
-                if (kind == COSTATE_LEFT) sent[r] += step[r] * dot[r];
-                else backward[r] += step[r] * dot[r];
-            }
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -652,39 +636,42 @@ INLINE void gradients(const Call &c) {
         }
         dx_to += c.p, skip += c.D_view.head;
 
-        // what enters it
+        // dB of what leaves the tile, dC of what enters it
 #pragma unroll
-        for (int kind = STATE_RIGHT; kind < KINDS; kind += 2) {
+        for (int j = 0; j < KINDS; j++) {
+            const int kind = j < KINDS / 2 ? 2 * j + 1 : 2 * j - KINDS;
+            const bool sends = kind % 2;
             if (!present[kind]) continue;
-            float scale[2], dot[2] = {};
+            float v[N / 16][2][4] = {};
 #pragma unroll
-            for (int r = 0; r < 2; r++) scale[r] = exp2_fast((kind == STATE_RIGHT ? left : right)[own + r * 8 + g]);
-            unsigned dy_left[P / 16][4];
+            for (int p = 0; p < P; p += 16) {
+                unsigned a[4];
+                Rows<P>::left(a, sends ? at.x : at.dy, own, p);
 #pragma unroll
-            for (int p = 0; p < P; p += 16) Rows<P>::left(dy_left[p / 16], at.dy, own, p);
-#pragma unroll
-            for (int n = 0; n < N; n += 16) {
-                float v[2][4] = {};
-#pragma unroll
-                for (int p = 0; p < P; p += 16) {
+                for (int n = 0; n < N; n += 16) {
                     unsigned b[4];
                     Rows<P>::right_transposed(b, at.states[kind], n, p);
-                    multiply(v, dy_left[p / 16], b);
+                    multiply(v[n / 16], a, b);
                 }
+            }
+            float dot[2] = {}, scale[2] = {to_border(kind, 0), to_border(kind, 1)};
+            const float factor[2] = {scale[0] * (sends ? step[0] : 1.f), scale[1] * (sends ? step[1] : 1.f)};
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int block = e / 2, r = e % 2;
-                    const float2 key = Rows<N>::pair(shared.C, own + r * 8, n + block * 8);
-                    const float *pair = v[block] + r * 2;
-                    dot[r] += pair[0] * key.x + pair[1] * key.y;
-                    dC[n / 16][block][r * 2] += scale[r] * pair[0];
-                    dC[n / 16][block][r * 2 + 1] += scale[r] * pair[1];
-                }
+            for (int e = 0; e < N / 4; e++) {
+                const int n = e / 4, block = e / 2 % 2, r = e % 2;
+                const float2 key = Rows<N>::pair(sends ? shared.B : shared.C, own + r * 8, n * 16 + block * 8);
+                const float *pair = v[n][block] + r * 2;
+                float *to = (sends ? dB : dC)[n][block] + r * 2;
+                dot[r] += pair[0] * key.x;
+                dot[r] += pair[1] * key.y;
+                to[0] += factor[r] * pair[0];
+                to[1] += factor[r] * pair[1];
             }
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                if (kind == STATE_RIGHT) forward[r] += scale[r] * dot[r];
-                else received[r] += scale[r] * dot[r];
+                if (sends) unit[r] += scale[r] * dot[r];
+                float *path = kind == COSTATE_LEFT ? sent : kind == COSTATE_RIGHT ? backward : kind == STATE_RIGHT ? forward : received;
+                path[r] += factor[r] * dot[r];
             }
         }
 #pragma unroll
