@@ -10,7 +10,8 @@
 // `chain` turns them into those that enter each chunk; to `outputs` they are 2 N more columns, with C for scores.
 //
 // Macros: KERNEL, ENTRY; THREADS, RESIDENT (blocks a processor); X_TYPE (of x, B, C and y: 1 bfloat16); STRIPS; N, WIDTH:
-// states and a slice of P, padded to multiples of 16; DIRECTIONS; ALL: every chunk and slice is full; STATES: those
+// states and a slice of P, padded to multiples of 16; SLICES of P: a head and a slice are a job; DIRECTIONS; SOFTPLUS;
+// DT_TYPE, D_TYPE (0 float, 1 bfloat16, 2 half, 3 none); ALL: every chunk and slice is full; STATES: those
 // that enter, DIRECT: one from each other chunk of few, which `chain` has not seen.
 
 #define LOG2E 1.4426950408889634f
@@ -31,29 +32,28 @@ struct Call {
     float *totals, *last;                // (batch, chunks, heads); null or like initial
     View x_view, dt_view, B_view, C_view, D_view;
     i64 batch, length;
-    int heads, groups, p, n, slices, chunks;  // slices: of P, at most 64 wide; a job is a head and a slice
-    int parts, share;                         // a group's jobs go to so many blocks, each takes up to so many
-    int dt_type, D_type, softplus;
+    int heads, groups, p, n, chunks;
+    int parts, share;  // a group's jobs (heads times SLICES) go to so many blocks, each takes up to so many
     float diagonal;
 };
 
-// One head's decays, their logarithms to base 2. A strip's tokens lie in the order in which lanes want them: `columns`
-// 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of each 16 together, `rows` g, g + 8, g + 16, g + 24
+// One head's decays, logarithms to base 2 but for `sent`. A strip's tokens lie in the order in which lanes want them:
+// `columns` 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of each 16 together, `rows` g, g + 8, g + 16, g + 24
 struct alignas(16) Decays {
-    float sent[2][TOKENS];                        // columns: dt times decay to the strip's right border, left border
     float prefix[TOKENS], suffix[TOKENS];         // rows: sums from the left border, to the right border, own included
     float prefix_columns[TOKENS], suffix_columns[TOKENS], dt[TOKENS];
     float D[TOKENS];                              // rows
     float total[STRIPS < 4 ? 4 : STRIPS];
+    unsigned short sent[2][TOKENS];               // columns: dt times decay to the strip's right border, left border
 };
 
 INLINE int column_place(int t) { return (t & 16) + (t % 8 / 2) * 4 + (t & 1) + (t & 8) / 4; }
 INLINE int row_place(int t) { return t % 8 * 4 + t / 8; }
 
-INLINE float scalar(const char *p, int type) {
-    if (type == 0) return __ldg((const float *)p);
+template <int OF> INLINE float scalar(const char *p) {
+    if (OF == 0) return __ldg((const float *)p);
     const unsigned short bits = __ldg((const unsigned short *)p);
-    return type == 1 ? __uint_as_float((unsigned)bits << 16) : half_to_float(bits);
+    return OF == 1 ? __uint_as_float((unsigned)bits << 16) : half_to_float(bits);
 }
 
 // log(1 + exp(v)) = max(v, 0) + log(1 + e), as in scan.cu
@@ -69,7 +69,7 @@ struct Place {
     int c, g, begin, end, tokens, rest;  // tokens: of the chunk; rest: of the block's index
     INLINE Place(const Call &call) {
         int i = blockIdx.x;
-        const int part = i % (call.groups * call.parts), of_group = call.heads / call.groups * call.slices;
+        const int part = i % (call.groups * call.parts), of_group = call.heads / call.groups * SLICES;
         i /= call.groups * call.parts, g = part / call.parts;
         begin = g * of_group + part % call.parts * call.share;
         end = min(begin + call.share, (g + 1) * of_group);
@@ -83,18 +83,24 @@ struct Place {
 };
 
 // dt and D of a lane's tokens, one in each of the warp's strips warp + i WARPS, fetched ahead
-struct Fetched {
+template <bool PAIRS> struct Fetched {
+    const char *dt_at, *D_at;
     float dt[OWN], D[OWN];
-    INLINE void fetch(const Call &call, const Place &place, int h, bool skip) {
+    INLINE Fetched(const Call &call, const Place &place) {
+        dt_at = place.at(call.dt, call.dt_view, 0) + threadIdx.x * call.dt_view.token;
+        D_at = place.at(call.D, call.D_view, 0) + threadIdx.x * call.D_view.token;
+    }
+    INLINE void fetch(const Call &call, const Place &place, int h) {
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const int t = threadIdx.x + i * THREADS;
-            const bool inside = t < place.tokens;
-            dt[i] = inside ? scalar(place.at(call.dt, call.dt_view, h) + t * call.dt_view.token, call.dt_type) : 0;
-            D[i] = skip && inside ? scalar(place.at(call.D, call.D_view, h) + t * call.D_view.token, call.D_type) : 0;
+            const bool inside = ALL && TOKENS % THREADS == 0 || (int)threadIdx.x + i * THREADS < place.tokens;
+            dt[i] = D[i] = 0;
+            if (inside) dt[i] = scalar<DT_TYPE>(dt_at + i * THREADS * call.dt_view.token + h * call.dt_view.head);
+            if (PAIRS && D_TYPE < 3 && inside)
+                D[i] = scalar<D_TYPE>(D_at + i * THREADS * call.D_view.token + h * call.D_view.head);
         }
     }
-    template <bool PAIRS> INLINE void store(const Call &call, const Place &place, int h, Decays &to) const {
+    INLINE void store(const Call &call, const Place &place, int h, Decays &to) const {
         const int lane = threadIdx.x % 32;
         const float rate = __ldg(call.A + h) * LOG2E, bias = call.bias ? __ldg(call.bias + h) : 0;
 #pragma unroll
@@ -102,7 +108,7 @@ struct Fetched {
             const int t = threadIdx.x + i * THREADS, strip = t / 32;
             if (STRIPS % WARPS && strip >= STRIPS) break;
             float step = dt[i] + bias;
-            if (call.softplus) step = softplus(step);
+            if (SOFTPLUS) step = softplus(step);
             if (!ALL && t >= place.tokens) step = 0;
             const float decay = step * rate;
             float prefix = decay, suffix = decay;
@@ -113,12 +119,13 @@ struct Fetched {
             }
             const float before = __shfl_up_sync(~0u, prefix, 1), after = __shfl_down_sync(~0u, suffix, 1);
             const int column = strip * 32 + column_place(lane), row = strip * 32 + row_place(lane);
-            to.sent[0][column] = step * exp2_fast(lane < 31 ? after : 0);
-            to.sent[1][column] = step * exp2_fast(lane > 0 ? before : 0);
+            to.sent[0][column] = pack2<X_TYPE>(step * exp2_fast(lane < 31 ? after : 0), 0);
+            to.sent[1][column] = pack2<X_TYPE>(step * exp2_fast(lane > 0 ? before : 0), 0);
             if (lane == 31) to.total[strip] = prefix;
             if (PAIRS) {
-                to.prefix[row] = prefix, to.suffix[row] = suffix, to.D[row] = D[i];
+                to.prefix[row] = prefix, to.suffix[row] = suffix;
                 to.prefix_columns[column] = prefix, to.suffix_columns[column] = suffix, to.dt[column] = step;
+                if (D_TYPE < 3) to.D[row] = D[i];
             }
         }
     }
@@ -195,46 +202,30 @@ INLINE void store_rows(char *to, i64 stride, const float (*c)[4], int rows, int 
         }
 }
 
-// Decay over the strips between the lane's strip and this one; lane STRIPS: left of this one, STRIPS + 1: right of it
-INLINE float gates(const Decays &decays, int strip) {
-    const int lane = threadIdx.x % 32;
+// Strips between the lane's strip and this one, a bit each; of lane STRIPS those left of it, of STRIPS + 1 right of it
+INLINE unsigned strips_between(int strip) {
+    const int lane = threadIdx.x % 32, first = lane >= STRIPS ? 0 : min(lane, strip) + 1;
+    const unsigned left = (1u << strip) - 1, right = ~0u << (strip + 1);
+    return lane == STRIPS ? left : lane > STRIPS ? right : ((1u << max(lane, strip)) - 1) & ~0u << first;
+}
+
+// Decay over some strips
+INLINE float decay_over(unsigned strips, const Decays &decays) {
     float sum = 0;
 #pragma unroll
-    for (int k = 0; k < STRIPS; k++) {
-        const bool between = lane == STRIPS       ? k < strip
-                             : lane == STRIPS + 1 ? k > strip
-                                                  : k > min(lane, strip) && k < max(lane, strip);
-        sum += between ? decays.total[k] : 0;
-    }
+    for (int k = 0; k < STRIPS; k++)
+        if (strips & 1u << k) sum += decays.total[k];
     return exp2_fast(sum);
 }
 
 INLINE float4 four(const float *p) { return *(const float4 *)p; }
 
 // A 16 x 16 fragment with its columns scaled, and its rows g and g + 8
-INLINE void scale(unsigned to[4], const unsigned from[4], float4 columns, float row, float row_8) {
-#if SCALE == 0
-    const unsigned left = pack2<X_TYPE>(columns.x, columns.y), right = pack2<X_TYPE>(columns.z, columns.w);
-    const unsigned r = pack2<X_TYPE>(row, row), r_8 = pack2<X_TYPE>(row_8, row_8);
-    to[0] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[0], left), r);
-    to[1] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[1], left), r_8);
-    to[2] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[2], right), r);
-    to[3] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[3], right), r_8);
-#elif SCALE == 1
-    to[0] = multiply2<X_TYPE>(from[0], pack2<X_TYPE>(columns.x * row, columns.y * row));
-    to[1] = multiply2<X_TYPE>(from[1], pack2<X_TYPE>(columns.x * row_8, columns.y * row_8));
-    to[2] = multiply2<X_TYPE>(from[2], pack2<X_TYPE>(columns.z * row, columns.w * row));
-    to[3] = multiply2<X_TYPE>(from[3], pack2<X_TYPE>(columns.z * row_8, columns.w * row_8));
-#else
-    float2 v = unpack2<X_TYPE>(from[0]);
-    to[0] = pack2<X_TYPE>(v.x * columns.x * row, v.y * columns.y * row);
-    v = unpack2<X_TYPE>(from[1]);
-    to[1] = pack2<X_TYPE>(v.x * columns.x * row_8, v.y * columns.y * row_8);
-    v = unpack2<X_TYPE>(from[2]);
-    to[2] = pack2<X_TYPE>(v.x * columns.z * row, v.y * columns.w * row);
-    v = unpack2<X_TYPE>(from[3]);
-    to[3] = pack2<X_TYPE>(v.x * columns.z * row_8, v.y * columns.w * row_8);
-#endif
+INLINE void scale(unsigned to[4], const unsigned from[4], uint2 columns, unsigned row, unsigned row_8) {
+    to[0] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[0], columns.x), row);
+    to[1] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[1], columns.x), row_8);
+    to[2] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[2], columns.y), row);
+    to[3] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[3], columns.y), row_8);
 }
 
 // y of a chunk's rows of WARPS strips
@@ -245,12 +236,13 @@ INLINE void outputs(const Call &call) {
     Decays *const decays = (Decays *)(entering + 2 * STATES * STATE_BYTES);
     const Place place(call);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
-    const int strip = place.rest * WARPS + warp, jobs = call.heads * call.slices;
+    const int strip = place.rest * WARPS + warp, jobs = call.heads * SLICES;
     const int rows_first = lane_rows_first(), columns_first = lane_columns_first();
-    const bool skip = call.D != 0, alive = ALL || strip * 32 < place.tokens;
+    const unsigned between_strips = strips_between(strip);
+    const bool alive = ALL || strip * 32 < place.tokens;
 
     const auto load = [&](int job, int buffer) {
-        const int h = job / call.slices, p = (job - h * call.slices) * SLICE;
+        const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
         load_tile<TOKENS, WIDTH>(
             tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
             ALL ? TOKENS : place.tokens, ALL ? WIDTH : call.p - p
@@ -275,8 +267,8 @@ INLINE void outputs(const Call &call) {
     copy_async_commit();
     const int last = place.end - 1;  // from the last job to the first: what `sums` read last may still be in the L2 cache
     if (PANELS == 1) load(last, 0);
-    Fetched fetched;
-    fetched.fetch(call, place, last / call.slices, skip);
+    Fetched<true> fetched(call, place);
+    fetched.fetch(call, place, last / SLICES);
     copy_async_wait<PANELS == 1 ? 1 : 0>();
     __syncthreads();
 
@@ -315,30 +307,30 @@ INLINE void outputs(const Call &call) {
     }
     const auto fetch_total = [&](int job) {
         return DIRECT && lane <= STATES
-                   ? call.totals[(place.b * call.chunks + lane) * call.heads + job / call.slices] : 0.f;
+                   ? call.totals[(place.b * call.chunks + lane) * call.heads + job / SLICES] : 0.f;
     };
     float chunk_total = 0, next_total = fetch_total(last);
-    fetched.store<true>(call, place, last / call.slices, decays[0]);
-    fetched.fetch(call, place, max(last - 1, place.begin) / call.slices, skip);
+    fetched.store(call, place, last / SLICES, decays[0]);
+    fetched.fetch(call, place, max(last - 1, place.begin) / SLICES);
 
     for (int job = last, buffer = 0; job >= place.begin; job--, buffer ^= 1) {
         copy_async_wait<0>();
         __syncthreads();
         if (job > place.begin) load(job - 1, buffer ^ 1);
-        fetched.store<true>(call, place, max(job - 1, place.begin) / call.slices, decays[buffer ^ 1]);
-        fetched.fetch(call, place, max(job - 2, place.begin) / call.slices, skip);
+        fetched.store(call, place, max(job - 1, place.begin) / SLICES, decays[buffer ^ 1]);
+        fetched.fetch(call, place, max(job - 2, place.begin) / SLICES);
         chunk_total = next_total, next_total = fetch_total(max(job - 1, place.begin));
         if (!alive) continue;
         const char *const tile = tiles + buffer * TILE_BYTES;
         const Decays &own = decays[buffer];
-        const float gate = gates(own, strip);
+        const float gate = decay_over(between_strips, own);
         float from_left[4], from_right[4];
         float out[2][WIDTH / 8][4] = {};
 
         // the strip itself
         {
             const float4 prefix = four(own.prefix + strip * 32 + g * 4), suffix = four(own.suffix + strip * 32 + g * 4);
-            const float4 D4 = four(own.D + strip * 32 + g * 4);
+            const float4 D4 = D_TYPE < 3 ? four(own.D + strip * 32 + g * 4) : prefix;
             const float left[4] = {prefix.x, prefix.y, prefix.z, prefix.w};
             const float right[4] = {suffix.x, suffix.y, suffix.z, suffix.w}, D[4] = {D4.x, D4.y, D4.z, D4.w};
 #pragma unroll
@@ -354,17 +346,24 @@ INLINE void outputs(const Call &call) {
                 for (int m = 0; m < 2; m++)
 #pragma unroll
                     for (int k = 0; k < 4; k++) {
-                        const float2 score = unpack2<X_TYPE>(scores[0][half][m][k]);
-                        float w[2] = {score.x, score.y};
-                        const int row = 2 * m + k % 2, i = g + 8 * row;
+                        const int row = 2 * m + k % 2, column = 2 * half + k / 2;  // of 8 tokens each
+                        float w[2];
 #pragma unroll
                         for (int e = 0; e < 2; e++) {
-                            const int j = half * 16 + k / 2 * 8 + 2 * q + e, column = k / 2 * 2 + e;
-                            const float forward = left[row] - l[column];
-                            const float backward = BOTH ? right[row] - r[column] : __int_as_float(0xff800000);
-                            w[e] *= exp2_fast(i >= j ? forward : backward) * dt[column];
-                            if (half == m && i == j) w[e] = w[e] * call.diagonal + D[row];
+                            const int at = k / 2 * 2 + e;
+                            const float forward = left[row] - l[at];
+                            const float backward = BOTH ? right[row] - r[at] : __int_as_float(0xff800000);
+                            const bool later = row == column ? g >= 2 * q + e : row > column;
+                            w[e] = exp2_fast(later ? forward : backward) * dt[at];
                         }
+                        if (row != column) {
+                            weight[m][k] = multiply2<X_TYPE>(scores[0][half][m][k], pack2<X_TYPE>(w[0], w[1]));
+                            continue;
+                        }
+                        const float2 score = unpack2<X_TYPE>(scores[0][half][m][k]);
+                        w[0] *= score.x, w[1] *= score.y;
+                        if (g == 2 * q) w[0] = w[0] * call.diagonal + (D_TYPE < 3 ? D[row] : 0);
+                        if (g == 2 * q + 1) w[1] = w[1] * call.diagonal + (D_TYPE < 3 ? D[row] : 0);
                         weight[m][k] = pack2<X_TYPE>(w[0], w[1]);
                     }
                 multiply<2>(out, weight, tile + (strip * 32 + half * 16) * ROW, rows_first);
@@ -380,12 +379,15 @@ INLINE void outputs(const Call &call) {
             const bool before = other < strip;
             const float between = __shfl_sync(~0u, gate, other);
             if ((!BOTH && !before) || (!ALL && other * 32 >= place.tokens)) continue;
-            float received[4];
+            unsigned received[4];
 #pragma unroll
-            for (int k = 0; k < 4; k++) received[k] = (before ? from_left[k] : from_right[k]) * between;
+            for (int k = 0; k < 4; k++) {
+                const float decay = (before ? from_left[k] : from_right[k]) * between;
+                received[k] = pack2<X_TYPE>(decay, decay);
+            }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float4 sent = four(own.sent[BOTH && !before] + other * 32 + half * 16 + q * 4);
+                const uint2 sent = *(const uint2 *)(own.sent[BOTH && !before] + other * 32 + half * 16 + q * 4);
                 unsigned weight[2][4];
 #pragma unroll
                 for (int m = 0; m < 2; m++)
@@ -434,7 +436,7 @@ INLINE void outputs(const Call &call) {
             }
         }
 
-        const int h = job / call.slices, p = (job - h * call.slices) * SLICE;
+        const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
         const i64 stride = (i64)call.heads * call.p * 2, token = place.first + strip * 32;
         char *const y = call.y + (place.b * call.length + token) * stride + ((i64)h * call.p + p) * 2;
 #pragma unroll
@@ -452,10 +454,10 @@ INLINE void sums(const Call &call) {
     Decays *const decays = (Decays *)(tiles + 2 * TILE_BYTES);
     const Place place(call);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = lane % 4;
-    const int jobs = call.heads * call.slices, rows_first = lane_rows_first();
+    const int jobs = call.heads * SLICES, rows_first = lane_rows_first();
 
     const auto load = [&](int job, int buffer) {
-        const int h = job / call.slices, p = (job - h * call.slices) * SLICE;
+        const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
         load_tile<TOKENS, WIDTH>(
             tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
             ALL ? TOKENS : place.tokens, ALL ? WIDTH : call.p - p
@@ -466,8 +468,8 @@ INLINE void sums(const Call &call) {
     load_panels<TOKENS>(B_tile, place.at(call.B, call.B_view, place.g), call.B_view.token, place.tokens, call.n);
     copy_async_commit();
     if (PANELS == 1) load(place.begin, 0);
-    Fetched fetched;
-    fetched.fetch(call, place, place.begin / call.slices, false);
+    Fetched<false> fetched(call, place);
+    fetched.fetch(call, place, place.begin / SLICES);
     copy_async_wait<PANELS == 1 ? 1 : 0>();
     __syncthreads();
     unsigned keys[STRIPS * 2][4];
@@ -480,40 +482,31 @@ INLINE void sums(const Call &call) {
         __syncthreads();
         load(place.begin, 0);
     }
-    fetched.store<false>(call, place, place.begin / call.slices, decays[0]);
-    fetched.fetch(call, place, min(place.begin + 1, place.end - 1) / call.slices, false);
+    fetched.store(call, place, place.begin / SLICES, decays[0]);
+    fetched.fetch(call, place, min(place.begin + 1, place.end - 1) / SLICES);
 
     for (int job = place.begin, buffer = 0; job < place.end; job++, buffer ^= 1) {
         copy_async_wait<0>();
         __syncthreads();
         if (job + 1 < place.end) load(job + 1, buffer ^ 1);
-        fetched.store<false>(call, place, min(job + 1, place.end - 1) / call.slices, decays[buffer ^ 1]);
-        fetched.fetch(call, place, min(job + 2, place.end - 1) / call.slices, false);
+        fetched.store(call, place, min(job + 1, place.end - 1) / SLICES, decays[buffer ^ 1]);
+        fetched.fetch(call, place, min(job + 2, place.end - 1) / SLICES);
         const char *const tile = tiles + buffer * TILE_BYTES;
         const Decays &own = decays[buffer];
-        float after = 0, before = 0, total = 0;  // of strip `lane`
-#pragma unroll
-        for (int k = 0; k < STRIPS; k++) {
-            after += k > lane ? own.total[k] : 0, before += k < lane ? own.total[k] : 0, total += own.total[k];
-        }
-        after = exp2_fast(after), before = exp2_fast(before);
+        const float after = decay_over(~0u << lane << 1, own), before = decay_over((1u << lane) - 1, own);
+        const unsigned gates[2] = {pack2<X_TYPE>(after, after), pack2<X_TYPE>(before, before)};  // of strip `lane`
         float state[DIRECTIONS][WIDTH / 8][4] = {};
 #pragma unroll
         for (int i = 0; i < STRIPS; i++) {
             if (!ALL && i * 32 >= place.tokens) break;
-            const float gate[2] = {__shfl_sync(~0u, after, i), __shfl_sync(~0u, before, i)};
+            const unsigned gate[2] = {__shfl_sync(~0u, gates[0], i), __shfl_sync(~0u, gates[1], i)};
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 unsigned weight[DIRECTIONS][4];
 #pragma unroll
                 for (int d = 0; d < DIRECTIONS; d++) {
-                    float4 sent = four(own.sent[d] + i * 32 + half * 16 + q * 4);
-                    sent = make_float4(sent.x * gate[d], sent.y * gate[d], sent.z * gate[d], sent.w * gate[d]);
-#pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        const float2 v = unpack2<X_TYPE>(keys[2 * i + half][k]);
-                        weight[d][k] = pack2<X_TYPE>(v.x * (k < 2 ? sent.x : sent.z), v.y * (k < 2 ? sent.y : sent.w));
-                    }
+                    const uint2 sent = *(const uint2 *)(own.sent[d] + i * 32 + half * 16 + q * 4);
+                    scale(weight[d], keys[2 * i + half], sent, gate[d], gate[d]);
                 }
                 multiply<DIRECTIONS>(state, weight, tile + (i * 32 + half * 16) * ROW, rows_first);
             }
@@ -526,22 +519,26 @@ INLINE void sums(const Call &call) {
                 call.states + ((at * DIRECTIONS + d) * N + warp * 16) * (WIDTH * 2), WIDTH * 2, state[d], 16, WIDTH
             );
         }
-        if (threadIdx.x == 0 && job % call.slices == 0)
-            call.totals[(place.b * call.chunks + place.c) * call.heads + job / call.slices] = total;
+        if (threadIdx.x == 0 && job % SLICES == 0) {
+            float total = 0;
+#pragma unroll
+            for (int k = 0; k < STRIPS; k++) total += own.total[k];
+            call.totals[(place.b * call.chunks + place.c) * call.heads + job / SLICES] = total;
+        }
     }
 }
 
 // States of each chunk alone become those that enter it; those that leave the last one go to `last`. 8 columns a thread
 INLINE void chain(const Call &call) {
     constexpr int AHEAD = 8, PIECES = WIDTH / 8;
-    const int jobs = call.heads * call.slices;
+    const int jobs = call.heads * SLICES;
     i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (i >= call.batch * jobs * (DIRECTIONS * N * PIECES)) return;
     const int e = (int)(i % (N * PIECES));
     i /= N * PIECES;
     const int d = (int)(i % DIRECTIONS), job = (int)(i / DIRECTIONS % jobs);
     const i64 b = i / DIRECTIONS / jobs, step = (i64)jobs * DIRECTIONS * N * PIECES;
-    const int h = job / call.slices, p = (job - h * call.slices) * SLICE + e % PIECES * 8, n = e / PIECES;
+    const int h = job / SLICES, p = (job - h * SLICES) * SLICE + e % PIECES * 8, n = e / PIECES;
     uint4 *states = (uint4 *)call.states + (b * call.chunks * jobs * DIRECTIONS + job * DIRECTIONS + d) * (N * PIECES) + e;
     const float *totals = call.totals + b * call.chunks * call.heads + h;
     const i64 outside = (((b * DIRECTIONS + d) * call.heads + h) * call.p + p) * call.n + n;

@@ -15,12 +15,12 @@ from mambavision.kernels import nvrtc
 _SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "ssd.cu"))
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTERS = struct.Struct("12P")
-_REST = struct.Struct("17q11if")  # the rest of ssd.cu's Call: its views, its sizes
+_REST = struct.Struct("17q7if")  # the rest of ssd.cu's Call: its views, its sizes
 STRIP, SLICE = 32, 64  # tokens and columns of P that a warp takes at once
 CHUNK_SIZES = (32, 64, 128, 256)
 MOST_STATES = 128  # d_state that shared memory holds
 MOST_DIRECT = 4  # chunks up to which each takes states of all others, rather than those that `chain` makes of them
-_WEIGHED = 0  # ssd.cu's SCALE
+_NONE = 3  # ssd.cu's type of what is not there
 
 
 class Plan(NamedTuple):
@@ -64,7 +64,7 @@ def plan(
 @functools.lru_cache(4096)
 def _kernel(entry: str, device: int, shared: int, **defines: int) -> nvrtc.Kernel:
     name = f"ssd_{entry}"
-    defines = {"KERNEL": name, "ENTRY": entry, "X_TYPE": 1, "SCALE": _WEIGHED} | defines
+    defines = {"KERNEL": name, "ENTRY": entry, "X_TYPE": 1} | defines
     return nvrtc.kernel(_SOURCES, name, tuple(f"{n}={v}" for n, v in defines.items()), device, shared)
 
 
@@ -109,17 +109,17 @@ def _layout(call: _Signature) -> _Layout:
     states, width, directions = -(-N // 16) * 16, min(SLICE, -(-P // 16) * 16), 1 + call.both
     panels = -(-states // SLICE)
     row = 2 * SLICE  # bytes of a tile's row
-    tiles, decays = 2 * call.chunk * row, 2 * (8 * 4 * call.chunk + 4 * max(4, strips))
+    tiles, decays = 2 * call.chunk * row, 2 * (7 * 4 * call.chunk + 4 * max(4, strips))
     defines = {"STRIPS": strips, "N": states, "WIDTH": width, "DIRECTIONS": directions}
     defines["ALL"] = int(length % call.chunk == 0 and P % width == 0)
     views = [s for v in (call.x, call.dt, call.B, call.C, call.D) for s in _strides(v)]
-    dtypes = _TYPES[call.dt[2]], 0 if call.D is None else _TYPES[call.D[2]]
+    defines |= {"SLICES": slices, "SOFTPLUS": int(call.softplus), "DT_TYPE": _TYPES[call.dt[2]]}
     jobs = H // G * slices
     sums, outputs = plan(batch, chunks, G, jobs, strips, states, nvrtc.processors(call.device))
 
     def launch(entry: str, plan: Plan, blocks: int, shared: int, **more: int):
         parts = -(-jobs // plan.share)
-        sizes = batch, length, H, G, P, N, slices, chunks, parts, plan.share, *dtypes, call.softplus, call.diagonal
+        sizes = batch, length, H, G, P, N, chunks, parts, plan.share, call.diagonal
         known = defines | {"THREADS": plan.warps * 32, "RESIDENT": plan.resident} | more
         return _kernel(entry, call.device, shared, **known), blocks * parts, plan.warps * 32, _REST.pack(*views, *sizes)
 
@@ -128,14 +128,16 @@ def _layout(call: _Signature) -> _Layout:
     direct = 1 < chunks <= MOST_DIRECT and states <= SLICE and not (call.initial or call.last)
     entering = chunks - 1 if direct else directions if chunks > 1 or call.initial else 0
     if entering or call.last:
-        launches.append(launch("sums", sums, batch * chunks * G, tiles + decays, STATES=0, DIRECT=0))
+        launches.append(launch("sums", sums, batch * chunks * G, tiles + decays, STATES=0, DIRECT=0, D_TYPE=_NONE))
     if (entering or call.last) and not direct:
-        each = Plan(4, 4, jobs)
+        each, plain = Plan(4, 4, jobs), dict.fromkeys(("ALL", "STATES", "DIRECT", "SOFTPLUS", "DT_TYPE"), 0)
+        plain["D_TYPE"] = _NONE
         pieces = batch * H * slices * directions * states * width // 8
-        launches.append(launch("chain", each, -(-pieces // 128), 0, ALL=0, STATES=0, DIRECT=0))
+        launches.append(launch("chain", each, -(-pieces // 128), 0, **plain))
     shared = tiles + decays + panels * outputs.warps * STRIP * row + entering * 2 * states * row
     blocks = batch * chunks * G * (strips // outputs.warps)
-    launches.append(launch("outputs", outputs, blocks, shared, STATES=entering, DIRECT=int(direct)))
+    D_type = {"D_TYPE": _NONE if call.D is None else _TYPES[call.D[2]]}
+    launches.append(launch("outputs", outputs, blocks, shared, STATES=entering, DIRECT=int(direct), **D_type))
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
     return _Layout(tuple(launches), stored, stored + formed * batch * chunks * H * 4)
