@@ -84,27 +84,31 @@ template <int WIDTH> struct Rows {
         return row * PITCH + (WIDTH % 64 ? chunk : chunk ^ row % 8) * 8;
     }
     // of the 16 x 16 elements at (row, column), the chunk that a lane names: by columns of 8, or by rows of 8
-    static INLINE const char *chunk(const bits16 *tile, unsigned own, unsigned row, unsigned column) {
+    static INLINE const char *place(const bits16 *tile, unsigned own, unsigned row, unsigned column) {
         return (const char *)tile + row * PITCH * 2 + (WIDTH % 64 ? own * 2 + column * 2 : own * 2 ^ column * 2);
     }
     static INLINE const char *by_columns(const bits16 *tile, unsigned row, unsigned column) {
-        return chunk(tile, at(threadIdx.x % 16, threadIdx.x % 32 / 16), row, column);
+        return place(tile, at(threadIdx.x % 16, threadIdx.x % 32 / 16), row, column);
     }
     static INLINE const char *by_rows(const bits16 *tile, unsigned row, unsigned column) {
-        return chunk(tile, at(threadIdx.x % 32 / 16 * 8 + threadIdx.x % 8, threadIdx.x / 8 % 2), row, column);
+        return place(tile, at(threadIdx.x % 32 / 16 * 8 + threadIdx.x % 8, threadIdx.x / 8 % 2), row, column);
     }
-    // `rows` of them from memory, `width` elements each; zeros beyond
-    template <int ROWS> static INLINE void fetch(bits16 *to, const char *from, int pitch, int rows, int width) {
-        constexpr int CHUNKS = WIDTH / 8, STEP = THREADS / CHUNKS;
-        static_assert(WIDTH % 64 || STEP % 8 == 0, "a thread's rows are stored alike");
-        const int first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-        to += at(first, chunk), from += (i64)first * pitch + chunk * 16;
+    // Copies from memory: a thread takes chunk `chunk()` of every PASS-th row from row() on. `own`: that chunk's address;
+    // zeros from row `rows` and element `width` on
+    static constexpr int CHUNKS = WIDTH / 8, PASS = THREADS / CHUNKS;
+    static INLINE int row() { return threadIdx.x / CHUNKS; }
+    static INLINE int chunk() { return threadIdx.x % CHUNKS; }
+    static INLINE i64 own(i64 pitch) { return row() * pitch + chunk() * 16; }
+    template <int ROWS> static INLINE bool takes(int pass) {
+        return (THREADS % CHUNKS == 0 || row() < PASS) && (ROWS % PASS == 0 || row() + pass * PASS < ROWS);
+    }
+    template <int ROWS> static INLINE void fetch(bits16 *to, const char *own, i64 pitch, int rows, int width) {
+        static_assert(WIDTH % 64 || PASS % 8 == 0, "a thread's rows are stored alike");
+        to += at(row(), chunk());
 #pragma unroll
-        for (int j = 0; j < ROUND_UP(ROWS, STEP); j++, from += (i64)STEP * pitch) {
-            const int row = first + j * STEP;
-            if ((ROWS % STEP && row >= ROWS) || (THREADS % CHUNKS && first >= STEP)) break;
-            copy_async_16(to + j * STEP * PITCH, from, row < rows && chunk * 8 < width);
-        }
+        for (int j = 0; j < ROUND_UP(ROWS, PASS); j++)
+            if (takes<ROWS>(j))
+                copy_async_16(to + j * PASS * PITCH, own + j * PASS * pitch, row() + j * PASS < rows && chunk() * 8 < width);
     }
     // 16 x 16 at (row, column): as left factor, its transpose as left factor, as right factor, its transpose as that
     static INLINE void left(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
@@ -122,7 +126,7 @@ template <int WIDTH> struct Rows {
     // a lane's two elements of the 8 x 8 at (row, column), as in a product
     static INLINE float2 pair(const bits16 *tile, unsigned row, unsigned column) {
         const unsigned lane = threadIdx.x % 32;
-        return unpack2<OPERAND>(*(const unsigned *)chunk(tile, at(lane / 4, 0) + lane % 4 * 2, row, column));
+        return unpack2<OPERAND>(*(const unsigned *)place(tile, at(lane / 4, 0) + lane % 4 * 2, row, column));
     }
 };
 
@@ -187,14 +191,16 @@ INLINE void decays(const Call &c) {
     const int warp = warp_of_block(), lane = threadIdx.x % 32;
     const i64 h = h0 + lane;
     const float bias = c.bias && h < c.H ? c.bias[h] : 0.f;
-    for (int t = warp; t < TILE; t += WARPS) {
-        const i64 token = tile * TILE + t;
-        float v = 0.f;
-        if (token < c.length && h < c.H) {
-            v = decode<DT_TYPE>(c.dt + b * c.dt_view.batch + token * c.dt_view.token + h * c.dt_view.head, 0) + bias;
-            v = SOFTPLUS ? softplus(v) : v;
-        }
-        steps[t][lane] = v;
+    const char *from = c.dt + b * c.dt_view.batch + (tile * TILE + warp) * c.dt_view.token + h * c.dt_view.head;
+    const int rows = h < c.H ? (int)min(c.length - tile * TILE, (i64)TILE) : 0;
+    float raw[TILE / WARPS];
+#pragma unroll
+    for (int j = 0; j < TILE / WARPS; j++)
+        raw[j] = warp + j * WARPS < rows ? decode<DT_TYPE>(from + j * WARPS * c.dt_view.token, 0) + bias : 0.f;
+#pragma unroll
+    for (int j = 0; j < TILE / WARPS; j++) {
+        const float v = SOFTPLUS ? softplus(raw[j]) : raw[j];
+        steps[warp + j * WARPS][lane] = warp + j * WARPS < rows ? v : 0.f;
     }
     __syncthreads();
     const i64 plane = c.batch * c.H * padded;
@@ -233,93 +239,129 @@ struct WalkStage {
     alignas(16) float scale[TILE], last[4];
 };
 
-// A warp's columns of a state from or to a matrix (p, n) in memory
-template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix, const Call &c) {
-    const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane % 4 * 2, row = lane / 4;
-#pragma unroll
-    for (int m = 0; m < N / 16; m++)
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            const int n = m * 16 + e / 2 % 2 * 8 + row, p = column + e / 4 * 8 + e % 2;
-            float &v = state[m][e / 4][e % 4];
-            if (n < c.n && p < c.p) (LOAD ? v : matrix[p * c.n + n]) = LOAD ? matrix[p * c.n + n] : v;
-        }
-}
+// A warp's part of a state (N, P) in float: 16 columns of some blocks of 16 rows
+struct WalkPart {
+    static constexpr int BLOCKS = ROUND_UP(N / 16, WARPS / 4);
+    int first, column, g, q;
+    float v[BLOCKS][2][4] = {};
 
-// One block a sequence, head and kind; a warp holds 16 columns of the state (N, P) in float, or none and only copies
+    INLINE WalkPart() {
+        const int warp = warp_of_block(), lane = threadIdx.x % 32;
+        first = warp / 4 * BLOCKS, column = warp % 4 * 16, g = lane / 4, q = lane % 4;
+    }
+    INLINE bool holds(int m) const {
+        return (P == 64 || column < P) && (N / 16 % (WARPS / 4) == 0 || first + m < N / 16);
+    }
+
+    // from or to a matrix (p, n) in memory
+    template <bool LOAD> INLINE void move(float *matrix, const Call &c) {
+#pragma unroll
+        for (int m = 0; m < BLOCKS; m++)
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const int n = (first + m) * 16 + e / 2 % 2 * 8 + g, p = column + e / 4 * 8 + 2 * q + e % 2;
+                if (!holds(m) || n >= c.n || p >= c.p) continue;
+                if (LOAD) v[m][e / 4][e % 4] = matrix[p * c.n + n];
+                else matrix[p * c.n + n] = v[m][e / 4][e % 4];
+            }
+    }
+    // to a matrix (N, P) of 16-bit elements; 4 lanes exchange their pairs for 16 bytes each
+    INLINE void store(bits16 *matrix) const {
+        const bool odd = q % 2, upper = q / 2;
+        bits16 *to = matrix + (first * 16 + odd * 8 + g) * P + column + upper * 8;
+#pragma unroll
+        for (int m = 0; m < BLOCKS; m++) {
+            unsigned w[4], near[2], far[2];
+#pragma unroll
+            for (int e = 0; e < 4; e++) w[e] = pack2<OPERAND>(v[m][e / 2][e % 2 * 2], v[m][e / 2][e % 2 * 2 + 1]);
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                const unsigned other = __shfl_xor_sync(~0u, odd ? w[e] : w[e + 1], 1);
+                w[e + 1] = odd ? w[e + 1] : other, w[e] = odd ? other : w[e];
+            }
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                near[e] = upper ? w[2 + e] : w[e];
+                far[e] = __shfl_xor_sync(~0u, upper ? w[e] : w[2 + e], 2);
+            }
+            if (holds(m))
+                *(uint4 *)(to + m * 16 * P) = upper ? make_uint4(far[0], far[1], near[0], near[1])
+                                                    : make_uint4(near[0], near[1], far[0], far[1]);
+        }
+    }
+};
+
+// One block a sequence, head and kind
 INLINE void walk(const Call &c) {
     WalkStage *stages = (WalkStage *)dynamic_shared();
     const int kind = blockIdx.x % KINDS, direction = kind / 2, adjoint = kind % 2;
     const bool leftward = direction != adjoint;
     const i64 h = blockIdx.x / KINDS % c.H, b = blockIdx.x / KINDS / c.H, padded = c.tiles * TILE;
-    const int warp = warp_of_block(), lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const View &values_view = adjoint ? c.dy_view : c.x_view, &keys_view = adjoint ? c.C_view : c.B_view;
+    const i64 matrix = ((b * (KINDS / 2) + direction) * c.H + h) * c.p * c.n;
+    const float *outside = adjoint ? c.gradient : c.initial;
+    float *const last = adjoint ? c.dinitial : 0;
+    const int tiles = (int)c.tiles, steps = last ? tiles : tiles - 1, ahead = leftward ? -1 : 1;
+    const i64 start = leftward ? tiles - 1 : 0;
+
     const char *values = (adjoint ? c.dy : c.x) + b * values_view.batch + h * values_view.head;
     const char *keys = (adjoint ? c.C : c.B) + b * keys_view.batch + h / (c.H / c.groups) * keys_view.head;
-    const float *planes = c.planes + (b * c.H + h) * padded;
-    const i64 plane = c.batch * c.H * padded, matrix = ((b * (KINDS / 2) + direction) * c.H + h) * c.p * c.n;
-    const float *outside = adjoint ? c.gradient : c.initial;
-    float *last = adjoint ? c.dinitial : 0;
-    const int tiles = (int)c.tiles, steps = last ? tiles : tiles - 1;
-
+    values += start * TILE * values_view.token + Rows<P>::own(values_view.token);
+    keys += start * TILE * keys_view.token + Rows<N>::own(keys_view.token);
+    const i64 values_ahead = ahead * TILE * values_view.token, keys_ahead = ahead * TILE * keys_view.token;
+    const float *planes = c.planes + (b * c.H + h) * padded + start * TILE, *totals = planes + TILE - 4;
+    planes += (SCALE + kind) * c.batch * c.H * padded + threadIdx.x * 4;
+    totals += (SCALE + COSTATE_LEFT) * c.batch * c.H * padded;
+    int rows = (int)min(c.length - start * TILE, (i64)TILE);
     auto fetch = [&](int s) {
         if (s < steps) {
-            const i64 t = (i64)(leftward ? tiles - 1 - s : s) * TILE;
-            const int rows = (int)min(c.length - t, (i64)TILE);
             WalkStage &to = stages[s % STAGES];
-            Rows<N>::fetch<TILE>(to.keys, keys + t * keys_view.token, (int)keys_view.token, rows, c.n);
-            Rows<P>::fetch<TILE>(to.values, values + t * values_view.token, (int)values_view.token, rows, c.p);
-            if (threadIdx.x < TILE / 4)
-                copy_async_16(to.scale + threadIdx.x * 4, planes + (SCALE + kind) * plane + t + threadIdx.x * 4, true);
-            if (threadIdx.x == 0)
-                copy_async_16(to.last, planes + (SCALE + COSTATE_LEFT) * plane + t + TILE - 4, true);
+            Rows<N>::fetch<TILE>(to.keys, keys, keys_view.token, rows, c.n);
+            Rows<P>::fetch<TILE>(to.values, values, values_view.token, rows, c.p);
+            if (threadIdx.x < TILE / 4) copy_async_16(to.scale + threadIdx.x * 4, planes, true);
+            if (threadIdx.x == 0) copy_async_16(to.last, totals, true);
+            keys += keys_ahead, values += values_ahead, planes += ahead * TILE, totals += ahead * TILE;
+            rows = leftward || s + 2 < tiles ? TILE : (int)(c.length - (i64)(tiles - 1) * TILE);
         }
         copy_async_commit();
     };
     for (int s = 0; s < STAGES - 1; s++) fetch(s);
 
-    const bool holds = warp * 16 < P;
-    float state[N / 16][2][4] = {};
-    if (outside && holds) move_state<true>(state, (float *)outside + matrix, c);
-    const i64 ahead = (leftward ? -1 : 1) * c.H * KINDS * STATE;
-    bits16 *to = c.states + (((b * c.tiles + (leftward ? tiles - 1 : 0)) * c.H + h) * KINDS + kind) * STATE;
-    to += g * P + warp * 16 + 2 * q;
-    for (int s = 0; s < tiles; s++, to += ahead) {
-        if (holds && (s || outside)) {
-#pragma unroll
-            for (int m = 0; m < N / 16; m++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    *(unsigned *)(to + (m * 16 + e % 2 * 8) * P + e / 2 * 8) =
-                        pack2<OPERAND>(state[m][e / 2][e % 2 * 2], state[m][e / 2][e % 2 * 2 + 1]);
-        }
+    WalkPart state;
+    if (outside) state.move<true>((float *)outside + matrix, c);
+    bits16 *to = c.states + (((b * c.tiles + start) * c.H + h) * KINDS + kind) * STATE;
+    for (int s = 0; s < tiles; s++, to += ahead * c.H * KINDS * STATE) {
+        if (s || outside) state.store(to);
         if (s == steps) break;
         copy_async_wait<STAGES - 2>();
         __syncthreads();
         fetch(s + STAGES - 1);
-        if (!holds) continue;
+        if (!state.holds(0)) continue;
         const WalkStage &at = stages[s % STAGES];
+        unsigned v[TILE / 16][4];
+#pragma unroll
+        for (int t = 0; t < TILE / 16; t++) Rows<P>::right(v[t], at.values, t * 16, state.column);
         const float total = at.last[3];
 #pragma unroll
-        for (int e = 0; e < N / 2; e++) state[e / 8][e / 4 % 2][e % 4] *= total;
+        for (int e = 0; e < WalkPart::BLOCKS * 8; e++) state.v[e / 8][e / 4 % 2][e % 4] *= total;
 #pragma unroll
-        for (int t = 0; t < TILE; t += 16) {
-            unsigned v[4];
-            Rows<P>::right(v, at.values, t, warp * 16);
+        for (int t = 0; t < TILE / 16; t++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const float2 scale = *(const float2 *)(at.scale + t + e % 2 * 8 + 2 * q), pair = unpack2<OPERAND>(v[e]);
-                v[e] = pack2<OPERAND>(pair.x * scale.x, pair.y * scale.y);
+                const float2 scale = *(const float2 *)(at.scale + t * 16 + e % 2 * 8 + 2 * state.q);
+                const float2 pair = unpack2<OPERAND>(v[t][e]);
+                v[t][e] = pack2<OPERAND>(pair.x * scale.x, pair.y * scale.y);
             }
 #pragma unroll
-            for (int m = 0; m < N / 16; m++) {
+            for (int m = 0; m < WalkPart::BLOCKS; m++) {
+                if (!state.holds(m)) continue;
                 unsigned k[4];
-                Rows<N>::left_transposed(k, at.keys, t, m * 16);
-                multiply(state[m], k, v);
+                Rows<N>::left_transposed(k, at.keys, t * 16, (state.first + m) * 16);
+                multiply(state.v[m], k, v[t]);
             }
         }
     }
-    if (last && holds) move_state<false>(state, last + matrix, c);
+    if (last) state.move<false>(last + matrix, c);
 }
 
 // What the tokens of a tile make of its log-decays; FROM and TO: where paths begin and end
@@ -398,48 +440,29 @@ INLINE void gradients(const Call &c) {
     const bool present[4] = {c.walked && (from_left || c.initial), c.walked && (from_right || c.gradient),
                              c.walked && (from_right || c.initial), c.walked && (from_left || c.gradient)};
 
-    // each thread's next head; copies of heads are asked for in their order
-    constexpr int CHUNKS = P / 8, PASS = THREADS / CHUNKS;
-    const int copied_row = threadIdx.x / CHUNKS, copied_chunk = threadIdx.x % CHUNKS;
-    const bool copies = copied_row < PASS && copied_chunk * 8 < c.p;
-    const char *x = c.x + b * c.x_view.batch + begin * c.x_view.head + (token0 + copied_row) * c.x_view.token;
-    const char *dy = c.dy + b * c.dy_view.batch + begin * c.dy_view.head + (token0 + copied_row) * c.dy_view.token;
-    x += copied_chunk * 16, dy += copied_chunk * 16;
-    const bits16 *states = c.states + ((b * c.tiles + tile) * c.H + begin) * KINDS * STATE + threadIdx.x * 8;
+    // copies of heads are asked for in their order: where a thread's own begin
+    const char *x = c.x + b * c.x_view.batch + token0 * c.x_view.token + begin * c.x_view.head;
+    const char *dy = c.dy + b * c.dy_view.batch + token0 * c.dy_view.token + begin * c.dy_view.head;
+    const char *states = (const char *)(c.states + ((b * c.tiles + tile) * c.H + begin) * KINDS * STATE);
     const float *planes = c.planes + warp * plane + (b * c.H + begin) * padded + token0 + lane * 4;
-    const i64 x_step = PASS * c.x_view.token, dy_step = PASS * c.dy_view.token;
+    x += Rows<P>::own(c.x_view.token), dy += Rows<P>::own(c.dy_view.token), states += Rows<P>::own(P * 2);
     auto fetch = [&](int h) {
         if (h < end) {
             Stage &to = shared.stages[(h - begin) % BUFFERS];
-            const unsigned place = Rows<P>::at(copied_row, copied_chunk);
+            Rows<P>::fetch<TILE>(to.x, x, c.x_view.token, rows, c.p);
+            Rows<P>::fetch<TILE>(to.dy, dy, c.dy_view.token, rows, c.p);
 #pragma unroll
-            for (int j = 0; j < ROUND_UP(TILE, PASS); j++) {
-                const int row = copied_row + j * PASS;
-                if (THREADS % CHUNKS && (copied_row >= PASS || row >= TILE)) break;
-                const bool inside = copies && row < rows;
-                copy_async_16(to.x + place + j * PASS * Rows<P>::PITCH, x + j * x_step, inside);
-                copy_async_16(to.dy + place + j * PASS * Rows<P>::PITCH, dy + j * dy_step, inside);
-            }
-#pragma unroll
-            for (int kind = 0; kind < KINDS; kind++) {
-                if (!present[kind]) continue;
-#pragma unroll
-                for (int j = 0; j < ROUND_UP(N, PASS); j++) {
-                    const int row = copied_row + j * PASS;
-                    if ((THREADS % CHUNKS && copied_row >= PASS) || (N % PASS && row >= N)) break;
-                    copy_async_16(to.states[kind] + place + j * PASS * Rows<P>::PITCH,
-                                  states + kind * STATE + j * PASS * P, true);
-                }
-            }
+            for (int kind = 0; kind < KINDS; kind++)
+                if (present[kind]) Rows<P>::fetch<N>(to.states[kind], states + kind * STATE * 2, P * 2, N, P);
             if (warp < 3 && lane < TILE / 4) copy_async_16(to.planes[warp] + lane * 4, planes, true);
-            x += c.x_view.head, dy += c.dy_view.head, states += KINDS * STATE, planes += padded;
+            x += c.x_view.head, dy += c.dy_view.head, states += KINDS * STATE * 2, planes += padded;
         }
         copy_async_commit();
     };
-    Rows<N>::fetch<TILE>(shared.B, c.B + b * c.B_view.batch + token0 * c.B_view.token + group * c.B_view.head,
-                         (int)c.B_view.token, rows, c.n);
-    Rows<N>::fetch<TILE>(shared.C, c.C + b * c.C_view.batch + token0 * c.C_view.token + group * c.C_view.head,
-                         (int)c.C_view.token, rows, c.n);
+    const char *B = c.B + b * c.B_view.batch + token0 * c.B_view.token + group * c.B_view.head;
+    const char *C = c.C + b * c.C_view.batch + token0 * c.C_view.token + group * c.C_view.head;
+    Rows<N>::fetch<TILE>(shared.B, B + Rows<N>::own(c.B_view.token), c.B_view.token, rows, c.n);
+    Rows<N>::fetch<TILE>(shared.C, C + Rows<N>::own(c.C_view.token), c.C_view.token, rows, c.n);
     copy_async_commit();
     fetch(begin);
     copy_async_wait<1>();
@@ -690,10 +713,9 @@ INLINE void gradients(const Call &c) {
         for (int kind = 0; kind < KINDS; kind += 2) {
             if (!present[kind] || !present[kind + 1]) continue;
 #pragma unroll
-            for (int j = 0; j < ROUND_UP(N, PASS); j++) {
-                const int row = copied_row + j * PASS;
-                if ((THREADS % CHUNKS && copied_row >= PASS) || (N % PASS && row >= N)) break;
-                const unsigned place = Rows<P>::at(copied_row, copied_chunk) + j * PASS * Rows<P>::PITCH;
+            for (int j = 0; j < ROUND_UP(N, Rows<P>::PASS); j++) {
+                if (!Rows<P>::takes<N>(j)) continue;
+                const unsigned place = Rows<P>::at(Rows<P>::row(), Rows<P>::chunk()) + j * Rows<P>::PASS * Rows<P>::PITCH;
                 const uint4 v = *(const uint4 *)(at.states[kind] + place);
                 const uint4 w = *(const uint4 *)(at.states[kind + 1] + place);
                 const unsigned vs[4] = {v.x, v.y, v.z, v.w}, ws[4] = {w.x, w.y, w.z, w.w};
