@@ -12,7 +12,7 @@
 // Macros: KERNEL, ENTRY; THREADS, RESIDENT (blocks a processor); X_TYPE (of x, B, C and y: 1 bfloat16); STRIPS; N, WIDTH:
 // states and a slice of P, padded to multiples of 16; SLICES of P: a head and a slice are a job; DIRECTIONS; SOFTPLUS;
 // DT_TYPE, D_TYPE (0 float, 1 bfloat16, 2 half, 3 none); ALL: every chunk and slice is full; STATES: those
-// that enter, DIRECT: one from each other chunk of few, which `chain` has not seen.
+// that enter, DIRECT: one from each other chunk of few, which `chain` has not seen; SLOTS: jobs in shared memory.
 
 #define LOG2E 1.4426950408889634f
 #define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
@@ -21,6 +21,7 @@ constexpr int TOKENS = 32 * STRIPS, WARPS = THREADS / 32, OWN = ROUND_UP(STRIPS,
 constexpr int ROW = 128, SLICE = 64;                             // bytes and elements of a tile's row in shared memory
 constexpr int PANELS = ROUND_UP(N, SLICE), STEPS = N / 16;       // tiles side by side that hold N states
 constexpr int TILE_BYTES = TOKENS * ROW, STATE_BYTES = N * ROW;
+constexpr int AHEAD = SLOTS - 1;  // jobs
 constexpr bool BOTH = DIRECTIONS == 2;
 
 struct View { i64 batch, token, head; };  // strides in bytes
@@ -184,22 +185,23 @@ INLINE void multiply(float (*c)[WIDTH / 8][4], const unsigned (*a)[4], const cha
 // Rows g and g + 8 of a warp's 16 x WIDTH to memory: neighbouring lanes exchange halves, so that 4 lanes fill 32 bytes
 template <bool STREAM>
 INLINE void store_rows(char *to, i64 stride, const float (*c)[4], int rows, int columns) {
-    const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
+    const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, first = (q & 1) * 8 + q / 2 * 4;
     const bool odd = q & 1;
 #pragma unroll
-    for (int i = 0; i < WIDTH / 16; i++)
+    for (int half = 0; half < 2; half++) {
+        char *const at = to + (g + 8 * half) * stride + first * 2;
+        const bool inside = g + 8 * half < rows;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int i = 0; i < WIDTH / 16; i++) {
             const unsigned left = pack2<X_TYPE>(c[2 * i][2 * half], c[2 * i][2 * half + 1]);
             const unsigned right = pack2<X_TYPE>(c[2 * i + 1][2 * half], c[2 * i + 1][2 * half + 1]);
             const unsigned other = __shfl_xor_sync(~0u, odd ? left : right, 1);
-            const int row = g + 8 * half, column = i * 16 + odd * 8 + q / 2 * 4;
-            if (row >= rows || column >= columns) continue;
-            uint2 *const at = (uint2 *)(to + row * stride + column * 2);
             const uint2 v = odd ? make_uint2(other, right) : make_uint2(left, other);
-            if (STREAM) __stcs(at, v);
-            else *at = v;
+            if (!inside || first + i * 16 >= columns) continue;
+            if (STREAM) __stcs((uint2 *)(at + i * 32), v);
+            else *(uint2 *)(at + i * 32) = v;
         }
+    }
 }
 
 // Strips between the lane's strip and this one, a bit each; of lane STRIPS those left of it, of STRIPS + 1 right of it
@@ -231,9 +233,9 @@ INLINE void scale(unsigned to[4], const unsigned from[4], uint2 columns, unsigne
 // y of a chunk's rows of WARPS strips
 INLINE void outputs(const Call &call) {
     constexpr int ROWS = WARPS * 32;
-    char *const tiles = dynamic_shared(), *const B_tile = tiles + (PANELS == 1 ? TILE_BYTES : 0);
-    char *const C_tile = tiles + 2 * TILE_BYTES, *const entering = C_tile + PANELS * ROWS * ROW;
-    Decays *const decays = (Decays *)(entering + 2 * STATES * STATE_BYTES);
+    char *const tiles = dynamic_shared(), *const B_tile = tiles + (SLOTS - PANELS) * TILE_BYTES;
+    char *const C_tile = tiles + SLOTS * TILE_BYTES, *const entering = C_tile + PANELS * ROWS * ROW;
+    Decays *const decays = (Decays *)(entering + SLOTS * STATES * STATE_BYTES);
     const Place place(call);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const int strip = place.rest * WARPS + warp, jobs = call.heads * SLICES;
@@ -266,10 +268,14 @@ INLINE void outputs(const Call &call) {
     );
     copy_async_commit();
     const int last = place.end - 1;  // from the last job to the first: what `sums` read last may still be in the L2 cache
-    if (PANELS == 1) load(last, 0);
+    const auto next = [&](int k) { return max(last - k, place.begin); };
+    constexpr int FREE = SLOTS - PANELS;  // slots that B does not take
+#pragma unroll
+    for (int k = 0; k < FREE; k++)
+        if (k < AHEAD) load(next(k), k);
     Fetched<true> fetched(call, place);
     fetched.fetch(call, place, last / SLICES);
-    copy_async_wait<PANELS == 1 ? 1 : 0>();
+    copy_async_wait<FREE < AHEAD ? FREE : AHEAD>();
     __syncthreads();
 
     unsigned scores[STRIPS][2][2][4];  // of strip (own + i) % STRIPS, its 16 columns each, the warp's 16 rows each
@@ -301,28 +307,48 @@ INLINE void outputs(const Call &call) {
                         scores[i][half][m][k] = pack2<X_TYPE>(sum[m][k / 2][k % 2 * 2], sum[m][k / 2][k % 2 * 2 + 1]);
             }
     }
-    if (PANELS > 1) {
-        __syncthreads();
-        load(last, 0);
-    }
+    if (FREE < AHEAD) __syncthreads();
+#pragma unroll
+    for (int k = FREE; k < AHEAD; k++) load(next(k), k);
     const auto fetch_total = [&](int job) {
         return DIRECT && lane <= STATES
                    ? call.totals[(place.b * call.chunks + lane) * call.heads + job / SLICES] : 0.f;
     };
-    float chunk_total = 0, next_total = fetch_total(last);
-    fetched.store(call, place, last / SLICES, decays[0]);
-    fetched.fetch(call, place, max(last - 1, place.begin) / SLICES);
-
-    for (int job = last, buffer = 0; job >= place.begin; job--, buffer ^= 1) {
+    float chunk_total = fetch_total(last), next_total = fetch_total(next(1));
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+        fetched.store(call, place, next(k) / SLICES, decays[k]);
+        fetched.fetch(call, place, next(k + 1) / SLICES);
+    }
+    if (SLOTS == 3) {
         copy_async_wait<0>();
         __syncthreads();
-        if (job > place.begin) load(job - 1, buffer ^ 1);
-        fetched.store(call, place, max(job - 1, place.begin) / SLICES, decays[buffer ^ 1]);
-        fetched.fetch(call, place, max(job - 2, place.begin) / SLICES);
-        chunk_total = next_total, next_total = fetch_total(max(job - 1, place.begin));
-        if (!alive) continue;
-        const char *const tile = tiles + buffer * TILE_BYTES;
-        const Decays &own = decays[buffer];
+    }
+
+    // Once a job all warps meet, half of them at its beginning and half in its middle: those of one scheduler are busy
+    // with different things
+    const bool late = SLOTS == 3 && STRIPS > 1 && warp >= WARPS / 2;
+    int slot = 0, free_slot = AHEAD;
+    for (int job = last; job >= place.begin; job--) {
+        const auto meet = [&] {
+            copy_async_wait<0>();
+            __syncthreads();
+            if (job - AHEAD >= place.begin) load(job - AHEAD, free_slot);
+        };
+        const auto prepare = [&] {
+            fetched.store(call, place, max(job - AHEAD, place.begin) / SLICES, decays[free_slot]);
+            fetched.fetch(call, place, max(job - AHEAD - 1, place.begin) / SLICES);
+            chunk_total = next_total, next_total = fetch_total(max(job - 2, place.begin));
+        };
+        if (!late) meet();
+        if (!alive) {
+            if (late) meet();
+            prepare();
+            slot = slot + 1 == SLOTS ? 0 : slot + 1, free_slot = free_slot + 1 == SLOTS ? 0 : free_slot + 1;
+            continue;
+        }
+        const char *const tile = tiles + slot * TILE_BYTES;
+        const Decays &own = decays[slot];
         const float gate = decay_over(between_strips, own);
         float from_left[4], from_right[4];
         float out[2][WIDTH / 8][4] = {};
@@ -375,6 +401,7 @@ INLINE void outputs(const Call &call) {
         // the other strips of the chunk
 #pragma unroll
         for (int i = 1; i < STRIPS; i++) {
+            if (i == STRIPS / 2 && late) meet();
             const int other = (strip + i & STRIPS - 1);
             const bool before = other < strip;
             const float between = __shfl_sync(~0u, gate, other);
@@ -398,7 +425,7 @@ INLINE void outputs(const Call &call) {
 
         // other chunks
         if (STATES) {
-            const char *const state = entering + buffer * STATES * STATE_BYTES;
+            const char *const state = entering + slot * STATES * STATE_BYTES;
             const float outside[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
             float between[STATES ? STATES : 1];
 #pragma unroll
@@ -436,6 +463,8 @@ INLINE void outputs(const Call &call) {
             }
         }
 
+        prepare();
+        slot = slot + 1 == SLOTS ? 0 : slot + 1, free_slot = free_slot + 1 == SLOTS ? 0 : free_slot + 1;
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
         const i64 stride = (i64)call.heads * call.p * 2, token = place.first + strip * 32;
         char *const y = call.y + (place.b * call.length + token) * stride + ((i64)h * call.p + p) * 2;
@@ -530,7 +559,7 @@ INLINE void sums(const Call &call) {
 
 // States of each chunk alone become those that enter it; those that leave the last one go to `last`. 8 columns a thread
 INLINE void chain(const Call &call) {
-    constexpr int AHEAD = 8, PIECES = WIDTH / 8;
+    constexpr int AT_ONCE = 8, PIECES = WIDTH / 8;
     const int jobs = call.heads * SLICES;
     i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (i >= call.batch * jobs * (DIRECTIONS * N * PIECES)) return;
@@ -546,17 +575,17 @@ INLINE void chain(const Call &call) {
 #pragma unroll
     for (int k = 0; k < 8; k++)
         state[k] = call.initial && n < call.n && p + k < call.p ? call.initial[outside + (i64)k * call.n] : 0;
-    for (int first = 0; first < call.chunks; first += AHEAD) {
-        uint4 own[AHEAD];
-        float decay[AHEAD];
+    for (int first = 0; first < call.chunks; first += AT_ONCE) {
+        uint4 own[AT_ONCE];
+        float decay[AT_ONCE];
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
+        for (int j = 0; j < AT_ONCE; j++) {
             if (first + j >= call.chunks) break;
             const int c = d ? call.chunks - 1 - first - j : first + j;
             own[j] = states[c * step], decay[j] = totals[(i64)c * call.heads];
         }
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
+        for (int j = 0; j < AT_ONCE; j++) {
             if (first + j >= call.chunks) break;
             const int c = d ? call.chunks - 1 - first - j : first + j;
             states[c * step] = make_uint4(

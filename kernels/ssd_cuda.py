@@ -109,7 +109,7 @@ def _layout(call: _Signature) -> _Layout:
     states, width, directions = -(-N // 16) * 16, min(SLICE, -(-P // 16) * 16), 1 + call.both
     panels = -(-states // SLICE)
     row = 2 * SLICE  # bytes of a tile's row
-    tiles, decays = 2 * call.chunk * row, 2 * (7 * 4 * call.chunk + 4 * max(4, strips))
+    tile, decays = call.chunk * row, 7 * 4 * call.chunk + 4 * max(4, strips)
     defines = {"STRIPS": strips, "N": states, "WIDTH": width, "DIRECTIONS": directions}
     defines["ALL"] = int(length % call.chunk == 0 and P % width == 0)
     views = [s for v in (call.x, call.dt, call.B, call.C, call.D) for s in _strides(v)]
@@ -123,21 +123,26 @@ def _layout(call: _Signature) -> _Layout:
         known = defines | {"THREADS": plan.warps * 32, "RESIDENT": plan.resident} | more
         return _kernel(entry, call.device, shared, **known), blocks * parts, plan.warps * 32, _REST.pack(*views, *sizes)
 
-    launches = []
+    launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2}
     # few chunks receive each other's states as they are
     direct = 1 < chunks <= MOST_DIRECT and states <= SLICE and not (call.initial or call.last)
     entering = chunks - 1 if direct else directions if chunks > 1 or call.initial else 0
     if entering or call.last:
-        launches.append(launch("sums", sums, batch * chunks * G, tiles + decays, STATES=0, DIRECT=0, D_TYPE=_NONE))
+        launches.append(launch("sums", sums, batch * chunks * G, 2 * (tile + decays), **plain))
     if (entering or call.last) and not direct:
-        each, plain = Plan(4, 4, jobs), dict.fromkeys(("ALL", "STATES", "DIRECT", "SOFTPLUS", "DT_TYPE"), 0)
-        plain["D_TYPE"] = _NONE
+        each = Plan(4, 4, jobs)
         pieces = batch * H * slices * directions * states * width // 8
-        launches.append(launch("chain", each, -(-pieces // 128), 0, **plain))
-    shared = tiles + decays + panels * outputs.warps * STRIP * row + entering * 2 * states * row
+        launches.append(
+            launch("chain", each, -(-pieces // 128), 0, **plain | dict.fromkeys(("ALL", "SOFTPLUS", "DT_TYPE"), 0))
+        )
+    queries = panels * outputs.warps * STRIP * row
+    slots = 3 if panels == 1 else 2
+    shared = queries + slots * (tile + decays + entering * states * row)
     blocks = batch * chunks * G * (strips // outputs.warps)
     D_type = {"D_TYPE": _NONE if call.D is None else _TYPES[call.D[2]]}
-    launches.append(launch("outputs", outputs, blocks, shared, STATES=entering, DIRECT=int(direct), **D_type))
+    launches.append(
+        launch("outputs", outputs, blocks, shared, STATES=entering, DIRECT=int(direct), SLOTS=slots, **D_type)
+    )
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
     return _Layout(tuple(launches), stored, stored + formed * batch * chunks * H * 4)
