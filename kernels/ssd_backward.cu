@@ -365,7 +365,7 @@ INLINE void walk(const Call &c) {
 }
 
 // What the tokens of a tile make of its log-decays; FROM and TO: where paths begin and end
-struct Paths {
+struct alignas(16) Paths {
     float pairs[WARPS][TILE];  // of the pairs of a warp's senders with each receiver; within the warp, forward ones
     float pairs_back[TILE];    // and backward ones
     float forward[TILE], backward[TILE], received[TILE], sent[TILE], unit[TILE], step[TILE];
@@ -386,24 +386,34 @@ struct Shared {
 
 // Gradients of a head's dt, and its tile's share of those of A and the bias, by one warp
 INLINE void finish(const Call &c, const Paths &paths, i64 b, i64 tile, i64 h) {
+    typedef Floats<EACH> Each;
     const int lane = threadIdx.x % 32, first = lane * EACH;
-    float from_left[EACH], from_right[EACH];  // of paths that end at a token or, negative, begin at it
-    float back[EACH];
+    const auto load = [&](const float *v) { return *(const Each *)(v + first); };
+    Each ahead = load(paths.forward), back = {}, behind = {};  // of paths that end at a token or, negative, begin at it
+    const Each sent = load(paths.sent), unit = load(paths.unit), step = load(paths.step);
+    if (BOTH) {
+        const Each arriving = load(paths.backward), pairs = load(paths.pairs_back);
+        behind = load(paths.received);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) back.v[j] = arriving.v[j] - pairs.v[j];
+    }
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        if (!BOTH && w > first / 16) continue;
+        const Each pairs = load(paths.pairs[w]);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            ahead.v[j] += w <= first / 16 ? pairs.v[j] : 0.f;
+            back.v[j] -= w <= first / 16 ? 0.f : pairs.v[j];
+        }
+    }
+    float from_left[EACH], from_right[EACH];
+    const float next = __shfl_down_sync(~0u, back.v[0], 1), before = __shfl_up_sync(~0u, sent.v[EACH - 1], 1);
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-        const int i = first + j;
-        float ahead = 0.f, behind = BOTH ? paths.pairs_back[i] : 0.f;
-        for (int w = 0; w < WARPS; w++) {
-            if (w <= i / 16) ahead += paths.pairs[w][i];
-            else if (BOTH) behind += paths.pairs[w][i];
-        }
-        from_left[j] = paths.forward[i] + ahead;
-        back[j] = BOTH ? paths.backward[i] - behind : 0.f;
-        from_right[j] = (BOTH ? paths.received[i] : 0.f) + (i ? paths.sent[i ? i - 1 : 0] : 0.f);
+        from_left[j] = ahead.v[j] + (j < EACH - 1 ? back.v[j < EACH - 1 ? j + 1 : j] : lane < 31 ? next : 0.f);
+        from_right[j] = behind.v[j] + (j ? sent.v[j ? j - 1 : 0] : lane ? before : 0.f);
     }
-    const float next = __shfl_down_sync(~0u, back[0], 1);
-#pragma unroll
-    for (int j = 0; j < EACH; j++) from_left[j] += j < EACH - 1 ? back[j < EACH - 1 ? j + 1 : j] : lane < 31 ? next : 0.f;
     if (lane == 0)
         for (int w = 0; w < WARPS; w++) from_right[0] += paths.crossing[w];
     scan_of_warp<EACH>(from_left, true);
@@ -415,16 +425,19 @@ INLINE void finish(const Call &c, const Paths &paths, i64 b, i64 tile, i64 h) {
     char *const to = c.ddt + ((b * c.length + token0) * c.H + h) * (DT_TYPE ? 2 : 4);
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-        const float step = paths.step[first + j], decay = from_left[j] + from_right[j];
-        const float slope = SOFTPLUS ? softplus_slope(step) : 1.f, grad = (paths.unit[first + j] + A * decay) * slope;
+        const float decay = from_left[j] + from_right[j];
+        const float slope = SOFTPLUS ? softplus_slope(step.v[j]) : 1.f, grad = (unit.v[j] + A * decay) * slope;
         if (j < rows) {
             encode<DT_TYPE>(to, j * c.H, grad);
-            dA += decay * step, dbias += grad;
+            dA += decay * step.v[j], dbias += grad;
         }
     }
-    dA = sum_of_warp(dA), dbias = sum_of_warp(dbias);
-    const i64 at = (b * c.tiles + tile) * c.H + h;
-    if (lane == 0) c.dA[at] = dA, c.dbias[at] = dbias;
+    // half of the lanes sum one, half the other
+    const bool upper = lane & 16;
+    float sum = (upper ? dbias : dA) + __shfl_xor_sync(~0u, upper ? dA : dbias, 16);
+#pragma unroll
+    for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+    if (lane % 16 == 0) (upper ? c.dbias : c.dA)[(b * c.tiles + tile) * c.H + h] = sum;
 }
 
 INLINE void gradients(const Call &c) {
