@@ -38,14 +38,16 @@ struct Call {
     float diagonal;
 };
 
-// One head's decays, logarithms to base 2 but for `sent`. A strip's tokens lie in the order in which lanes want them:
+// One head's decays: logarithms to base 2 but for `sent`. A strip's tokens lie in the order in which lanes want them:
 // `columns` 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of each 16 together, `rows` g, g + 8, g + 16, g + 24
-struct alignas(16) Decays {
-    float prefix[TOKENS], suffix[TOKENS];         // rows: sums from the left border, to the right border, own included
-    float prefix_columns[TOKENS], suffix_columns[TOKENS], dt[TOKENS];
-    float D[TOKENS];                              // rows
+struct alignas(16) Sent {
     float total[STRIPS < 4 ? 4 : STRIPS];
-    unsigned short sent[2][TOKENS];               // columns: dt times decay to the strip's right border, left border
+    unsigned short sent[2][TOKENS];  // columns: dt times decay to the strip's right border, left border
+};
+struct alignas(16) Decays : Sent {
+    float prefix[TOKENS], suffix[TOKENS];  // rows: sums from the left border, to the right border, own included
+    float prefix_columns[TOKENS], suffix_columns[TOKENS], dt[TOKENS];
+    float D[TOKENS];  // rows
 };
 
 INLINE int column_place(int t) { return (t & 16) + (t % 8 / 2) * 4 + (t & 1) + (t & 8) / 4; }
@@ -101,7 +103,7 @@ template <bool PAIRS> struct Fetched {
                 D[i] = scalar<D_TYPE>(D_at + i * THREADS * call.D_view.token + h * call.D_view.head);
         }
     }
-    INLINE void store(const Call &call, const Place &place, int h, Decays &to) const {
+    template <class To> INLINE void store(const Call &call, const Place &place, int h, To &to) const {
         const int lane = threadIdx.x % 32;
         const float rate = __ldg(call.A + h) * LOG2E, bias = call.bias ? __ldg(call.bias + h) : 0;
 #pragma unroll
@@ -123,7 +125,7 @@ template <bool PAIRS> struct Fetched {
             to.sent[0][column] = pack2<X_TYPE>(step * exp2_fast(lane < 31 ? after : 0), 0);
             to.sent[1][column] = pack2<X_TYPE>(step * exp2_fast(lane > 0 ? before : 0), 0);
             if (lane == 31) to.total[strip] = prefix;
-            if (PAIRS) {
+            if constexpr (PAIRS) {
                 to.prefix[row] = prefix, to.suffix[row] = suffix;
                 to.prefix_columns[column] = prefix, to.suffix_columns[column] = suffix, to.dt[column] = step;
                 if (D_TYPE < 3) to.D[row] = D[i];
@@ -133,15 +135,27 @@ template <bool PAIRS> struct Fetched {
 };
 
 // Rows of 128 bytes whose 16-byte pieces are exchanged, so that those of 8 rows in one place lie in different banks.
-// COLUMNS elements a row are filled, with zeros where `from` has no such row or column
-template <int ROWS, int COLUMNS>
+// COLUMNS elements a row are filled, with zeros where `from` has no such row or column; it has them all if it is WHOLE
+template <int ROWS, int COLUMNS, bool WHOLE>
 INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int columns) {
-    constexpr int PIECES = COLUMNS / 8, EACH = ROUND_UP(ROWS * PIECES, THREADS);
+    constexpr int PIECES = COLUMNS / 8, EACH = ROUND_UP(ROWS * PIECES, THREADS), STEP = THREADS / PIECES;
+    if constexpr (THREADS % (8 * PIECES) == 0) {
+        const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+        char *const to = tile + row * ROW + ((piece ^ row % 8) << 4);
+        const char *const at = from + row * stride + piece * 16;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            if (ROWS % STEP && row + i * STEP >= ROWS) break;
+            const bool inside = WHOLE || (row + i * STEP < rows && piece * 8 < columns);
+            copy_async_16(to + i * STEP * ROW, inside ? at + i * STEP * stride : from, inside);
+        }
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        const unsigned at = threadIdx.x + i * THREADS, row = at / PIECES, piece = at % PIECES;
+        const int at = threadIdx.x + i * THREADS, row = at / PIECES, piece = at % PIECES;
         if (ROWS * PIECES % THREADS && at >= ROWS * PIECES) break;
-        const bool inside = (int)row < rows && (int)piece * 8 < columns;
+        const bool inside = WHOLE || (row < rows && piece * 8 < columns);
         copy_async_16(
             tile + row * ROW + ((piece ^ row % 8) << 4), from + (inside ? row * stride + piece * 16 : 0), inside
         );
@@ -151,7 +165,7 @@ INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int co
 template <int ROWS> INLINE void load_panels(char *tile, const char *from, i64 stride, int rows, int columns) {
 #pragma unroll
     for (int i = 0; i < PANELS; i++)
-        load_tile<ROWS, (N < SLICE ? N : SLICE)>(
+        load_tile<ROWS, (N < SLICE ? N : SLICE), false>(
             tile + i * ROWS * ROW, from + i * ROW, stride, rows, columns - i * SLICE
         );
 }
@@ -212,7 +226,7 @@ INLINE unsigned strips_between(int strip) {
 }
 
 // Decay over some strips
-INLINE float decay_over(unsigned strips, const Decays &decays) {
+INLINE float decay_over(unsigned strips, const Sent &decays) {
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < STRIPS; k++)
@@ -245,16 +259,16 @@ INLINE void outputs(const Call &call) {
 
     const auto load = [&](int job, int buffer) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
-        load_tile<TOKENS, WIDTH>(
+        load_tile<TOKENS, WIDTH, ALL>(
             tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
-            ALL ? TOKENS : place.tokens, ALL ? WIDTH : call.p - p
+            place.tokens, call.p - p
         );
 #pragma unroll
         for (int s = 0; s < STATES; s++) {
             const int c = DIRECT ? s + (s >= place.c) : place.c, d = DIRECT ? s >= place.c : s;
             if (d >= DIRECTIONS) continue;
             const i64 at = ((place.b * call.chunks + c) * jobs + job) * DIRECTIONS + d;
-            load_tile<N, WIDTH>(
+            load_tile<N, WIDTH, true>(
                 entering + (buffer * STATES + s) * STATE_BYTES, call.states + at * (N * WIDTH * 2), WIDTH * 2, N, WIDTH
             );
         }
@@ -480,16 +494,16 @@ INLINE void outputs(const Call &call) {
 // What a chunk alone sends over its borders, and its decay: a warp's 16 states of N, the two directions
 INLINE void sums(const Call &call) {
     char *const tiles = dynamic_shared(), *const B_tile = tiles + (PANELS == 1 ? TILE_BYTES : 0);
-    Decays *const decays = (Decays *)(tiles + 2 * TILE_BYTES);
+    Sent *const decays = (Sent *)(tiles + 2 * TILE_BYTES);
     const Place place(call);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = lane % 4;
     const int jobs = call.heads * SLICES, rows_first = lane_rows_first();
 
     const auto load = [&](int job, int buffer) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
-        load_tile<TOKENS, WIDTH>(
+        load_tile<TOKENS, WIDTH, ALL>(
             tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
-            ALL ? TOKENS : place.tokens, ALL ? WIDTH : call.p - p
+            place.tokens, call.p - p
         );
         copy_async_commit();
     };
@@ -521,7 +535,7 @@ INLINE void sums(const Call &call) {
         fetched.store(call, place, min(job + 1, place.end - 1) / SLICES, decays[buffer ^ 1]);
         fetched.fetch(call, place, min(job + 2, place.end - 1) / SLICES);
         const char *const tile = tiles + buffer * TILE_BYTES;
-        const Decays &own = decays[buffer];
+        const Sent &own = decays[buffer];
         const float after = decay_over(~0u << lane << 1, own), before = decay_over((1u << lane) - 1, own);
         const unsigned gates[2] = {pack2<X_TYPE>(after, after), pack2<X_TYPE>(before, before)};  // of strip `lane`
         float state[DIRECTIONS][WIDTH / 8][4] = {};

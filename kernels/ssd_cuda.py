@@ -54,8 +54,9 @@ def plan(
 ) -> tuple[Plan, Plan]:
     """Plans of ``sums`` and of ``outputs`` for groups of so many jobs."""
     blocks = batch * chunks * groups
-    resident = 2 if strips == 8 else 4
-    sums = Plan(states // 16, resident, _share(jobs, blocks, processors * resident, 0.5))
+    warps = states // 16
+    resident = max(1, min(3 if strips == 8 else 6, 12 // warps))
+    sums = Plan(warps, resident, _share(jobs, blocks, processors * resident, 0.5))
     resident = 8 // strips
     outputs = Plan(strips, resident, _share(jobs, blocks, processors * resident, 1.5))
     return sums, outputs
@@ -109,7 +110,8 @@ def _layout(call: _Signature) -> _Layout:
     states, width, directions = -(-N // 16) * 16, min(SLICE, -(-P // 16) * 16), 1 + call.both
     panels = -(-states // SLICE)
     row = 2 * SLICE  # bytes of a tile's row
-    tile, decays = call.chunk * row, 7 * 4 * call.chunk + 4 * max(4, strips)
+    tile, sent = call.chunk * row, 4 * call.chunk + 4 * max(4, strips)
+    decays = sent + 6 * 4 * call.chunk
     defines = {"STRIPS": strips, "N": states, "WIDTH": width, "DIRECTIONS": directions}
     defines["ALL"] = int(length % call.chunk == 0 and P % width == 0)
     views = [s for v in (call.x, call.dt, call.B, call.C, call.D) for s in _strides(v)]
@@ -128,7 +130,7 @@ def _layout(call: _Signature) -> _Layout:
     direct = 1 < chunks <= MOST_DIRECT and states <= SLICE and not (call.initial or call.last)
     entering = chunks - 1 if direct else directions if chunks > 1 or call.initial else 0
     if entering or call.last:
-        launches.append(launch("sums", sums, batch * chunks * G, 2 * (tile + decays), **plain))
+        launches.append(launch("sums", sums, batch * chunks * G, 2 * (tile + sent), **plain))
     if (entering or call.last) and not direct:
         each = Plan(4, 4, jobs)
         pieces = batch * H * slices * directions * states * width // 8
