@@ -12,7 +12,8 @@
 // Macros: KERNEL, ENTRY; THREADS, RESIDENT (blocks a processor); X_TYPE (of x, B, C and y: 1 bfloat16); STRIPS; N, WIDTH:
 // states and a slice of P, padded to multiples of 16; SLICES of P: a head and a slice are a job; DIRECTIONS; SOFTPLUS;
 // DT_TYPE, D_TYPE (0 float, 1 bfloat16, 2 half, 3 none); ALL: every chunk and slice is full; STATES: those
-// that enter, DIRECT: one from each other chunk of few, which `chain` has not seen; SLOTS: jobs in shared memory.
+// that enter, DIRECT: one from each other chunk of few, which `chain` has not seen; SLOTS: jobs in shared memory;
+// TENSOR_ASYNC: products by four warps together.
 
 #define LOG2E 1.4426950408889634f
 #define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
@@ -149,8 +150,7 @@ INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int co
             const bool inside = WHOLE || (row + i * STEP < rows && piece * 8 < columns);
             copy_async_16(to + i * STEP * ROW, inside ? at + i * STEP * stride : from, inside);
         }
-        return;
-    }
+    } else {
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const int at = threadIdx.x + i * THREADS, row = at / PIECES, piece = at % PIECES;
@@ -159,6 +159,7 @@ INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int co
         copy_async_16(
             tile + row * ROW + ((piece ^ row % 8) << 4), from + (inside ? row * stride + piece * 16 : 0), inside
         );
+    }
     }
 }
 
@@ -181,9 +182,15 @@ INLINE int lane_columns_first() {
     return (lane % 8 + lane / 16 * 8) * ROW + ((lane / 8 % 2 ^ lane % 8) << 4);
 }
 
-// c (16 x WIDTH) += a (16 x 16) times 16 rows of a tile, for COUNT a at once
-template <int COUNT>
+// c (16 x WIDTH) += a (16 x 16) times 16 rows of a tile, for COUNT a at once; a is in use until it is freed
+template <int COUNT, bool ADD>
 INLINE void multiply(float (*c)[WIDTH / 8][4], const unsigned (*a)[4], const char *rows, int lane_offset) {
+#if TENSOR_ASYNC
+    tensor_begin();
+#pragma unroll
+    for (int m = 0; m < COUNT; m++) tensor_64x64x16<X_TYPE, ADD>(c[m], a[m], rows);
+    tensor_commit();
+#else
 #pragma unroll
     for (int i = 0; i < WIDTH / 16; i++) {
         unsigned b[4];
@@ -194,6 +201,30 @@ INLINE void multiply(float (*c)[WIDTH / 8][4], const unsigned (*a)[4], const cha
             mma_16x8x16<X_TYPE>(c[m][2 * i + 1], a[m], b + 2);
         }
     }
+#endif
+}
+
+// What all products but the so many youngest take has been read
+template <int YOUNGEST> INLINE void free_weights() {
+#if TENSOR_ASYNC
+    tensor_wait<YOUNGEST>();
+#endif
+}
+
+template <int COUNT> INLINE void finish(float (*c)[WIDTH / 8][4]) {
+#if TENSOR_ASYNC
+    tensor_wait<0>();
+    for (int m = 0; m < COUNT; m++) tensor_hold(c[m]);
+#endif
+}
+
+// Copies of this thread have arrived, then those of all
+INLINE void meet_copies() {
+    copy_async_wait<0>();
+#if TENSOR_ASYNC
+    tensor_publish();
+#endif
+    __syncthreads();
 }
 
 // Rows g and g + 8 of a warp's 16 x WIDTH to memory: neighbouring lanes exchange halves, so that 4 lanes fill 32 bytes
@@ -255,7 +286,9 @@ INLINE void outputs(const Call &call) {
     const int strip = place.rest * WARPS + warp, jobs = call.heads * SLICES;
     const int rows_first = lane_rows_first(), columns_first = lane_columns_first();
     const unsigned between_strips = strips_between(strip);
-    const bool alive = ALL || strip * 32 < place.tokens;
+    // Strips in the order in which a warp takes them: from its own on, or from the first of four warps that go together
+    const int first = TENSOR_ASYNC ? strip & ~3 : strip;
+    const bool alive = ALL || first * 32 < place.tokens;
 
     const auto load = [&](int job, int buffer) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
@@ -292,7 +325,7 @@ INLINE void outputs(const Call &call) {
     copy_async_wait<FREE < AHEAD ? FREE : AHEAD>();
     __syncthreads();
 
-    unsigned scores[STRIPS][2][2][4];  // of strip (own + i) % STRIPS, its 16 columns each, the warp's 16 rows each
+    unsigned scores[STRIPS][2][2][4];  // of strip (first + i) % STRIPS, its 16 columns each, the warp's 16 rows each
     {
         unsigned c[STEPS][2][4];
 #pragma unroll
@@ -304,7 +337,7 @@ INLINE void outputs(const Call &call) {
         for (int i = 0; i < STRIPS; i++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const char *rows = B_tile + ((strip + i & STRIPS - 1) * 32 + half * 16) * ROW;
+                const char *rows = B_tile + ((first + i & STRIPS - 1) * 32 + half * 16) * ROW;
                 float sum[2][2][4] = {};
 #pragma unroll
                 for (int n = 0; n < STEPS; n++) {
@@ -335,8 +368,7 @@ INLINE void outputs(const Call &call) {
         fetched.fetch(call, place, next(k + 1) / SLICES);
     }
     if (SLOTS == 3) {
-        copy_async_wait<0>();
-        __syncthreads();
+        meet_copies();
     }
 
     // Once a job all warps meet, half of them at its beginning and half in its middle: those of one scheduler are busy
@@ -345,8 +377,7 @@ INLINE void outputs(const Call &call) {
     int slot = 0, free_slot = AHEAD;
     for (int job = last; job >= place.begin; job--) {
         const auto meet = [&] {
-            copy_async_wait<0>();
-            __syncthreads();
+            meet_copies();
             if (job - AHEAD >= place.begin) load(job - AHEAD, free_slot);
         };
         const auto prepare = [&] {
@@ -365,61 +396,63 @@ INLINE void outputs(const Call &call) {
         const Decays &own = decays[slot];
         const float gate = decay_over(between_strips, own);
         float from_left[4], from_right[4];
-        float out[2][WIDTH / 8][4] = {};
+        float out[2][WIDTH / 8][4];
+#if !TENSOR_ASYNC
+#pragma unroll
+        for (int i = 0; i < 2 * WIDTH / 2; i++) out[i / (WIDTH / 2)][i / 4 % (WIDTH / 8)][i % 4] = 0;
+#endif
 
-        // the strip itself
-        {
-            const float4 prefix = four(own.prefix + strip * 32 + g * 4), suffix = four(own.suffix + strip * 32 + g * 4);
+        const float4 prefix = four(own.prefix + strip * 32 + g * 4), suffix = four(own.suffix + strip * 32 + g * 4);
+        const float left[4] = {prefix.x, prefix.y, prefix.z, prefix.w};
+        const float right[4] = {suffix.x, suffix.y, suffix.z, suffix.w};
+#pragma unroll
+        for (int k = 0; k < 4; k++) from_left[k] = exp2_fast(left[k]), from_right[k] = BOTH ? exp2_fast(right[k]) : 0;
+        unsigned weight[2][2][4];  // of 16 columns each: of 16 rows each
+        const auto weigh_own = [&](int i, int half) {
             const float4 D4 = D_TYPE < 3 ? four(own.D + strip * 32 + g * 4) : prefix;
-            const float left[4] = {prefix.x, prefix.y, prefix.z, prefix.w};
-            const float right[4] = {suffix.x, suffix.y, suffix.z, suffix.w}, D[4] = {D4.x, D4.y, D4.z, D4.w};
+            const float D[4] = {D4.x, D4.y, D4.z, D4.w};
+            const int columns = strip * 32 + half * 16 + q * 4;
+            const float4 prefixes = four(own.prefix_columns + columns), steps = four(own.dt + columns);
+            const float4 suffixes = BOTH ? four(own.suffix_columns + columns) : prefixes;
+            const float l[4] = {prefixes.x, prefixes.y, prefixes.z, prefixes.w};
+            const float r[4] = {suffixes.x, suffixes.y, suffixes.z, suffixes.w};
+            const float dt[4] = {steps.x, steps.y, steps.z, steps.w};
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int columns = strip * 32 + half * 16 + q * 4;
-                const float4 prefixes = four(own.prefix_columns + columns), steps = four(own.dt + columns);
-                const float4 suffixes = BOTH ? four(own.suffix_columns + columns) : prefixes;
-                const float l[4] = {prefixes.x, prefixes.y, prefixes.z, prefixes.w};
-                const float r[4] = {suffixes.x, suffixes.y, suffixes.z, suffixes.w};
-                const float dt[4] = {steps.x, steps.y, steps.z, steps.w};
-                unsigned weight[2][4];
+            for (int m = 0; m < 2; m++)
 #pragma unroll
-                for (int m = 0; m < 2; m++)
+                for (int k = 0; k < 4; k++) {
+                    const int row = 2 * m + k % 2, column = 2 * half + k / 2;  // of 8 tokens each
+                    float w[2];
 #pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        const int row = 2 * m + k % 2, column = 2 * half + k / 2;  // of 8 tokens each
-                        float w[2];
-#pragma unroll
-                        for (int e = 0; e < 2; e++) {
-                            const int at = k / 2 * 2 + e;
-                            const float forward = left[row] - l[at];
-                            const float backward = BOTH ? right[row] - r[at] : __int_as_float(0xff800000);
-                            const bool later = row == column ? g >= 2 * q + e : row > column;
-                            w[e] = exp2_fast(later ? forward : backward) * dt[at];
-                        }
-                        if (row != column) {
-                            weight[m][k] = multiply2<X_TYPE>(scores[0][half][m][k], pack2<X_TYPE>(w[0], w[1]));
-                            continue;
-                        }
-                        const float2 score = unpack2<X_TYPE>(scores[0][half][m][k]);
-                        w[0] *= score.x, w[1] *= score.y;
-                        if (g == 2 * q) w[0] = w[0] * call.diagonal + (D_TYPE < 3 ? D[row] : 0);
-                        if (g == 2 * q + 1) w[1] = w[1] * call.diagonal + (D_TYPE < 3 ? D[row] : 0);
-                        weight[m][k] = pack2<X_TYPE>(w[0], w[1]);
+                    for (int e = 0; e < 2; e++) {
+                        const int at = k / 2 * 2 + e;
+                        const float forward = left[row] - l[at];
+                        const float backward = BOTH ? right[row] - r[at] : __int_as_float(0xff800000);
+                        const bool later = row == column ? g >= 2 * q + e : row > column;
+                        w[e] = exp2_fast(later ? forward : backward) * dt[at];
                     }
-                multiply<2>(out, weight, tile + (strip * 32 + half * 16) * ROW, rows_first);
-            }
-#pragma unroll
-            for (int k = 0; k < 4; k++) from_left[k] = exp2_fast(left[k]), from_right[k] = exp2_fast(right[k]);
-        }
+                    unsigned &to = weight[half][m][k];
+                    if (row != column) {
+                        to = multiply2<X_TYPE>(scores[i][half][m][k], pack2<X_TYPE>(w[0], w[1]));
+                        continue;
+                    }
+                    const float2 score = unpack2<X_TYPE>(scores[i][half][m][k]);
+                    w[0] *= score.x, w[1] *= score.y;
+                    if (g == 2 * q) w[0] = w[0] * call.diagonal + (D_TYPE < 3 ? D[row] : 0);
+                    if (g == 2 * q + 1) w[1] = w[1] * call.diagonal + (D_TYPE < 3 ? D[row] : 0);
+                    to = pack2<X_TYPE>(w[0], w[1]);
+                }
+        };
 
-        // the other strips of the chunk
+        // strips of the chunk
 #pragma unroll
-        for (int i = 1; i < STRIPS; i++) {
+        for (int i = 0; i < STRIPS; i++) {
             if (i == STRIPS / 2 && late) meet();
-            const int other = (strip + i & STRIPS - 1);
-            const bool before = other < strip;
+            const int other = first + i & STRIPS - 1;
+            const bool before = other < strip, itself = TENSOR_ASYNC ? i < 4 && other == strip : i == 0;
             const float between = __shfl_sync(~0u, gate, other);
-            if ((!BOTH && !before) || (!ALL && other * 32 >= place.tokens)) continue;
+            if ((!BOTH && other > (TENSOR_ASYNC ? first + 3 : strip)) || (!ALL && i && other * 32 >= place.tokens))
+                continue;
             unsigned received[4];
 #pragma unroll
             for (int k = 0; k < 4; k++) {
@@ -428,12 +461,18 @@ INLINE void outputs(const Call &call) {
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const uint2 sent = *(const uint2 *)(own.sent[BOTH && !before] + other * 32 + half * 16 + q * 4);
-                unsigned weight[2][4];
+                free_weights<1>();
+                if (itself) {
+                    weigh_own(i, half);
+                } else {
+                    const uint2 sent = *(const uint2 *)(own.sent[BOTH && !before] + other * 32 + half * 16 + q * 4);
 #pragma unroll
-                for (int m = 0; m < 2; m++)
-                    scale(weight[m], scores[i][half][m], sent, received[2 * m], received[2 * m + 1]);
-                multiply<2>(out, weight, tile + (other * 32 + half * 16) * ROW, rows_first);
+                    for (int m = 0; m < 2; m++)
+                        scale(weight[half][m], scores[i][half][m], sent, received[2 * m], received[2 * m + 1]);
+                }
+                const char *const rows = tile + (other * 32 + half * 16) * ROW;
+                if (i || half) multiply<2, true>(out, weight[half], rows, rows_first);
+                else multiply<2, false>(out, weight[half], rows, rows_first);
             }
         }
 
@@ -463,22 +502,24 @@ INLINE void outputs(const Call &call) {
                 for (int s = 0; s < STATES; s++) {
                     const bool right = DIRECT ? s >= place.c : s;
                     if (right && !BOTH) continue;
-                    unsigned weight[2][4];
+                    unsigned (*const turn)[4] = weight[(n * STATES + s) % 2];
+                    free_weights<1>();
 #pragma unroll
                     for (int m = 0; m < 2; m++)
 #pragma unroll
                         for (int k = 0; k < 4; k++) {
                             const int row = 2 * m + k % 2;
                             const float received = (right ? from_right[row] : from_left[row]) * between[s];
-                            weight[m][k] = multiply2<X_TYPE>(c[m][k], pack2<X_TYPE>(received, received));
+                            turn[m][k] = multiply2<X_TYPE>(c[m][k], pack2<X_TYPE>(received, received));
                         }
-                    multiply<2>(out, weight, state + s * STATE_BYTES + n * 16 * ROW, rows_first);
+                    multiply<2, true>(out, turn, state + s * STATE_BYTES + n * 16 * ROW, rows_first);
                 }
             }
         }
 
         prepare();
         slot = slot + 1 == SLOTS ? 0 : slot + 1, free_slot = free_slot + 1 == SLOTS ? 0 : free_slot + 1;
+        finish<2>(out);
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
         const i64 stride = (i64)call.heads * call.p * 2, token = place.first + strip * 32;
         char *const y = call.y + (place.b * call.length + token) * stride + ((i64)h * call.p + p) * 2;
@@ -529,8 +570,7 @@ INLINE void sums(const Call &call) {
     fetched.fetch(call, place, min(place.begin + 1, place.end - 1) / SLICES);
 
     for (int job = place.begin, buffer = 0; job < place.end; job++, buffer ^= 1) {
-        copy_async_wait<0>();
-        __syncthreads();
+        meet_copies();
         if (job + 1 < place.end) load(job + 1, buffer ^ 1);
         fetched.store(call, place, min(job + 1, place.end - 1) / SLICES, decays[buffer ^ 1]);
         fetched.fetch(call, place, min(job + 2, place.end - 1) / SLICES);
@@ -539,21 +579,23 @@ INLINE void sums(const Call &call) {
         const float after = decay_over(~0u << lane << 1, own), before = decay_over((1u << lane) - 1, own);
         const unsigned gates[2] = {pack2<X_TYPE>(after, after), pack2<X_TYPE>(before, before)};  // of strip `lane`
         float state[DIRECTIONS][WIDTH / 8][4] = {};
+        unsigned weight[2][DIRECTIONS][4];
 #pragma unroll
         for (int i = 0; i < STRIPS; i++) {
             if (!ALL && i * 32 >= place.tokens) break;
             const unsigned gate[2] = {__shfl_sync(~0u, gates[0], i), __shfl_sync(~0u, gates[1], i)};
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                unsigned weight[DIRECTIONS][4];
+                free_weights<1>();
 #pragma unroll
                 for (int d = 0; d < DIRECTIONS; d++) {
                     const uint2 sent = *(const uint2 *)(own.sent[d] + i * 32 + half * 16 + q * 4);
-                    scale(weight[d], keys[2 * i + half], sent, gate[d], gate[d]);
+                    scale(weight[half][d], keys[2 * i + half], sent, gate[d], gate[d]);
                 }
-                multiply<DIRECTIONS>(state, weight, tile + (i * 32 + half * 16) * ROW, rows_first);
+                multiply<DIRECTIONS, true>(state, weight[half], tile + (i * 32 + half * 16) * ROW, rows_first);
             }
         }
+        finish<DIRECTIONS>(state);
         const i64 at = (place.b * call.chunks + place.c) * jobs + job;
 #pragma unroll
         for (int d = 0; d < DIRECTIONS; d++) {

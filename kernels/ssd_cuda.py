@@ -69,6 +69,11 @@ def _kernel(entry: str, device: int, shared: int, **defines: int) -> nvrtc.Kerne
     return nvrtc.kernel(_SOURCES, name, tuple(f"{n}={v}" for n, v in defines.items()), device, shared)
 
 
+def _asynchronous(device: int) -> bool:
+    """Whether four warps' tensor cores can run on while the warps do, which sm_90 alone can."""
+    return device >= 0 and nvrtc._architecture(device) == 90
+
+
 class _Signature(NamedTuple):
     """What a call's layout depends on; a view is shape, strides and dtype, None where there is no tensor."""
 
@@ -123,8 +128,10 @@ def _layout(call: _Signature) -> _Layout:
         parts = -(-jobs // plan.share)
         sizes = batch, length, H, G, P, N, chunks, parts, plan.share, call.diagonal
         known = defines | {"THREADS": plan.warps * 32, "RESIDENT": plan.resident} | more
+        known["TENSOR_ASYNC"] = int(width == SLICE and plan.warps % 4 == 0 and entry != "chain" and asynchronous)
         return _kernel(entry, call.device, shared, **known), blocks * parts, plan.warps * 32, _REST.pack(*views, *sizes)
 
+    asynchronous = _asynchronous(call.device)
     launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2}
     # few chunks receive each other's states as they are
     direct = 1 < chunks <= MOST_DIRECT and states <= SLICE and not (call.initial or call.last)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mambavision.kernels import ssd_cuda
 from mambavision.ops import ssd
 from tests.kernels.emulated import ASCENDING, DESCENDING, RANDOM
 
@@ -207,6 +208,9 @@ CUDA = [
     Case(65, "causal", dtype="bf16", dt=20.0, decay=-16.0),
     Case(65, "sum", dtype="bf16", dt=20.0, decay=-16.0),
     Case(65, "free", dtype="bf16", dt=-100.0),
+    Case(128, "free", 1, 64, 64, dtype="bf16", options=False),
+    Case(193, "causal", 1, 64, 16, dtype="bf16", chunk=128),
+    Case(300, "sum", 1, 64, 64, dtype="bf16", options=False),
     Case(100, "sum", dtype="bf16", dt=0.5, decay=-1e-6, options=False, chunk=32),
     Case(65, "sum", dtype="bf16", size=1e3, options=False),
 ]
@@ -250,6 +254,20 @@ def test_triton_under_the_interpreter(case, interpreted):
 
 @pytest.mark.parametrize("case", CUDA, ids=str)
 def test_cuda_in_the_emulator(case, emulator):
+    check_forward(case)
+
+
+@pytest.fixture
+def asynchronous(monkeypatch):
+    """Four warps' products together, as sm_90 has them."""
+    monkeypatch.setattr(ssd_cuda, "_asynchronous", lambda device: True)
+    ssd_cuda._layout.cache_clear()
+    yield
+    ssd_cuda._layout.cache_clear()
+
+
+@pytest.mark.parametrize("case", [c for c in CUDA if c.headdim > 48], ids=str)
+def test_cuda_of_sm_90_in_the_emulator(case, emulator, asynchronous):
     check_forward(case)
 
 

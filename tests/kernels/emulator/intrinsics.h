@@ -143,3 +143,30 @@ template <int YOUNGEST> inline void copy_async_wait() {
         groups.erase(groups.begin());
     }
 }
+
+// Four warps' product, each warp's part on its own
+template <int TYPE, bool ADD> inline void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *rows, AT) {
+    if ((uintptr_t)rows % 1024) emulator::fail("line %d: rows at %p, not a multiple of 1024", line, rows);
+    const unsigned lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    for (int i = 0; i < 8; i++) {
+        unsigned b[2];
+        for (unsigned half = 0; half < 2; half++) {
+            unsigned short pair[2];
+            for (unsigned e = 0; e < 2; e++) {
+                const unsigned k = 8 * half + 2 * q + e;
+                const char *at = rows + k * 128 + ((i ^ k % 8) << 4) + g * 2;
+                emulator::check_shared(at, 2, line);
+                pair[e] = *(const unsigned short *)at;
+            }
+            b[half] = pair[0] | (unsigned)pair[1] << 16;
+        }
+        for (int e = 0; !ADD && e < 4; e++) c[i][e] = 0;
+        mma_16x8x16<TYPE>(c[i], a, b, line);
+    }
+}
+
+inline void tensor_begin() {}
+inline void tensor_commit() {}
+template <int YOUNGEST> inline void tensor_wait() {}
+inline void tensor_hold(float (*)[4]) {}
+inline void tensor_publish() {}
