@@ -373,7 +373,7 @@ INLINE void outputs(const Call &call) {
 
     // Once a job all warps meet, half of them at its beginning and half in its middle: those of one scheduler are busy
     // with different things
-    const bool late = SLOTS == 3 && STRIPS > 1 && warp >= WARPS / 2;
+    const bool late = SLOTS == 3 && warp >= WARPS / 2;
     int slot = 0, free_slot = AHEAD;
     for (int job = last; job >= place.begin; job--) {
         const auto meet = [&] {
@@ -394,6 +394,7 @@ INLINE void outputs(const Call &call) {
         }
         const char *const tile = tiles + slot * TILE_BYTES;
         const Decays &own = decays[slot];
+        static_assert(SLOTS == 2 || WARPS == 8, "four warps of TENSOR_ASYNC go together");
         const float gate = decay_over(between_strips, own);
         float from_left[4], from_right[4];
         float out[2][WIDTH / 8][4];

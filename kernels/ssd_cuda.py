@@ -145,7 +145,7 @@ def _layout(call: _Signature) -> _Layout:
             launch("chain", each, -(-pieces // 128), 0, **plain | dict.fromkeys(("ALL", "SOFTPLUS", "DT_TYPE"), 0))
         )
     queries = panels * outputs.warps * STRIP * row
-    slots = 3 if panels == 1 else 2
+    slots = 3 if panels == 1 and strips == 8 else 2
     shared = queries + slots * (tile + decays + entering * states * row)
     blocks = batch * chunks * G * (strips // outputs.warps)
     D_type = {"D_TYPE": _NONE if call.D is None else _TYPES[call.D[2]]}
