@@ -4,6 +4,7 @@ import functools
 import math
 import pathlib
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -129,8 +130,10 @@ def _layout(call: _Signature) -> _Layout:
         sizes = batch, length, H, G, P, N, chunks, parts, plan.share, call.diagonal
         known = defines | {"THREADS": plan.warps * 32, "RESIDENT": plan.resident} | more
         known["TENSOR_ASYNC"] = int(width == SLICE and plan.warps % 4 == 0 and entry != "chain" and asynchronous)
-        return _kernel(entry, call.device, shared, **known), blocks * parts, plan.warps * 32, _REST.pack(*views, *sizes)
+        kernel = compilers.submit(_kernel, entry, call.device, shared, **known)
+        return kernel, blocks * parts, plan.warps * 32, _REST.pack(*views, *sizes)
 
+    compilers = ThreadPoolExecutor(3)
     asynchronous = _asynchronous(call.device)
     launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2}
     # few chunks receive each other's states as they are
@@ -152,9 +155,11 @@ def _layout(call: _Signature) -> _Layout:
     launches.append(
         launch("outputs", outputs, blocks, shared, STATES=entering, DIRECT=int(direct), SLOTS=slots, **D_type)
     )
+    launches = tuple((kernel.result(), *rest) for kernel, *rest in launches)
+    compilers.shutdown()
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
-    return _Layout(tuple(launches), stored, stored + formed * batch * chunks * H * 4)
+    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4)
 
 
 def _rows(v: Tensor) -> Tensor:
