@@ -282,7 +282,7 @@ INLINE void outputs(const Call &call) {
     char *const C_tile = tiles + SLOTS * TILE_BYTES, *const entering = C_tile + PANELS * ROWS * ROW;
     Decays *const decays = (Decays *)(entering + SLOTS * STATES * STATE_BYTES);
     const Place place(call);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), g = lane / 4, q = lane % 4;
     const int strip = place.rest * WARPS + warp, jobs = call.heads * SLICES;
     const int rows_first = lane_rows_first(), columns_first = lane_columns_first();
     const unsigned between_strips = strips_between(strip);
