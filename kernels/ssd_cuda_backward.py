@@ -55,7 +55,7 @@ def _shared(plan: Plan, P: int, N: int, kinds: int, steps: int) -> tuple[int, in
     tile, warps = plan.tile, plan.tile // 16
     p, n = (w if w % 64 == 0 else w + 8 for w in (P, N))
     walk = 2 * tile * (n + p) + 4 * (tile + 4)
-    stage = 2 * (2 * tile * p + kinds * N * p) + 12 * tile
+    stage = _up(2 * (2 * tile * p + kinds * N * p) + 12 * tile, 1024)
     paths = 4 * (warps * tile + 7 * tile + warps)
     return walk * min(plan.stages, steps), _up(4 * tile * n + 2 * tile * tile + plan.buffers * stage + 2 * paths, 16)
 
@@ -120,11 +120,13 @@ def _layout(
     macros = {"TILE": tile, "P": P, "N": N, "OPERAND": _TYPES[operand], "DT_TYPE": _TYPES[dt_type], "BOTH": int(both)}
     macros |= {"DIAGONAL": f"{(1 + both) * scanned}.f", "SOFTPLUS": int(softplus), "HAS_D": int(has_D)}
     macros |= {"PARTIAL": int(parts > 1), "STAGES": plan.stages, "BUFFERS": plan.buffers}
+    asynchronous = P == N == 64 and (device < 0 or nvrtc._architecture(device) == 90)
+    macros["TENSOR_ASYNC"] = int(asynchronous)
     unread = {  # what an entry does not look at shall not compile it again
-        "decays": ("P", "N", "BOTH", "DIAGONAL", "HAS_D", "PARTIAL", "STAGES", "BUFFERS"),
-        "walk": ("DT_TYPE", "DIAGONAL", "SOFTPLUS", "HAS_D", "PARTIAL", "BUFFERS"),
+        "decays": ("TENSOR_ASYNC", "P", "N", "BOTH", "DIAGONAL", "HAS_D", "PARTIAL", "STAGES", "BUFFERS"),
+        "walk": ("TENSOR_ASYNC", "DT_TYPE", "DIAGONAL", "SOFTPLUS", "HAS_D", "PARTIAL", "BUFFERS"),
         "gradients": ("STAGES",),
-        "sums": ("TILE", "P", "N", "DT_TYPE", "BOTH", "DIAGONAL", "SOFTPLUS", "HAS_D", "STAGES", "BUFFERS"),
+        "sums": ("TENSOR_ASYNC", "TILE", "P", "N", "DT_TYPE", "BOTH", "DIAGONAL", "SOFTPLUS", "HAS_D", "STAGES", "BUFFERS"),
     }
     constants = {"TILE": 64, "P": 16, "N": 16, "DIAGONAL": "0.f", "STAGES": 2, "BUFFERS": 2}
     heads = -(-H // 32)

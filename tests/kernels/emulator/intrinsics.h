@@ -165,8 +165,34 @@ template <int TYPE, bool ADD> inline void tensor_64x64x16(float (*c)[4], const u
     }
 }
 
+template <int TYPE, bool ADD, int BLOCKS>
+inline void tensor_transposed(float (*c)[4], const unsigned a[4], const char *columns, int line) {
+    if ((uintptr_t)columns % 1024 & ~96u) emulator::fail("line %d: columns at %p, not at row 0, 8, ...", line, columns);
+    const unsigned lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    for (int i = 0; i < BLOCKS; i++) {
+        unsigned b[2];
+        for (unsigned half = 0; half < 2; half++) {
+            const uintptr_t place = (uintptr_t)columns + (i * 8 + g) * 128 + half * 16 + q * 4;
+            const char *at = (const char *)(place ^ (place >> 7 & 7) << 4);
+            emulator::check_shared(at, 4, line);
+            b[half] = *(const unsigned *)at;
+        }
+        for (int e = 0; !ADD && e < 4; e++) c[i][e] = 0;
+        mma_16x8x16<TYPE>(c[i], a, b, line);
+    }
+}
+template <int TYPE, bool ADD>
+inline void tensor_64x64x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
+    tensor_transposed<TYPE, ADD, 8>(c, a, columns, line);
+}
+template <int TYPE, bool ADD>
+inline void tensor_64x32x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
+    tensor_transposed<TYPE, ADD, 4>(c, a, columns, line);
+}
+
 inline void tensor_begin() {}
 inline void tensor_commit() {}
 template <int YOUNGEST> inline void tensor_wait() {}
 inline void tensor_hold(float (*)[4]) {}
+inline void tensor_hold(float &) {}
 inline void tensor_publish() {}
