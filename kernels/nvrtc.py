@@ -196,7 +196,8 @@ def kernel(
 
     ``shared``: the bytes of dynamic shared memory that a block needs.
     """
-    options = (f"--gpu-architecture=sm_{_architecture(device)}", "--std=c++17", *(f"-D{d}" for d in defines))
+    architecture = f"sm_{_architecture(device)}{'a' * ('TENSOR_ASYNC=1' in defines)}"  # what sm_90 alone can
+    options = (f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{d}" for d in defines))
     text = "".join(f'#line 1 "{source.name}"\n{source.read_text()}\n' for source in sources)
     with torch.cuda.device(device):
         return _built(text, name, options, device, shared)

@@ -44,6 +44,11 @@ template <int TYPE> inline float2 unpack2(unsigned pair) {
     return {from_16<TYPE>(pair & 0xffff), from_16<TYPE>(pair >> 16)};
 }
 
+template <int TYPE> inline unsigned multiply2(unsigned a, unsigned b) {
+    const float2 v = unpack2<TYPE>(a), w = unpack2<TYPE>(b);
+    return pack2<TYPE>(v.x * w.x, v.y * w.y);
+}
+
 inline char *dynamic_shared() { return emulator::dynamic_begin; }
 
 namespace emulator {
@@ -129,3 +134,56 @@ inline void copy_async_16(void *shared, const void *global, bool inside, AT) {
 
 inline void copy_async_commit() { emulator::fibers[emulator::current].group++; }
 template <int YOUNGEST> inline void copy_async_wait() { emulator::receive(YOUNGEST); }
+
+// Four warps' product, each warp's part on its own
+template <int TYPE, bool ADD> inline void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *rows, AT) {
+    if ((uintptr_t)rows % 1024) emulator::fail("line %d: rows at %p, not a multiple of 1024", line, rows);
+    const unsigned lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    for (int i = 0; i < 8; i++) {
+        unsigned b[2];
+        for (unsigned half = 0; half < 2; half++) {
+            unsigned short pair[2];
+            for (unsigned e = 0; e < 2; e++) {
+                const unsigned k = 8 * half + 2 * q + e;
+                const char *at = rows + k * 128 + ((i ^ k % 8) << 4) + g * 2;
+                emulator::check_shared(at, 2, line);
+                pair[e] = *(const unsigned short *)at;
+            }
+            b[half] = pair[0] | (unsigned)pair[1] << 16;
+        }
+        for (int e = 0; !ADD && e < 4; e++) c[i][e] = 0;
+        mma_16x8x16<TYPE>(c[i], a, b, line);
+    }
+}
+
+template <int TYPE, bool ADD, int BLOCKS>
+inline void tensor_transposed(float (*c)[4], const unsigned a[4], const char *columns, int line) {
+    if ((uintptr_t)columns % 1024 & ~96u) emulator::fail("line %d: columns at %p, not at row 0, 8, ...", line, columns);
+    const unsigned lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    for (int i = 0; i < BLOCKS; i++) {
+        unsigned b[2];
+        for (unsigned half = 0; half < 2; half++) {
+            const uintptr_t place = (uintptr_t)columns + (i * 8 + g) * 128 + half * 16 + q * 4;
+            const char *at = (const char *)(place ^ (place >> 7 & 7) << 4);
+            emulator::check_shared(at, 4, line);
+            b[half] = *(const unsigned *)at;
+        }
+        for (int e = 0; !ADD && e < 4; e++) c[i][e] = 0;
+        mma_16x8x16<TYPE>(c[i], a, b, line);
+    }
+}
+template <int TYPE, bool ADD>
+inline void tensor_64x64x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
+    tensor_transposed<TYPE, ADD, 8>(c, a, columns, line);
+}
+template <int TYPE, bool ADD>
+inline void tensor_64x32x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
+    tensor_transposed<TYPE, ADD, 4>(c, a, columns, line);
+}
+
+inline void tensor_begin() {}
+inline void tensor_commit() {}
+template <int YOUNGEST> inline void tensor_wait() {}
+inline void tensor_hold(float (*)[4]) {}
+inline void tensor_hold(float &) {}
+inline void tensor_publish() {}

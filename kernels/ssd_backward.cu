@@ -1,0 +1,832 @@
+// The gradients of state-space duality on NVIDIA GPUs, both directions in one pass (ssd_cuda_backward.py).
+//
+// Compiled behind intrinsics.cuh, one ENTRY at a time. `decays` turns dt into decays to the borders of tiles of TILE
+// tokens; `walk` takes each head's states and costates through the sequence and leaves those that enter each tile;
+// `gradients` does the rest, one block a tile and several heads of a group; `sums` adds up what blocks left.
+//
+// A warp of `gradients` owns 16 tokens, as senders j of x and B and as receivers i of dy and C. With m_ij the decay
+// from j to i, S = C B^T, G_ij = dy_i . x_j: dx_j = dt_j (sum_i m S dy_i + what leaves the tile) + D_j dy_j, and of all
+// heads together dS = sum dt_j m G, dB += dS^T C, dC += dS B. T_ij = dt_j m S G of a pair is the gradient of every
+// log-decay on the path from j to i: paths are sorted by where in the tile they begin and end, and those that cross it
+// are what enters times what leaves on the other side.
+//
+// Macros: KERNEL, ENTRY, ARGUMENT; THREADS, RESIDENT (blocks a processor); TILE; STAGES of a walk, in flight;
+// BUFFERS of gradients, 1 or 2; P, N: widths, multiples of 16; OPERAND, type of
+// x, dy, B and C, DT_TYPE of dt (0 float, 1 bfloat16, 2 half); BOTH directions; DIAGONAL: directions that count a token's own
+// pair; SOFTPLUS; HAS_D; PARTIAL: dB and dC are parts of a sum, in float.
+
+#define LOG2E 1.4426950408889634f
+#define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
+
+typedef unsigned short bits16;
+
+constexpr int WARPS = THREADS / 32, KINDS = BOTH ? 4 : 2, STATE = N * P;
+
+struct View { i64 batch, head, token; };  // strides in bytes; a tile of tokens stays below 2^31
+
+struct Call {
+    const char *x, *dy, *B, *C, *dt;
+    const float *A, *bias, *D;        // (H,), (H,) or null, strided as D_view says
+    const float *initial, *gradient;  // (batch, directions, H, p, n) or null: initial state, gradient of the last state
+    float *planes;                    // (7, batch, H, tiles TILE)
+    bits16 *states;                   // (batch, tiles, H, KINDS, N, P): what enters each tile
+    char *dx, *ddt;                   // (batch, L, H, p), (batch, L, H)
+    char *dB, *dC;                    // (parts, batch, L, groups, n)
+    float *dD, *dinitial;             // (batch, L, H), (batch, directions, H, p, n) or null
+    float *dA, *dbias;                // (batch, tiles, H)
+    View x_view, dy_view, B_view, C_view, dt_view, D_view;
+    i64 batch, length, tiles, H, groups, parts, part;  // part: heads of a block
+    int p, n, walked;                                  // p, n: widths in memory, multiples of 8
+};
+
+struct Sum {
+    const float *dB_parts, *dC_parts, *dA_rows, *dbias_rows;  // (parts, inner), (rows, H)
+    unsigned *dB, *dC;                                        // pairs
+    float *dA, *dbias;
+    i64 parts, inner, rows, H;
+};
+
+// Planes of `decays`: log2-decay from the tile's left border through a token, through it to the right border, dt; then
+// what each kind of state multiplies its tokens by
+enum { FROM_LEFT, TO_RIGHT, STEP, SCALE, PLANES = SCALE + 4 };
+
+// Kinds: what x sends to the right, what dy sends back to the left; of the other direction, the same mirrored
+enum { STATE_RIGHT, COSTATE_LEFT, STATE_LEFT, COSTATE_RIGHT };
+
+template <int KIND_TYPE> INLINE float decode(const char *p, i64 i) {
+    if constexpr (KIND_TYPE == 0) return ((const float *)p)[i];
+    const bits16 v = ((const bits16 *)p)[i];
+    return KIND_TYPE == 1 ? __uint_as_float((unsigned)v << 16) : half_to_float(v);
+}
+
+template <int KIND_TYPE> INLINE void encode(char *p, i64 i, float v) {
+    if constexpr (KIND_TYPE == 0) ((float *)p)[i] = v;
+    else ((bits16 *)p)[i] = KIND_TYPE == 1 ? float_to_bfloat16(v) : float_to_half(v);
+}
+
+INLINE float softplus(float v) {
+    const float e = exp2_fast(-fabsf(v) * LOG2E), s = e * reciprocal_fast(e + 2.f), q = s * s;
+    const float p = 2.001245514e-1f + q * (1.398030134e-1f + q * 1.408916763e-1f);
+    return fmaxf(v, 0.f) + 2.f * s * (1.f + q * (3.333315734e-1f + q * p));
+}
+
+// d softplus(v) / dv = 1 - exp(-softplus(v))
+INLINE float softplus_slope(float dt) {
+    const float series = dt * (1.f - dt * (1.f / 2 - dt * (1.f / 6 - dt * (1.f / 24 - dt * (1.f / 120)))));
+    return dt < 0.125f ? series : 1.f - exp2_fast(-dt * LOG2E);
+}
+
+// A tile of rows of 16-bit elements in shared memory, 16 bytes a chunk, so that 8 rows' chunks miss bank conflicts
+template <int WIDTH> struct Rows {
+    static constexpr int PITCH = WIDTH % 64 ? WIDTH + 8 : WIDTH;
+
+    static INLINE unsigned at(unsigned row, unsigned chunk) {
+        return row * PITCH + (WIDTH % 64 ? chunk : chunk ^ row % 8) * 8;
+    }
+    // of the 16 x 16 elements at (row, column), the chunk that a lane names: by columns of 8, or by rows of 8
+    static INLINE const char *place(const bits16 *tile, unsigned own, unsigned row, unsigned column) {
+        return (const char *)tile + row * PITCH * 2 + (WIDTH % 64 ? own * 2 + column * 2 : own * 2 ^ column * 2);
+    }
+    static INLINE const char *by_columns(const bits16 *tile, unsigned row, unsigned column) {
+        return place(tile, at(threadIdx.x % 16, threadIdx.x % 32 / 16), row, column);
+    }
+    static INLINE const char *by_rows(const bits16 *tile, unsigned row, unsigned column) {
+        return place(tile, at(threadIdx.x % 32 / 16 * 8 + threadIdx.x % 8, threadIdx.x / 8 % 2), row, column);
+    }
+    // Copies from memory: a thread takes chunk `chunk()` of every PASS-th row from row() on. `own`: that chunk's address;
+    // zeros from row `rows` and element `width` on
+    static constexpr int CHUNKS = WIDTH / 8, PASS = THREADS / CHUNKS;
+    static INLINE int row() { return threadIdx.x / CHUNKS; }
+    static INLINE int chunk() { return threadIdx.x % CHUNKS; }
+    static INLINE i64 own(i64 pitch) { return row() * pitch + chunk() * 16; }
+    template <int ROWS> static INLINE bool takes(int pass) {
+        return (THREADS % CHUNKS == 0 || row() < PASS) && (ROWS % PASS == 0 || row() + pass * PASS < ROWS);
+    }
+    template <int ROWS> static INLINE void fetch(bits16 *to, const char *own, i64 pitch, int rows, int width) {
+        static_assert(WIDTH % 64 || PASS % 8 == 0, "a thread's rows are stored alike");
+        to += at(row(), chunk());
+#pragma unroll
+        for (int j = 0; j < ROUND_UP(ROWS, PASS); j++)
+            if (takes<ROWS>(j))
+                copy_async_16(to + j * PASS * PITCH, own + j * PASS * pitch, row() + j * PASS < rows && chunk() * 8 < width);
+    }
+    // 16 x 16 at (row, column): as left factor, its transpose as left factor, as right factor, its transpose as that
+    static INLINE void left(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
+        ldmatrix_x4(r, by_columns(tile, row, column));
+    }
+    static INLINE void left_transposed(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
+        ldmatrix_x4_trans(r, by_rows(tile, row, column));
+    }
+    static INLINE void right(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
+        ldmatrix_x4_trans(r, by_columns(tile, row, column));
+    }
+    static INLINE void right_transposed(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
+        ldmatrix_x4(r, by_rows(tile, row, column));
+    }
+    // a lane's two elements of the 8 x 8 at (row, column), as in a product
+    static INLINE float2 pair(const bits16 *tile, unsigned row, unsigned column) {
+        const unsigned lane = threadIdx.x % 32;
+        return unpack2<OPERAND>(*(const unsigned *)place(tile, at(lane / 4, 0) + lane % 4 * 2, row, column));
+    }
+};
+
+// c (16 x 16, two fragments) += a b
+INLINE void multiply(float (*c)[4], const unsigned *a, const unsigned *b) {
+    mma_16x8x16<OPERAND>(c[0], a, b);
+    mma_16x8x16<OPERAND>(c[1], a, b + 2);
+}
+
+// This thread's warp, which the compiler then knows to be the same for the warp
+INLINE int warp_of_block() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
+INLINE float sum_of_quad(float v) {
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// Of the sums of four values over lanes that differ in bits 3 and 2, each lane gets the one that these bits number
+INLINE float sum_of_column(const float *v, bool bit_3, bool bit_2) {
+    const float one = (bit_3 ? v[2] : v[0]) + __shfl_xor_sync(~0u, bit_3 ? v[0] : v[2], 8);
+    const float two = (bit_3 ? v[3] : v[1]) + __shfl_xor_sync(~0u, bit_3 ? v[1] : v[3], 8);
+    return (bit_2 ? two : one) + __shfl_xor_sync(~0u, bit_2 ? one : two, 4);
+}
+
+INLINE float sum_of_warp(float v) {
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) v += __shfl_xor_sync(~0u, v, mask);
+    return v;
+}
+
+// Sums over a warp of COUNT neighbours a lane, in order from the first lane (or the last): v[j] gets those up to its own
+template <int COUNT> INLINE void scan_of_warp(float *v, bool from_last) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 1; j < COUNT; j++) {
+        if (from_last) v[COUNT - 1 - j] += v[COUNT - j];
+        else v[j] += v[j - 1];
+    }
+    const float own = from_last ? v[0] : v[COUNT - 1];
+    float sum = own;
+#pragma unroll
+    for (int reach = 1; reach < 32; reach *= 2) {
+        const float other = from_last ? __shfl_down_sync(~0u, sum, reach) : __shfl_up_sync(~0u, sum, reach);
+        sum += (from_last ? lane + reach < 32 : lane >= reach) ? other : 0.f;
+    }
+    float outside = from_last ? __shfl_down_sync(~0u, sum, 1) : __shfl_up_sync(~0u, sum, 1);
+    if (lane == (from_last ? 31 : 0)) outside = 0.f;
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) v[j] += outside;
+}
+
+template <int COUNT> struct alignas(COUNT * 4) Floats {
+    float v[COUNT];
+};
+
+constexpr int EACH = TILE / 32;  // tokens a lane where a warp holds a tile's
+
+INLINE void decays(const Call &c) {
+    __shared__ float steps[TILE][33];
+    const i64 blocks = ROUND_UP(c.H, 32), h0 = blockIdx.x % blocks * 32, padded = c.tiles * TILE;
+    const i64 tile = blockIdx.x / blocks % c.tiles, b = blockIdx.x / blocks / c.tiles;
+    const int warp = warp_of_block(), lane = threadIdx.x % 32;
+    const i64 h = h0 + lane;
+    const float bias = c.bias && h < c.H ? c.bias[h] : 0.f;
+    const char *from = c.dt + b * c.dt_view.batch + (tile * TILE + warp) * c.dt_view.token + h * c.dt_view.head;
+    const int rows = h < c.H ? (int)min(c.length - tile * TILE, (i64)TILE) : 0;
+    float raw[TILE / WARPS];
+#pragma unroll
+    for (int j = 0; j < TILE / WARPS; j++)
+        raw[j] = warp + j * WARPS < rows ? decode<DT_TYPE>(from + j * WARPS * c.dt_view.token, 0) + bias : 0.f;
+#pragma unroll
+    for (int j = 0; j < TILE / WARPS; j++) {
+        const float v = SOFTPLUS ? softplus(raw[j]) : raw[j];
+        steps[warp + j * WARPS][lane] = warp + j * WARPS < rows ? v : 0.f;
+    }
+    __syncthreads();
+    const i64 plane = c.batch * c.H * padded;
+    for (int k = warp; k < 32 && h0 + k < c.H; k += WARPS) {
+        const float rate = c.A[h0 + k] * LOG2E;
+        typedef Floats<EACH> Each;
+        Each dt, left, right, out[PLANES];
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            dt.v[j] = steps[lane * EACH + j][k];
+            left.v[j] = right.v[j] = dt.v[j] * rate;
+        }
+        scan_of_warp<EACH>(left.v, false);
+        scan_of_warp<EACH>(right.v, true);
+        const float before = __shfl_up_sync(~0u, left.v[EACH - 1], 1), after = __shfl_down_sync(~0u, right.v[0], 1);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            const float to_left = j ? left.v[j ? j - 1 : 0] : lane ? before : 0.f;
+            const float to_right = j < EACH - 1 ? right.v[j < EACH - 1 ? j + 1 : j] : lane < 31 ? after : 0.f;
+            out[FROM_LEFT].v[j] = left.v[j];
+            out[TO_RIGHT].v[j] = right.v[j];
+            out[STEP].v[j] = dt.v[j];
+            out[SCALE + STATE_RIGHT].v[j] = dt.v[j] * exp2_fast(to_right);
+            out[SCALE + COSTATE_LEFT].v[j] = exp2_fast(left.v[j]);
+            out[SCALE + STATE_LEFT].v[j] = dt.v[j] * exp2_fast(to_left);
+            out[SCALE + COSTATE_RIGHT].v[j] = exp2_fast(right.v[j]);
+        }
+        float *to = c.planes + (b * c.H + h0 + k) * padded + tile * TILE + lane * EACH;
+#pragma unroll
+        for (int j = 0; j < PLANES; j++) *(Each *)(to + j * plane) = out[j];
+    }
+}
+
+struct WalkStage {
+    bits16 keys[TILE * Rows<N>::PITCH], values[TILE * Rows<P>::PITCH];
+    alignas(16) float scale[TILE], last[4];
+};
+
+// A warp's part of a state (N, P) in float: 16 columns of some blocks of 16 rows
+struct WalkPart {
+    static constexpr int BLOCKS = ROUND_UP(N / 16, WARPS / 4);
+    int first, column, g, q;
+    float v[BLOCKS][2][4] = {};
+
+    INLINE WalkPart() {
+        const int warp = warp_of_block(), lane = threadIdx.x % 32;
+        first = warp / 4 * BLOCKS, column = warp % 4 * 16, g = lane / 4, q = lane % 4;
+    }
+    INLINE bool holds(int m) const {
+        return (P == 64 || column < P) && (N / 16 % (WARPS / 4) == 0 || first + m < N / 16);
+    }
+
+    // from or to a matrix (p, n) in memory
+    template <bool LOAD> INLINE void move(float *matrix, const Call &c) {
+#pragma unroll
+        for (int m = 0; m < BLOCKS; m++)
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const int n = (first + m) * 16 + e / 2 % 2 * 8 + g, p = column + e / 4 * 8 + 2 * q + e % 2;
+                if (!holds(m) || n >= c.n || p >= c.p) continue;
+                if (LOAD) v[m][e / 4][e % 4] = matrix[p * c.n + n];
+                else matrix[p * c.n + n] = v[m][e / 4][e % 4];
+            }
+    }
+    // to a matrix (N, P) of 16-bit elements; 4 lanes exchange their pairs for 16 bytes each
+    INLINE void store(bits16 *matrix) const {
+        const bool odd = q % 2, upper = q / 2;
+        bits16 *to = matrix + (first * 16 + odd * 8 + g) * P + column + upper * 8;
+#pragma unroll
+        for (int m = 0; m < BLOCKS; m++) {
+            unsigned w[4], near[2], far[2];
+#pragma unroll
+            for (int e = 0; e < 4; e++) w[e] = pack2<OPERAND>(v[m][e / 2][e % 2 * 2], v[m][e / 2][e % 2 * 2 + 1]);
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                const unsigned other = __shfl_xor_sync(~0u, odd ? w[e] : w[e + 1], 1);
+                w[e + 1] = odd ? w[e + 1] : other, w[e] = odd ? other : w[e];
+            }
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                near[e] = upper ? w[2 + e] : w[e];
+                far[e] = __shfl_xor_sync(~0u, upper ? w[e] : w[2 + e], 2);
+            }
+            if (holds(m))
+                *(uint4 *)(to + m * 16 * P) = upper ? make_uint4(far[0], far[1], near[0], near[1])
+                                                    : make_uint4(near[0], near[1], far[0], far[1]);
+        }
+    }
+};
+
+// One block a sequence, head and kind
+INLINE void walk(const Call &c) {
+    WalkStage *stages = (WalkStage *)dynamic_shared();
+    const int kind = blockIdx.x % KINDS, direction = kind / 2, adjoint = kind % 2;
+    const bool leftward = direction != adjoint;
+    const i64 h = blockIdx.x / KINDS % c.H, b = blockIdx.x / KINDS / c.H, padded = c.tiles * TILE;
+    const View &values_view = adjoint ? c.dy_view : c.x_view, &keys_view = adjoint ? c.C_view : c.B_view;
+    const i64 matrix = ((b * (KINDS / 2) + direction) * c.H + h) * c.p * c.n;
+    const float *outside = adjoint ? c.gradient : c.initial;
+    float *const last = adjoint ? c.dinitial : 0;
+    const int tiles = (int)c.tiles, steps = last ? tiles : tiles - 1, ahead = leftward ? -1 : 1;
+    const i64 start = leftward ? tiles - 1 : 0;
+
+    const char *values = (adjoint ? c.dy : c.x) + b * values_view.batch + h * values_view.head;
+    const char *keys = (adjoint ? c.C : c.B) + b * keys_view.batch + h / (c.H / c.groups) * keys_view.head;
+    values += start * TILE * values_view.token + Rows<P>::own(values_view.token);
+    keys += start * TILE * keys_view.token + Rows<N>::own(keys_view.token);
+    const i64 values_ahead = ahead * TILE * values_view.token, keys_ahead = ahead * TILE * keys_view.token;
+    const float *planes = c.planes + (b * c.H + h) * padded + start * TILE, *totals = planes + TILE - 4;
+    planes += (SCALE + kind) * c.batch * c.H * padded + threadIdx.x * 4;
+    totals += (SCALE + COSTATE_LEFT) * c.batch * c.H * padded;
+    int rows = (int)min(c.length - start * TILE, (i64)TILE);
+    auto fetch = [&](int s) {
+        if (s < steps) {
+            WalkStage &to = stages[s % STAGES];
+            Rows<N>::fetch<TILE>(to.keys, keys, keys_view.token, rows, c.n);
+            Rows<P>::fetch<TILE>(to.values, values, values_view.token, rows, c.p);
+            if (threadIdx.x < TILE / 4) copy_async_16(to.scale + threadIdx.x * 4, planes, true);
+            if (threadIdx.x == 0) copy_async_16(to.last, totals, true);
+            keys += keys_ahead, values += values_ahead, planes += ahead * TILE, totals += ahead * TILE;
+            rows = leftward || s + 2 < tiles ? TILE : (int)(c.length - (i64)(tiles - 1) * TILE);
+        }
+        copy_async_commit();
+    };
+    for (int s = 0; s < STAGES - 1; s++) fetch(s);
+
+    WalkPart state;
+    if (outside) state.move<true>((float *)outside + matrix, c);
+    bits16 *to = c.states + (((b * c.tiles + start) * c.H + h) * KINDS + kind) * STATE;
+    for (int s = 0; s < tiles; s++, to += ahead * c.H * KINDS * STATE) {
+        if (s || outside) state.store(to);
+        if (s == steps) break;
+        copy_async_wait<STAGES - 2>();
+        __syncthreads();
+        fetch(s + STAGES - 1);
+        if (!state.holds(0)) continue;
+        const WalkStage &at = stages[s % STAGES];
+        unsigned v[TILE / 16][4];
+#pragma unroll
+        for (int t = 0; t < TILE / 16; t++) Rows<P>::right(v[t], at.values, t * 16, state.column);
+        const float total = at.last[3];
+#pragma unroll
+        for (int e = 0; e < WalkPart::BLOCKS * 8; e++) state.v[e / 8][e / 4 % 2][e % 4] *= total;
+#pragma unroll
+        for (int t = 0; t < TILE / 16; t++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 scale = *(const float2 *)(at.scale + t * 16 + e % 2 * 8 + 2 * state.q);
+                const float2 pair = unpack2<OPERAND>(v[t][e]);
+                v[t][e] = pack2<OPERAND>(pair.x * scale.x, pair.y * scale.y);
+            }
+#pragma unroll
+            for (int m = 0; m < WalkPart::BLOCKS; m++) {
+                if (!state.holds(m)) continue;
+                unsigned k[4];
+                Rows<N>::left_transposed(k, at.keys, t * 16, (state.first + m) * 16);
+                multiply(state.v[m], k, v[t]);
+            }
+        }
+    }
+    if (last) state.move<false>(last + matrix, c);
+}
+
+// What the tokens of a tile make of its log-decays; FROM and TO: where paths begin and end
+struct alignas(16) Paths {
+    float pairs[WARPS][TILE];  // of the pairs of a warp's senders with each receiver; within the warp, forward ones
+    float pairs_back[TILE];    // and backward ones
+    float forward[TILE], backward[TILE], received[TILE], sent[TILE], unit[TILE], step[TILE];
+    float crossing[WARPS];
+};
+
+struct Stage {
+    bits16 x[TILE * Rows<P>::PITCH], dy[TILE * Rows<P>::PITCH], states[KINDS][N * Rows<P>::PITCH];
+    alignas(16) float planes[3][TILE];
+};
+
+struct Shared {
+    bits16 B[TILE * Rows<N>::PITCH], C[TILE * Rows<N>::PITCH];
+    uint4 products[TILE / 16][THREADS];  // S^T, each thread's own; at the end dS^T
+    Stage stages[BUFFERS];
+    Paths paths[2];
+};
+
+// Gradients of a head's dt, and its tile's share of those of A and the bias, by one warp
+INLINE void finish(const Call &c, const Paths &paths, i64 b, i64 tile, i64 h) {
+    typedef Floats<EACH> Each;
+    const int lane = threadIdx.x % 32, first = lane * EACH;
+    const auto load = [&](const float *v) { return *(const Each *)(v + first); };
+    Each ahead = load(paths.forward), back = {}, behind = {};  // of paths that end at a token or, negative, begin at it
+    const Each sent = load(paths.sent), unit = load(paths.unit), step = load(paths.step);
+    if (BOTH) {
+        const Each arriving = load(paths.backward), pairs = load(paths.pairs_back);
+        behind = load(paths.received);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) back.v[j] = arriving.v[j] - pairs.v[j];
+    }
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        if (!BOTH && w > first / 16) continue;
+        const Each pairs = load(paths.pairs[w]);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            ahead.v[j] += w <= first / 16 ? pairs.v[j] : 0.f;
+            back.v[j] -= w <= first / 16 ? 0.f : pairs.v[j];
+        }
+    }
+    float from_left[EACH], from_right[EACH];
+    const float next = __shfl_down_sync(~0u, back.v[0], 1), before = __shfl_up_sync(~0u, sent.v[EACH - 1], 1);
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        from_left[j] = ahead.v[j] + (j < EACH - 1 ? back.v[j < EACH - 1 ? j + 1 : j] : lane < 31 ? next : 0.f);
+        from_right[j] = behind.v[j] + (j ? sent.v[j ? j - 1 : 0] : lane ? before : 0.f);
+    }
+    if (lane == 0)
+        for (int w = 0; w < WARPS; w++) from_right[0] += paths.crossing[w];
+    scan_of_warp<EACH>(from_left, true);
+    scan_of_warp<EACH>(from_right, false);
+    const float A = c.A[h];
+    float dA = 0.f, dbias = 0.f;
+    const i64 token0 = tile * TILE + first;
+    const int rows = (int)min(max(c.length - token0, 0LL), (i64)EACH);
+    char *const to = c.ddt + ((b * c.length + token0) * c.H + h) * (DT_TYPE ? 2 : 4);
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const float decay = from_left[j] + from_right[j];
+        const float slope = SOFTPLUS ? softplus_slope(step.v[j]) : 1.f, grad = (unit.v[j] + A * decay) * slope;
+        if (j < rows) {
+            encode<DT_TYPE>(to, j * c.H, grad);
+            dA += decay * step.v[j], dbias += grad;
+        }
+    }
+    // half of the lanes sum one, half the other
+    const bool upper = lane & 16;
+    float sum = (upper ? dbias : dA) + __shfl_xor_sync(~0u, upper ? dA : dbias, 16);
+#pragma unroll
+    for (int mask = 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+    if (lane % 16 == 0) (upper ? c.dbias : c.dA)[(b * c.tiles + tile) * c.H + h] = sum;
+}
+
+INLINE void gradients(const Call &c) {
+    Shared &shared = *(Shared *)dynamic_shared();
+    const i64 heads = c.H / c.groups, part = blockIdx.x % c.parts, group = blockIdx.x / c.parts % c.groups;
+    const i64 tile = blockIdx.x / c.parts / c.groups % c.tiles, b = blockIdx.x / c.parts / c.groups / c.tiles;
+    const int begin = (int)(group * heads + part * c.part), end = (int)(group * heads + min((part + 1) * c.part, heads));
+    const i64 token0 = tile * TILE, padded = c.tiles * TILE, plane = c.batch * c.H * padded;
+    const int rows = (int)min(c.length - token0, (i64)TILE);
+    const int warp = warp_of_block(), lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, own = warp * 16;
+    // which states there are: none enters the sequence unless it is given
+    const bool from_left = tile > 0, from_right = tile < c.tiles - 1;
+    const bool present[4] = {c.walked && (from_left || c.initial), c.walked && (from_right || c.gradient),
+                             c.walked && (from_right || c.initial), c.walked && (from_left || c.gradient)};
+
+    // copies of heads are asked for in their order: where a thread's own begin
+    const char *x = c.x + b * c.x_view.batch + token0 * c.x_view.token + begin * c.x_view.head;
+    const char *dy = c.dy + b * c.dy_view.batch + token0 * c.dy_view.token + begin * c.dy_view.head;
+    const char *states = (const char *)(c.states + ((b * c.tiles + tile) * c.H + begin) * KINDS * STATE);
+    const float *planes = c.planes + warp * plane + (b * c.H + begin) * padded + token0 + lane * 4;
+    x += Rows<P>::own(c.x_view.token), dy += Rows<P>::own(c.dy_view.token), states += Rows<P>::own(P * 2);
+    auto fetch = [&](int h) {
+        if (h < end) {
+            Stage &to = shared.stages[(h - begin) % BUFFERS];
+            Rows<P>::fetch<TILE>(to.x, x, c.x_view.token, rows, c.p);
+            Rows<P>::fetch<TILE>(to.dy, dy, c.dy_view.token, rows, c.p);
+#pragma unroll
+            for (int kind = 0; kind < KINDS; kind++)
+                if (present[kind]) Rows<P>::fetch<N>(to.states[kind], states + kind * STATE * 2, P * 2, N, P);
+            if (warp < 3 && lane < TILE / 4) copy_async_16(to.planes[warp] + lane * 4, planes, true);
+            x += c.x_view.head, dy += c.dy_view.head, states += KINDS * STATE * 2, planes += padded;
+        }
+        copy_async_commit();
+    };
+    const char *B = c.B + b * c.B_view.batch + token0 * c.B_view.token + group * c.B_view.head;
+    const char *C = c.C + b * c.C_view.batch + token0 * c.C_view.token + group * c.C_view.head;
+    Rows<N>::fetch<TILE>(shared.B, B + Rows<N>::own(c.B_view.token), c.B_view.token, rows, c.n);
+    Rows<N>::fetch<TILE>(shared.C, C + Rows<N>::own(c.C_view.token), c.C_view.token, rows, c.n);
+    copy_async_commit();
+    fetch(begin);
+    copy_async_wait<1>();
+    __syncthreads();
+
+    // receivers in blocks of 16, a warp's own first, so that only that one has a diagonal
+    constexpr int BLOCKS = TILE / 16;
+#pragma unroll
+    for (int k = 0; k < BLOCKS; k++) {
+        const int i = (warp + k) % BLOCKS;
+        float S[2][4] = {};
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            unsigned a[4], b[4];
+            Rows<N>::left(a, shared.B, own, n);
+            Rows<N>::right_transposed(b, shared.C, i * 16, n);
+            multiply(S, a, b);
+        }
+        shared.products[k][threadIdx.x] = make_uint4(pack2<OPERAND>(S[0][0], S[0][1]), pack2<OPERAND>(S[0][2], S[0][3]),
+                                                     pack2<OPERAND>(S[1][0], S[1][1]), pack2<OPERAND>(S[1][2], S[1][3]));
+    }
+
+    bits16 *dx_to = (bits16 *)c.dx + ((b * c.length + token0 + own + g) * c.H + begin) * c.p + 2 * q;
+    const char *skip = (const char *)c.D + b * c.D_view.batch + (token0 + own + g) * c.D_view.token;
+    skip += begin * c.D_view.head;
+    float dS[BLOCKS][2][4] = {}, dB[N / 16][2][4] = {}, dC[N / 16][2][4] = {};
+    for (int h = begin; h < end; h++) {
+        if (BUFFERS == 1 && h > begin) {
+            __syncthreads();
+            fetch(h);
+        }
+        copy_async_wait<0>();
+        __syncthreads();
+        if (h > begin && warp == (h - begin) % WARPS) finish(c, shared.paths[(h - begin - 1) % 2], b, tile, h - 1);
+        if (BUFFERS == 2) fetch(h + 1);
+        const Stage &at = shared.stages[(h - begin) % BUFFERS];
+        Paths &paths = shared.paths[(h - begin) % 2];
+        const float *left = at.planes[FROM_LEFT], *right = at.planes[TO_RIGHT];
+        const bool upper = lane & 16, odd = lane & 8, last = lane & 4;
+        float *const pairs = paths.pairs[warp] + odd * 8 + 2 * q + last;
+        float step[2], forward[2] = {}, backward[2] = {}, sent[2] = {}, received[2] = {}, unit[2] = {};
+#pragma unroll
+        for (int r = 0; r < 2; r++) step[r] = at.planes[STEP][own + r * 8 + g];
+        const auto to_border = [&](int kind, int r) {  // decay from or to a token
+            const int t = own + r * 8 + g;
+            if (kind == STATE_RIGHT) return exp2_fast(left[t]);
+            if (kind == STATE_LEFT) return exp2_fast(right[t]);
+            if (kind == COSTATE_LEFT) return t < TILE - 1 ? exp2_fast(right[t + 1]) : 1.f;
+            return t ? exp2_fast(left[t - 1]) : 1.f;
+        };
+
+        // dx of what leaves the tile
+        float dx[P / 16][2][4] = {};
+#pragma unroll
+        for (int kind = COSTATE_LEFT; kind < KINDS; kind += 2) {
+            if (!present[kind]) continue;
+            float v[P / 16][2][4] = {};
+#pragma unroll
+            for (int n = 0; n < N; n += 16) {
+                unsigned a[4];
+                Rows<N>::left(a, shared.B, own, n);
+#pragma unroll
+                for (int p = 0; p < P; p += 16) {
+                    unsigned b[4];
+                    Rows<P>::right(b, at.states[kind], n, p);
+                    multiply(v[p / 16], a, b);
+                }
+            }
+            const float scale[2] = {to_border(kind, 0), to_border(kind, 1)};
+#pragma unroll
+            for (int e = 0; e < P / 2; e++) dx[e / 8][e / 4 % 2][e % 4] += scale[e / 2 % 2] * v[e / 8][e / 4 % 2][e % 4];
+        }
+
+        // pairs inside the tile, two blocks of receivers at once
+        float all[2] = {}, ahead[2] = {};  // sums over receivers, and over those to the right
+        unsigned x_left[P / 16][4];
+#pragma unroll
+        for (int p = 0; p < P; p += 16) Rows<P>::left(x_left[p / 16], at.x, own, p);
+#pragma unroll
+        for (int k0 = 0; k0 < BLOCKS; k0 += 2) {
+            const int i[2] = {(warp + k0) % BLOCKS, (warp + k0 + 1) % BLOCKS};
+            if (!BOTH && i[0] < warp && i[1] < warp) continue;
+            const bits16 *const dy_of[2] = {at.dy + i[0] * 16 * Rows<P>::PITCH, at.dy + i[1] * 16 * Rows<P>::PITCH};
+            float G[2][2][4] = {};
+#pragma unroll
+            for (int p = 0; p < P; p += 16)
+#pragma unroll
+                for (int u = 0; u < 2; u++) {
+                    unsigned b[4];
+                    Rows<P>::right_transposed(b, dy_of[u], 0, p);
+                    multiply(G[u], x_left[p / 16], b);
+                }
+            unsigned W[2][4];
+            float column[8] = {};  // sums over rows: [block of receivers * 4 + column block * 2 + column]
+#pragma unroll
+            for (int u = 0; u < 2; u++) {
+                const uint4 packed = shared.products[k0 + u][threadIdx.x];
+                const unsigned S[4] = {packed.x, packed.y, packed.z, packed.w};  // [column block * 2 + row]
+                if (k0 + u) {
+                    const float *border = i[u] > warp ? left : right;
+                    const float is_forward = i[u] > warp ? 1.f : 0.f;
+                    float row[2] = {};
+                    const float from[2] = {border[own + g], border[own + 8 + g]};
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int block = e / 2, r = e % 2;
+                        const float2 to = *(const float2 *)(border + i[u] * 16 + block * 8 + 2 * q);
+                        const float2 s = unpack2<OPERAND>(S[e]);
+                        float m[2] = {exp2_fast(to.x - from[r]), exp2_fast(to.y - from[r])};
+                        const float pair[2] = {s.x, s.y};
+                        float w[2];
+#pragma unroll
+                        for (int f = 0; f < 2; f++) {
+                            if (!BOTH) m[f] *= is_forward;
+                            const float mG = m[f] * G[u][block][r * 2 + f], d = step[r] * mG;
+                            w[f] = m[f] * pair[f];
+                            row[r] += mG * pair[f];
+                            dS[k0 + u][block][r * 2 + f] += d;
+                            column[u * 4 + block * 2 + f] += d * pair[f];
+                        }
+                        W[u][e] = pack2<OPERAND>(w[0], w[1]);
+                    }
+#pragma unroll
+                    for (int r = 0; r < 2; r++) all[r] += row[r], ahead[r] += is_forward * row[r];
+                } else {
+                    float column_back[4] = {};
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int block = e / 2, r = e % 2;
+                        const float2 s = unpack2<OPERAND>(S[e]);
+                        const float pair[2] = {s.x, s.y};
+                        float w[2];
+#pragma unroll
+                        for (int f = 0; f < 2; f++) {
+                            const int from = own + r * 8 + g, to = own + block * 8 + 2 * q + f;
+                            const float *border = to > from ? left : right;
+                            const float product = G[0][block][r * 2 + f];
+                            const float decay = BOTH || to > from ? exp2_fast(border[to] - border[from]) : 0.f;
+                            const float m = to == from ? DIAGONAL : decay;
+                            const float mG = m * product, d = step[r] * mG, path = d * pair[f];
+                            w[f] = m * pair[f];
+                            dS[0][block][r * 2 + f] += d;
+                            unit[r] += mG * pair[f];
+                            if (to > from) forward[r] -= path, column[block * 2 + f] += path;
+                            if (to < from) backward[r] += path, column_back[block * 2 + f] += path;
+                            if (HAS_D && to == from && to < rows) c.dD[(b * c.length + token0 + to) * c.H + h] = product;
+                        }
+                        W[0][e] = pack2<OPERAND>(w[0], w[1]);
+                    }
+                    if (BOTH) {
+                        const float sum = sum_of_column(column_back, odd, last);
+                        paths.pairs_back[own + odd * 8 + 2 * q + last] = sum + __shfl_xor_sync(~0u, sum, 16);
+                    }
+                }
+            }
+            // each level of the sum over 8 lanes keeps one half of the columns
+            float half[4];
+#pragma unroll
+            for (int f = 0; f < 4; f++) {
+                const float keep = upper ? column[4 + f] : column[f], give = upper ? column[f] : column[4 + f];
+                half[f] = keep + __shfl_xor_sync(~0u, give, 16);
+            }
+            pairs[(upper ? i[1] : i[0]) * 16] = sum_of_column(half, odd, last);
+#pragma unroll
+            for (int u = 0; u < 2; u++)
+#pragma unroll
+                for (int p = 0; p < P; p += 16) {
+                    unsigned b[4];
+                    Rows<P>::right(b, dy_of[u], 0, p);
+                    multiply(dx[p / 16], W[u], b);
+                }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            unit[r] += all[r];
+            forward[r] -= step[r] * ahead[r];
+            backward[r] += step[r] * (all[r] - ahead[r]);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const bool inside = own + r * 8 + g < rows;
+            const float factor = HAS_D && inside ? *(const float *)(skip + r * 8 * c.D_view.token) : 0.f;
+            bits16 *const to = dx_to + r * 8 * c.H * c.p;
+#pragma unroll
+            for (int e = 0; e < P / 8; e++) {
+                const float *v = dx[e / 2][e % 2] + r * 2;
+                float2 out = make_float2(step[r] * v[0], step[r] * v[1]);
+                if (HAS_D) {
+                    const float2 y = Rows<P>::pair(at.dy, own + r * 8, e * 8);
+                    out.x += factor * y.x, out.y += factor * y.y;
+                }
+                if (inside && e * 8 < c.p) *(unsigned *)(to + e * 8) = pack2<OPERAND>(out.x, out.y);
+            }
+        }
+        dx_to += c.p, skip += c.D_view.head;
+
+        // dB of what leaves the tile, dC of what enters it
+#pragma unroll
+        for (int j = 0; j < KINDS; j++) {
+            const int kind = j < KINDS / 2 ? 2 * j + 1 : 2 * j - KINDS;
+            const bool sends = kind % 2;
+            if (!present[kind]) continue;
+            float v[N / 16][2][4] = {};
+#pragma unroll
+            for (int p = 0; p < P; p += 16) {
+                unsigned a[4];
+                Rows<P>::left(a, sends ? at.x : at.dy, own, p);
+#pragma unroll
+                for (int n = 0; n < N; n += 16) {
+                    unsigned b[4];
+                    Rows<P>::right_transposed(b, at.states[kind], n, p);
+                    multiply(v[n / 16], a, b);
+                }
+            }
+            float dot[2] = {}, scale[2] = {to_border(kind, 0), to_border(kind, 1)};
+            const float factor[2] = {scale[0] * (sends ? step[0] : 1.f), scale[1] * (sends ? step[1] : 1.f)};
+#pragma unroll
+            for (int e = 0; e < N / 4; e++) {
+                const int n = e / 4, block = e / 2 % 2, r = e % 2;
+                const float2 key = Rows<N>::pair(sends ? shared.B : shared.C, own + r * 8, n * 16 + block * 8);
+                const float *pair = v[n][block] + r * 2;
+                float *to = (sends ? dB : dC)[n][block] + r * 2;
+                dot[r] += pair[0] * key.x;
+                dot[r] += pair[1] * key.y;
+                to[0] += factor[r] * pair[0];
+                to[1] += factor[r] * pair[1];
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                if (sends) unit[r] += scale[r] * dot[r];
+                float *path = kind == COSTATE_LEFT ? sent : kind == COSTATE_RIGHT ? backward : kind == STATE_RIGHT ? forward : received;
+                path[r] += factor[r] * dot[r];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float sums[5] = {sum_of_quad(forward[r]), sum_of_quad(backward[r]), sum_of_quad(received[r]),
+                                   sum_of_quad(sent[r]), sum_of_quad(unit[r])};
+            const int t = own + r * 8 + g;
+            if (q) continue;
+            paths.forward[t] = sums[0], paths.backward[t] = sums[1], paths.received[t] = sums[2];
+            paths.sent[t] = sums[3], paths.unit[t] = sums[4], paths.step[t] = step[r];
+        }
+
+        // what crosses it
+        float crossing = 0.f;
+#pragma unroll
+        for (int kind = 0; kind < KINDS; kind += 2) {
+            if (!present[kind] || !present[kind + 1]) continue;
+#pragma unroll
+            for (int j = 0; j < ROUND_UP(N, Rows<P>::PASS); j++) {
+                if (!Rows<P>::takes<N>(j)) continue;
+                const unsigned place = Rows<P>::at(Rows<P>::row(), Rows<P>::chunk()) + j * Rows<P>::PASS * Rows<P>::PITCH;
+                const uint4 v = *(const uint4 *)(at.states[kind] + place);
+                const uint4 w = *(const uint4 *)(at.states[kind + 1] + place);
+                const unsigned vs[4] = {v.x, v.y, v.z, v.w}, ws[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float2 one = unpack2<OPERAND>(vs[e]), other = unpack2<OPERAND>(ws[e]);
+                    crossing += one.x * other.x + one.y * other.y;
+                }
+            }
+        }
+        crossing = sum_of_warp(crossing) * exp2_fast(left[TILE - 1]);
+        if (lane == 0) paths.crossing[warp] = crossing;
+    }
+    __syncthreads();
+    if (warp == 0) finish(c, shared.paths[(end - begin - 1) % 2], b, tile, end - 1);
+
+    // dS^T lies in senders' rows, so its transpose is what others left
+    bits16 *const senders = (bits16 *)shared.products;
+#pragma unroll
+    for (int k = 0; k < BLOCKS; k++) {
+        const int i = (warp + k) % BLOCKS;
+        unsigned a[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float *pair = dS[k][e / 2] + e % 2 * 2;
+            a[e] = pack2<OPERAND>(pair[0], pair[1]);
+            *(unsigned *)(senders + Rows<TILE>::at(own + e % 2 * 8 + g, i * 2 + e / 2) + 2 * q) = a[e];
+        }
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            unsigned b[4];
+            Rows<N>::right(b, shared.C, i * 16, n);
+            multiply(dB[n / 16], a, b);
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < BLOCKS; j++) {
+        unsigned a[4];
+        Rows<TILE>::left_transposed(a, senders, j * 16, own);
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            unsigned b[4];
+            Rows<N>::right(b, shared.B, j * 16, n);
+            multiply(dC[n / 16], a, b);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int t = own + r * 8 + g;
+        if (t >= rows) continue;
+        const i64 to = (((part * c.batch + b) * c.length + token0 + t) * c.groups + group) * c.n + 2 * q;
+#pragma unroll
+        for (int e = 0; e < N / 8; e++) {
+            if (e * 8 >= c.n) continue;
+            const float *one = dB[e / 2][e % 2] + r * 2, *other = dC[e / 2][e % 2] + r * 2;
+            if (PARTIAL) {
+                *(float2 *)((float *)c.dB + to + e * 8) = make_float2(one[0], one[1]);
+                *(float2 *)((float *)c.dC + to + e * 8) = make_float2(other[0], other[1]);
+            } else {
+                *(unsigned *)((bits16 *)c.dB + to + e * 8) = pack2<OPERAND>(one[0], one[1]);
+                *(unsigned *)((bits16 *)c.dC + to + e * 8) = pack2<OPERAND>(other[0], other[1]);
+            }
+        }
+    }
+}
+
+// First the parts of dB and dC, if any, two neighbours a thread; then rows of dA and dbias, 32 heads a block
+INLINE void sums(const Sum &c) {
+    const i64 blocks = PARTIAL ? ROUND_UP(c.inner / 2, THREADS) : 0;
+    i64 block = blockIdx.x;
+    if (block < 2 * blocks) {
+        const float *in = block < blocks ? c.dB_parts : c.dC_parts;
+        unsigned *out = block < blocks ? c.dB : c.dC;
+        const i64 i = (block - (block < blocks ? 0 : blocks)) * THREADS + threadIdx.x;
+        if (i * 2 >= c.inner) return;
+        float2 total = make_float2(0.f, 0.f);
+        for (i64 j = 0; j < c.parts; j++) {
+            const float2 v = *(const float2 *)(in + j * c.inner + i * 2);
+            total.x += v.x, total.y += v.y;
+        }
+        out[i] = pack2<OPERAND>(total.x, total.y);
+        return;
+    }
+    __shared__ float partial[WARPS][33];
+    block -= 2 * blocks;
+    const i64 of_heads = ROUND_UP(c.H, 32), h = block % of_heads * 32 + threadIdx.x % 32;
+    const float *in = block < of_heads ? c.dA_rows : c.dbias_rows;
+    float total = 0.f;
+    if (h < c.H) {
+#pragma unroll 8
+        for (i64 j = threadIdx.x / 32; j < c.rows; j += WARPS) total += in[j * c.H + h];
+    }
+    partial[threadIdx.x / 32][threadIdx.x % 32] = total;
+    __syncthreads();
+    if (threadIdx.x >= 32 || h >= c.H) return;
+    for (int w = 1; w < WARPS; w++) total += partial[w][threadIdx.x];
+    (block < of_heads ? c.dA : c.dbias)[h] = total;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) KERNEL(const ARGUMENT argument) { ENTRY(argument); }
