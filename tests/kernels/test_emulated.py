@@ -17,7 +17,9 @@ PRIMITIVES = (cuda._SOURCES[0], Path(__file__).with_name("emulator") / "primitiv
 
 
 def primitive(entry: str, a: Tensor, b: Tensor, c: Tensor, rows: int = 0, threads: int = 32) -> None:
-    kernel = nvrtc.kernel(PRIMITIVES, "primitive", (f"ENTRY={entry}",), a.get_device(), 4096)
+    four = entry.startswith("four_warps")
+    defines = (f"ENTRY={entry}", f"THREADS={threads}", f"TENSOR_ASYNC={int(four)}")
+    kernel = nvrtc.kernel(PRIMITIVES, "primitive", defines, a.get_device(), 16384 if four else 4096)
     argument = struct.pack("PPPi", a.data_ptr(), b.data_ptr(), c.data_ptr(), rows)
     nvrtc.launch(kernel, 1, threads, argument, a.get_device())
 
@@ -43,6 +45,34 @@ def test_a_product_with_ten_bits_of_mantissa(machine):
     c = torch.full((16, 8), float("nan"), device=machine)
     primitive("product_tf32", (a + 0.9 * sign).to(machine), b.float().to(machine), c)
     assert torch.equal(c.cpu(), a.float() @ b.float())
+
+
+def four_warps(options: str, device: str, columns: int = 64, transposed: bool = False) -> bool:
+    """Whether a product of four warps comes out right."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-8, 9, s, generator=g).to(device, torch.bfloat16) for s in ((64, 16), (16, columns)))
+    c = torch.full((64, columns), float("nan"), device=device)
+    stored = b.mT.contiguous() if transposed else b
+    primitive(f"four_warps<{columns},{int(transposed)},{options}>", a, stored, c, threads=128)
+    return torch.equal(c, a.float() @ b.float())
+
+
+@pytest.mark.parametrize("columns, transposed", [(64, False), (64, True), (32, True)])
+def test_a_product_of_four_warps(columns, transposed, machine):
+    if machine == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only sm_90 has it")
+    assert four_warps("1,1,1", machine, columns, transposed)
+
+
+def test_a_product_of_four_warps_that_is_not_waited_for(emulator):
+    assert not four_warps("1,0,1", "cpu")
+
+
+@pytest.mark.parametrize("options, what", [("0,1,1", "not published"), ("1,1,0", "take part in 0 and 1")])
+def test_a_product_of_four_warps_gone_wrong(options, what, emulator):
+    with pytest.raises(RuntimeError, match=what):
+        four_warps(options, "cpu")
+        pytest.fail("passed")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
