@@ -164,7 +164,10 @@ _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # a CUfunction_attribute
 
 
 def _load(cubin: bytes, name: str, device: int, shared: int = 0) -> Kernel:
-    driver, module, function = _driver(), ctypes.c_void_p(), Kernel()
+    driver, module, function, context = _driver(), ctypes.c_void_p(), Kernel(), ctypes.c_void_p()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for a context")
+    if not context:
+        _bind(device)
     _call(device, "loading a kernel", driver.cuModuleLoadData, ctypes.byref(module), cubin)
     finding = (driver.cuModuleGetFunction, ctypes.byref(function), module, name.encode())
     _call(device, f"finding kernel {name}", *finding)

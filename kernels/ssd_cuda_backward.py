@@ -242,7 +242,7 @@ def ssd_backward(
     dB, dC = (torch.empty((batch, length, G, n), dtype=x.dtype, device=x.device) for _ in range(2))
     ddt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
     dD = None if D is None else A.new_empty(dt.shape)
-    dA, dbias = A.new_empty(2, H).unbind()
+    dA, dbias = A.new_empty(H), A.new_empty(H)
     dinitial = None if initial is None else torch.empty_like(initial)
     inputs = (x, dy, keys, queries, dt, A, bias, D, initial, gradient)
     split = layout.parts > 1

@@ -1,13 +1,10 @@
 """A small call of every kernel in CUDA C++, for compute-sanitizer: ``compute-sanitizer python sanitized.py``.
 
-Inputs are made on the CPU and tensors have allocations of their own, so that an access outside of one is seen. Prints
-the names of the kernels that ran.
+Inputs are made on the CPU, and ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` gives each tensor an allocation of its own, so that
+an access outside of one is seen. Prints the names of the kernels that ran.
 """
 
-import os
 import typing
-
-os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
 from torch import Tensor
@@ -16,7 +13,7 @@ from mambavision.kernels import nvrtc
 from mambavision.ops import multi_scan, selective_scan, ssd
 from mambavision.ops.ssd import SSDBackend
 
-DEVICE = "cuda"
+device = "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # batch, grid, scans, channels, N, type: both tiles, lanes, segments, kept states and none, scans merged on chip
 SCANS = [
@@ -35,7 +32,7 @@ SSDS = [  # length, heads, P, N, groups, chunk, both directions
 
 
 def normal(*shape: int, to: torch.dtype = FP32) -> Tensor:
-    return torch.randn(shape).to(to).to(DEVICE)
+    return torch.randn(shape).to(to).to(device)
 
 
 def there_and_back(function, tensors: dict[str, Tensor], **options) -> None:
@@ -66,7 +63,7 @@ def scans(batch: int, grid: tuple[int, int], K: int, channels: int, N: int, dtyp
 
 def sequences() -> None:
     tensors = {name: normal(2, 19, 50, to=BF16) for name in ("u", "delta", "z")}
-    tensors |= {"A": -torch.ones(19, 4, device=DEVICE), "B": normal(2, 1, 4, 50, to=BF16)}
+    tensors |= {"A": -torch.ones(19, 4, device=device), "B": normal(2, 1, 4, 50, to=BF16)}
     there_and_back(selective_scan, tensors | {"C": normal(2, 1, 4, 50, to=BF16)}, delta_softplus=True, backend="cuda")
 
 
@@ -83,8 +80,17 @@ def dualities(length: int, H: int, P: int, N: int, G: int, chunk: int, both: boo
     there_and_back(ssd, tensors, dt_softplus=True, bidirectional=both, chunk_size=chunk, backend="cuda")
 
 
-def main() -> None:
+def call_all() -> None:
+    """Every call; kernels of several calls and gradients, on ``device``."""
     torch.manual_seed(0)
+    for shape in SCANS:
+        scans(*shape)
+    sequences()
+    for shape in SSDS if "cuda" in typing.get_args(SSDBackend) else ():
+        dualities(*shape)
+
+
+def main() -> None:
     names, make = set(), nvrtc.kernel
 
     def kernel(sources, name, *rest):
@@ -92,13 +98,8 @@ def main() -> None:
         return make(sources, name, *rest)
 
     nvrtc.kernel = kernel
-    for shape in SCANS:
-        scans(*shape)
-    sequences()
-    for shape in SSDS if "cuda" in typing.get_args(SSDBackend) else ():
-        dualities(*shape)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    call_all()
+    torch.cuda.synchronize()
     print("ran", *sorted(names))
 
 

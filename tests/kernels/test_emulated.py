@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mambavision.kernels import cuda, nvrtc, reference
+from tests.kernels import sanitized
 from tests.kernels.emulated import ASCENDING, DESCENDING, RANDOM, guarded
 from tests.kernels.test_backends import COVERING, EXTREME, Case, check, make, relative
 
@@ -130,6 +131,7 @@ def names(emulator) -> set[str]:
     return {name for name, _, _ in emulator.launches}
 
 
+ALL = {*cuda._ENTRIES, "ssd_sums", "ssd_chain", "ssd_outputs", "ssd_decays", "ssd_walk", "ssd_gradients"}
 SEGMENTED = {"scan_reach", "scan_carry", "scan_reach_back", "scan_carry_back"}
 
 
@@ -282,3 +284,11 @@ def test_nan_and_infinity_are_not_hidden(name, machine):
         assert y[0, :20].isfinite().all() and y[1].isfinite().all() and last[1].isfinite().all()
         if name != "C":
             assert not last[0, :, channel].isfinite().all()
+
+
+def test_every_kernel_through_the_operators(emulator, monkeypatch):
+    """What compute-sanitizer is shown on a GPU holds all of them."""
+    emulator.processors = 132
+    monkeypatch.setattr(sanitized, "device", "cpu")
+    sanitized.call_all()
+    assert names(emulator) >= ALL

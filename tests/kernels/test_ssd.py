@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -272,7 +272,7 @@ def test_cuda_of_sm_90_in_the_emulator(case, emulator, asynchronous):
     check_forward(case)
 
 
-@pytest.mark.parametrize("case", [CUDA[3], CUDA[6]], ids=str)
+@pytest.mark.parametrize("case", [CUDA[3], CUDA[6], replace(CUDA[7], chunk=64)], ids=str)
 def test_no_order_of_threads_changes_a_bit(case, emulator):
     results = []
     for emulator.order in (ASCENDING, DESCENDING, RANDOM, RANDOM + 1):
