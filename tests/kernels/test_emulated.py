@@ -292,3 +292,17 @@ def test_every_kernel_through_the_operators(emulator, monkeypatch):
     monkeypatch.setattr(sanitized, "device", "cpu")
     sanitized.call_all()
     assert names(emulator) >= ALL
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("shape", sanitized.SSDS, ids=str)
+def test_state_space_duality_touches_nothing_outside_of_tensors(shape, at_end, emulator, monkeypatch):
+    def placed(allocate):
+        return lambda *args, **kwargs: guarded(allocate(*args, **kwargs), at_end)
+
+    monkeypatch.setattr(sanitized, "device", "cpu")
+    monkeypatch.setattr(sanitized, "normal", placed(sanitized.normal))
+    monkeypatch.setattr(Tensor, "new_empty", placed(Tensor.new_empty))
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, placed(getattr(torch, name)))
+    sanitized.dualities(*shape)
