@@ -104,7 +104,7 @@ struct Copy { char *to; const char *from; bool inside; unsigned group; };
 struct Product {
     void (*run)(const Product &);
     float (*c)[4];
-    unsigned a[4];
+    const unsigned *a;
     const char *from;
     int line;
     unsigned group;

@@ -164,11 +164,10 @@ template <int TYPE, bool ADD, int BLOCKS, bool TRANSPOSED> void multiply_from_sh
     }
 }
 
-// Takes place where it is waited for; if fibers run in descending order, at once
-inline void start(Product product, const unsigned *a, uintptr_t aligned) {
+// Takes place where it is waited for, with the a and c of then; if fibers run in descending order, at once
+inline void start(const Product &product, uintptr_t aligned) {
     if ((uintptr_t)product.from & aligned) fail("line %d: no product with a tile at %p", product.line, product.from);
     if (current / 128 * 128 + 128 > threads) fail("line %d: a product of fewer than four warps", product.line);
-    memcpy(product.a, a, sizeof product.a);
     Groups<Product> &products = fibers[current].products;
     if (order != DESCENDING) return products.add(product);
     products.total++;
@@ -178,15 +177,15 @@ inline void start(Product product, const unsigned *a, uintptr_t aligned) {
 }  // namespace emulator
 
 template <int TYPE, bool ADD> inline void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *rows, AT) {
-    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, false>, c, {}, rows, line}, a, 1023);
+    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, false>, c, a, rows, line}, 1023);
 }
 template <int TYPE, bool ADD>
 inline void tensor_64x64x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
-    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, true>, c, {}, columns, line}, a, 1023 & ~96);
+    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, true>, c, a, columns, line}, 1023 & ~96);
 }
 template <int TYPE, bool ADD>
 inline void tensor_64x32x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
-    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 4, true>, c, {}, columns, line}, a, 1023 & ~96);
+    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 4, true>, c, a, columns, line}, 1023 & ~96);
 }
 
 inline void tensor_begin() {}
