@@ -54,10 +54,11 @@ struct alignas(16) Decays : Sent {
 INLINE int column_place(int t) { return (t & 16) + (t % 8 / 2) * 4 + (t & 1) + (t & 8) / 4; }
 INLINE int row_place(int t) { return t % 8 * 4 + t / 8; }
 
-template <int OF> INLINE float scalar(const char *p) {
-    if (OF == 0) return __ldg((const float *)p);
-    const unsigned short bits = __ldg((const unsigned short *)p);
-    return OF == 1 ? __uint_as_float((unsigned)bits << 16) : half_to_float(bits);
+template <int OF> INLINE unsigned fetch_scalar(const char *p) {
+    return OF == 0 ? __ldg((const unsigned *)p) : __ldg((const unsigned short *)p);
+}
+template <int OF> INLINE float scalar(unsigned bits) {
+    return OF == 0 ? __uint_as_float(bits) : OF == 1 ? __uint_as_float(bits << 16) : half_to_float((unsigned short)bits);
 }
 
 // log(1 + exp(v)) = max(v, 0) + log(1 + e), as in scan.cu
@@ -89,32 +90,33 @@ struct Place {
 // dt and D of a lane's tokens, one in each of the warp's strips warp + i WARPS, fetched ahead
 template <bool PAIRS> struct Fetched {
     const char *dt_at, *D_at;
-    float dt[OWN], D[OWN];
+    unsigned dt[OWN], D[OWN];  // as they lie in memory: to look at one is to wait for it
+    float A, bias;
     INLINE Fetched(const Call &call, const Place &place) {
         dt_at = place.at(call.dt, call.dt_view, 0) + threadIdx.x * call.dt_view.token;
         D_at = place.at(call.D, call.D_view, 0) + threadIdx.x * call.D_view.token;
     }
     INLINE void fetch(const Call &call, const Place &place, int h) {
+        A = __ldg(call.A + h), bias = call.bias ? __ldg(call.bias + h) : 0;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const bool inside = ALL && TOKENS % THREADS == 0 || (int)threadIdx.x + i * THREADS < place.tokens;
             dt[i] = D[i] = 0;
-            if (inside) dt[i] = scalar<DT_TYPE>(dt_at + i * THREADS * call.dt_view.token + h * call.dt_view.head);
+            if (inside) dt[i] = fetch_scalar<DT_TYPE>(dt_at + i * THREADS * call.dt_view.token + h * call.dt_view.head);
             if (PAIRS && D_TYPE < 3 && inside)
-                D[i] = scalar<D_TYPE>(D_at + i * THREADS * call.D_view.token + h * call.D_view.head);
+                D[i] = fetch_scalar<D_TYPE>(D_at + i * THREADS * call.D_view.token + h * call.D_view.head);
         }
     }
-    template <class To> INLINE void store(const Call &call, const Place &place, int h, To &to) const {
+    template <class To> INLINE void store(const Place &place, To &to) const {
         const int lane = threadIdx.x % 32;
-        const float rate = __ldg(call.A + h) * LOG2E, bias = call.bias ? __ldg(call.bias + h) : 0;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const int t = threadIdx.x + i * THREADS, strip = t / 32;
             if (STRIPS % WARPS && strip >= STRIPS) break;
-            float step = dt[i] + bias;
+            float step = scalar<DT_TYPE>(dt[i]) + bias;
             if (SOFTPLUS) step = softplus(step);
             if (!ALL && t >= place.tokens) step = 0;
-            const float decay = step * rate;
+            const float decay = step * (A * LOG2E);
             float prefix = decay, suffix = decay;
 #pragma unroll
             for (int d = 1; d < 32; d *= 2) {
@@ -129,7 +131,7 @@ template <bool PAIRS> struct Fetched {
             if constexpr (PAIRS) {
                 to.prefix[row] = prefix, to.suffix[row] = suffix;
                 to.prefix_columns[column] = prefix, to.suffix_columns[column] = suffix, to.dt[column] = step;
-                if (D_TYPE < 3) to.D[row] = D[i];
+                if (D_TYPE < 3) to.D[row] = scalar<D_TYPE>(D[i]);
             }
         }
     }
@@ -228,7 +230,6 @@ INLINE void meet_copies() {
 }
 
 // Rows g and g + 8 of a warp's 16 x WIDTH to memory: neighbouring lanes exchange halves, so that 4 lanes fill 32 bytes
-template <bool STREAM>
 INLINE void store_rows(char *to, i64 stride, const float (*c)[4], int rows, int columns) {
     const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, first = (q & 1) * 8 + q / 2 * 4;
     const bool odd = q & 1;
@@ -243,10 +244,33 @@ INLINE void store_rows(char *to, i64 stride, const float (*c)[4], int rows, int 
             const unsigned other = __shfl_xor_sync(~0u, odd ? left : right, 1);
             const uint2 v = odd ? make_uint2(other, right) : make_uint2(left, other);
             if (!inside || first + i * 16 >= columns) continue;
-            if (STREAM) __stcs((uint2 *)(at + i * 32), v);
-            else *(uint2 *)(at + i * 32) = v;
+            *(uint2 *)(at + i * 32) = v;
         }
     }
+}
+
+// The same through 8 rows of shared memory, 128 bytes of a row at once
+INLINE void store_staged(char *to, i64 stride, const float (*c)[4], int rows, int columns, char *stage) {
+    constexpr int PIECES = WIDTH / 8;
+    const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (half) __syncwarp();
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+            *(unsigned *)(stage + g * ROW + ((i ^ g) << 4) + q * 4) = pack2<X_TYPE>(c[i][2 * half], c[i][2 * half + 1]);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < ROUND_UP(PIECES, 4); i++) {
+            const int at = lane + i * 32, row = at / PIECES, piece = at % PIECES;
+            if ((8 * PIECES % 32 && at >= 8 * PIECES) || row + 8 * half >= rows || piece * 8 >= columns) continue;
+            __stcs(
+                (uint4 *)(to + (row + 8 * half) * stride + piece * 16),
+                *(const uint4 *)(stage + row * ROW + ((piece ^ row) << 4))
+            );
+        }
+    }
+    __syncwarp();
 }
 
 // Strips between the lane's strip and this one, a bit each; of lane STRIPS those left of it, of STRIPS + 1 right of it
@@ -280,7 +304,8 @@ INLINE void outputs(const Call &call) {
     constexpr int ROWS = WARPS * 32;
     char *const tiles = dynamic_shared(), *const B_tile = tiles + (SLOTS - PANELS) * TILE_BYTES;
     char *const C_tile = tiles + SLOTS * TILE_BYTES, *const entering = C_tile + PANELS * ROWS * ROW;
-    Decays *const decays = (Decays *)(entering + SLOTS * STATES * STATE_BYTES);
+    char *const stage = entering + 2 * STATES * STATE_BYTES + threadIdx.x / 32 * (8 * ROW);
+    Decays *const decays = (Decays *)(entering + 2 * STATES * STATE_BYTES + WARPS * 8 * ROW);
     const Place place(call);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), g = lane / 4, q = lane % 4;
     const int strip = place.rest * WARPS + warp, jobs = call.heads * SLICES;
@@ -290,22 +315,24 @@ INLINE void outputs(const Call &call) {
     const int first = TENSOR_ASYNC ? strip & ~3 : strip;
     const bool alive = ALL || first * 32 < place.tokens;
 
-    const auto load = [&](int job, int buffer) {
+    const auto load = [&](int job, int slot) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
         load_tile<TOKENS, WIDTH, ALL>(
-            tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
+            tiles + slot * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
             place.tokens, call.p - p
         );
+        copy_async_commit();
+    };
+    const auto load_states = [&](int job) {
 #pragma unroll
         for (int s = 0; s < STATES; s++) {
             const int c = DIRECT ? s + (s >= place.c) : place.c, d = DIRECT ? s >= place.c : s;
             if (d >= DIRECTIONS) continue;
             const i64 at = ((place.b * call.chunks + c) * jobs + job) * DIRECTIONS + d;
             load_tile<N, WIDTH, true>(
-                entering + (buffer * STATES + s) * STATE_BYTES, call.states + at * (N * WIDTH * 2), WIDTH * 2, N, WIDTH
+                entering + (job % 2 * STATES + s) * STATE_BYTES, call.states + at * (N * WIDTH * 2), WIDTH * 2, N, WIDTH
             );
         }
-        copy_async_commit();
     };
 
     load_panels<TOKENS>(B_tile, place.at(call.B, call.B_view, place.g), call.B_view.token, place.tokens, call.n);
@@ -316,6 +343,7 @@ INLINE void outputs(const Call &call) {
     copy_async_commit();
     const int last = place.end - 1;  // from the last job to the first: what `sums` read last may still be in the L2 cache
     const auto next = [&](int k) { return max(last - k, place.begin); };
+    load_states(last);  // of the first group of copies that `load` ends
     constexpr int FREE = SLOTS - PANELS;  // slots that B does not take
 #pragma unroll
     for (int k = 0; k < FREE; k++)
@@ -364,7 +392,7 @@ INLINE void outputs(const Call &call) {
     float chunk_total = fetch_total(last), next_total = fetch_total(next(1));
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
-        fetched.store(call, place, next(k) / SLICES, decays[k]);
+        fetched.store(place, decays[k]);
         fetched.fetch(call, place, next(k + 1) / SLICES);
     }
     if (SLOTS == 3) {
@@ -378,10 +406,12 @@ INLINE void outputs(const Call &call) {
     for (int job = last; job >= place.begin; job--) {
         const auto meet = [&] {
             meet_copies();
+            if (job > place.begin) load_states(job - 1);
             if (job - AHEAD >= place.begin) load(job - AHEAD, free_slot);
+            else copy_async_commit();
         };
         const auto prepare = [&] {
-            fetched.store(call, place, max(job - AHEAD, place.begin) / SLICES, decays[free_slot]);
+            fetched.store(place, decays[free_slot]);
             fetched.fetch(call, place, max(job - AHEAD - 1, place.begin) / SLICES);
             chunk_total = next_total, next_total = fetch_total(max(job - 2, place.begin));
         };
@@ -479,7 +509,7 @@ INLINE void outputs(const Call &call) {
 
         // other chunks
         if (STATES) {
-            const char *const state = entering + slot * STATES * STATE_BYTES;
+            const char *const state = entering + job % 2 * STATES * STATE_BYTES;
             const float outside[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
             float between[STATES ? STATES : 1];
 #pragma unroll
@@ -526,9 +556,9 @@ INLINE void outputs(const Call &call) {
         char *const y = call.y + (place.b * call.length + token) * stride + ((i64)h * call.p + p) * 2;
 #pragma unroll
         for (int m = 0; m < 2; m++)
-            store_rows<true>(
+            store_staged(
                 y + m * 16 * stride, stride, out[m], ALL ? 16 : place.tokens - strip * 32 - m * 16,
-                ALL ? WIDTH : call.p - p
+                ALL ? WIDTH : call.p - p, stage
             );
     }
 }
@@ -567,13 +597,13 @@ INLINE void sums(const Call &call) {
         __syncthreads();
         load(place.begin, 0);
     }
-    fetched.store(call, place, place.begin / SLICES, decays[0]);
+    fetched.store(place, decays[0]);
     fetched.fetch(call, place, min(place.begin + 1, place.end - 1) / SLICES);
 
     for (int job = place.begin, buffer = 0; job < place.end; job++, buffer ^= 1) {
         meet_copies();
         if (job + 1 < place.end) load(job + 1, buffer ^ 1);
-        fetched.store(call, place, min(job + 1, place.end - 1) / SLICES, decays[buffer ^ 1]);
+        fetched.store(place, decays[buffer ^ 1]);
         fetched.fetch(call, place, min(job + 2, place.end - 1) / SLICES);
         const char *const tile = tiles + buffer * TILE_BYTES;
         const Sent &own = decays[buffer];
@@ -601,7 +631,7 @@ INLINE void sums(const Call &call) {
 #pragma unroll
         for (int d = 0; d < DIRECTIONS; d++) {
             if (place.c == (d ? 0 : call.chunks - 1) && !call.last) continue;  // nobody receives it
-            store_rows<false>(
+            store_rows(
                 call.states + ((at * DIRECTIONS + d) * N + warp * 16) * (WIDTH * 2), WIDTH * 2, state[d], 16, WIDTH
             );
         }

@@ -149,7 +149,7 @@ def _layout(call: _Signature) -> _Layout:
         )
     queries = panels * outputs.warps * STRIP * row
     slots = 3 if panels == 1 and strips == 8 else 2
-    shared = queries + slots * (tile + decays + entering * states * row)
+    shared = queries + slots * (tile + decays) + (2 * entering * states + 8 * outputs.warps) * row
     blocks = batch * chunks * G * (strips // outputs.warps)
     D_type = {"D_TYPE": _NONE if call.D is None else _TYPES[call.D[2]]}
     launches.append(
