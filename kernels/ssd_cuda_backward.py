@@ -20,7 +20,7 @@ _POINTERS = struct.Struct("20P")
 _REST = struct.Struct("25q3i4x")  # the rest of ssd_backward.cu's Call: its views, its sizes
 _SUM = struct.Struct("8P4q")
 _SMALL_THREADS = 256  # of `decays` and `sums`
-_WALK_THREADS = 4 * WIDTH
+_WALK_THREADS = 2 * WIDTH
 _PLANES = 7
 _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a CUdevice_attribute
 
@@ -54,7 +54,7 @@ def _shared(plan: Plan, P: int, N: int, kinds: int, steps: int) -> tuple[int, in
     """Bytes of shared memory of ssd_backward.cu's WalkStages, of which so many are used, and Shared."""
     tile, warps = plan.tile, plan.tile // 16
     p, n = (w if w % 64 == 0 else w + 8 for w in (P, N))
-    walk = 2 * tile * (n + p) + 4 * (tile + 4)
+    walk = _up(2 * tile * (n + p) + 4 * (tile + 4), 1024)
     stage = _up(2 * (2 * tile * p + kinds * N * p) + 12 * tile, 1024)
     paths = 4 * (warps * tile + 7 * tile + warps)
     return walk * min(plan.stages, steps), _up(4 * tile * n + 2 * tile * tile + plan.buffers * stage + 2 * paths, 16)
@@ -124,14 +124,14 @@ def _layout(
     macros["TENSOR_ASYNC"] = int(asynchronous)
     unread = {  # what an entry does not look at shall not compile it again
         "decays": ("TENSOR_ASYNC", "P", "N", "BOTH", "DIAGONAL", "HAS_D", "PARTIAL", "STAGES", "BUFFERS"),
-        "walk": ("TENSOR_ASYNC", "DT_TYPE", "DIAGONAL", "SOFTPLUS", "HAS_D", "PARTIAL", "BUFFERS"),
+        "walk": ("DT_TYPE", "DIAGONAL", "SOFTPLUS", "HAS_D", "PARTIAL", "BUFFERS"),
         "gradients": ("STAGES",),
         "sums": ("TENSOR_ASYNC", "TILE", "P", "N", "DT_TYPE", "BOTH", "DIAGONAL", "SOFTPLUS", "HAS_D", "STAGES", "BUFFERS"),
     }
     constants = {"TILE": 64, "P": 16, "N": 16, "DIAGONAL": "0.f", "STAGES": 2, "BUFFERS": 2}
     heads = -(-H // 32)
     jobs = [
-        ("decays", batch * tiles * heads, _SMALL_THREADS, 1, 0),
+        ("decays", batch * tiles * -(-H // 16), _SMALL_THREADS, 1, 0),
         *[("walk", batch * H * kinds, _WALK_THREADS, 2, walk)] * walked,
         ("gradients", batch * tiles * groups * parts, 2 * tile, 128 // tile, gradients),
     ]
