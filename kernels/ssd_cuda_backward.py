@@ -38,6 +38,11 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def _asynchronous(device: int) -> bool:
+    """Whether four warps' tensor cores can run on while the warps do, which sm_90 alone can."""
+    return device >= 0 and nvrtc._architecture(device) == 90
+
+
 @functools.cache
 def _room(device: int) -> int:
     """Bytes of shared memory that a block may have."""
@@ -120,15 +125,14 @@ def _layout(
     macros = {"TILE": tile, "P": P, "N": N, "OPERAND": _TYPES[operand], "DT_TYPE": _TYPES[dt_type], "BOTH": int(both)}
     macros |= {"DIAGONAL": f"{(1 + both) * scanned}.f", "SOFTPLUS": int(softplus), "HAS_D": int(has_D)}
     macros |= {"PARTIAL": int(parts > 1), "STAGES": plan.stages, "BUFFERS": plan.buffers}
-    asynchronous = P == N == 64 and (device < 0 or nvrtc._architecture(device) == 90)
-    macros["TENSOR_ASYNC"] = int(asynchronous)
-    unread = {  # what an entry does not look at shall not compile it again
-        "decays": ("TENSOR_ASYNC", "P", "N", "BOTH", "DIAGONAL", "HAS_D", "PARTIAL", "STAGES", "BUFFERS"),
-        "walk": ("DT_TYPE", "DIAGONAL", "SOFTPLUS", "HAS_D", "PARTIAL", "BUFFERS"),
-        "gradients": ("STAGES",),
-        "sums": ("TENSOR_ASYNC", "TILE", "P", "N", "DT_TYPE", "BOTH", "DIAGONAL", "SOFTPLUS", "HAS_D", "STAGES", "BUFFERS"),
+    macros["TENSOR_ASYNC"] = int(P == N == 64 and _asynchronous(device))
+    read = {  # what an entry does not look at shall not compile it again
+        "decays": ("OPERAND", "TILE", "DT_TYPE", "SOFTPLUS"),
+        "walk": ("OPERAND", "TILE", "P", "N", "BOTH", "STAGES", "TENSOR_ASYNC"),
+        "gradients": tuple(name for name in macros if name != "STAGES"),
+        "sums": ("OPERAND", "PARTIAL"),
     }
-    constants = {"TILE": 64, "P": 16, "N": 16, "DIAGONAL": "0.f", "STAGES": 2, "BUFFERS": 2}
+    unread = dict.fromkeys(macros, 0) | {"TILE": 64, "P": 16, "N": 16, "DIAGONAL": "0.f", "STAGES": 2, "BUFFERS": 2}
     heads = -(-H // 32)
     jobs = [
         ("decays", batch * tiles * -(-H // 16), _SMALL_THREADS, 1, 0),
@@ -140,7 +144,7 @@ def _layout(
 
     def build(job) -> tuple[nvrtc.Kernel, int, int]:
         entry, blocks, threads, resident, shared = job
-        values = macros | {name: constants.get(name, 0) for name in unread[entry]} | {"ENTRY": entry}
+        values = unread | {name: macros[name] for name in read[entry]} | {"ENTRY": entry}
         values |= {"KERNEL": f"ssd_{entry}", "THREADS": threads}
         values |= {"RESIDENT": resident, "ARGUMENT": "Sum" if entry == "sums" else "Call"}
         defines = tuple(f"{name}={v}" for name, v in values.items())
@@ -215,8 +219,8 @@ def ssd_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D (batch, L, H), dt_bias and initial_state; None of what is None.
 
-    bfloat16 and float16, P and N up to ``WIDTH``. States are formed again, none are kept. ``chosen`` instead of
-    :func:`plan`. ``chunk_size`` is not looked at.
+    For bfloat16 x, P and N up to ``WIDTH``. States are formed again, none are kept; ``chunk_size`` is not looked at.
+    ``chosen`` instead of :func:`plan`.
     """
     device, (batch, length, H, P) = x.get_device(), x.shape
     G, N = B.shape[2:]
