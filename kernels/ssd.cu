@@ -355,8 +355,9 @@ INLINE void outputs(const Call &call) {
 #pragma unroll
     for (int k = 0; k < FREE; k++)
         if (k < AHEAD) load(next(k), k);
-    Fetched<true> fetched(call, place);
+    Fetched<true> fetched(call, place), second = fetched;
     fetched.fetch(call, place, last / SLICES);
+    if (AHEAD == 2) second.fetch(call, place, next(1) / SLICES);
     copy_async_wait<FREE < AHEAD ? FREE : AHEAD>();
     __syncthreads();
 
@@ -397,14 +398,10 @@ INLINE void outputs(const Call &call) {
                    ? call.totals[(place.b * call.chunks + lane) * call.heads + job / SLICES] : 0.f;
     };
     float chunk_total = fetch_total(last), next_total = fetch_total(next(1));
-#pragma unroll
-    for (int k = 0; k < AHEAD; k++) {
-        fetched.store(place, decays[k]);
-        fetched.fetch(call, place, next(k + 1) / SLICES);
-    }
-    if (SLOTS == 3) {
-        meet_copies();
-    }
+    fetched.store(place, decays[0]);
+    if (AHEAD == 2) second.store(place, decays[1]);
+    fetched.fetch(call, place, next(AHEAD) / SLICES);
+    if (SLOTS == 3) meet_copies();
 
     // Once a job all warps meet, half of them at its beginning and half in its middle: those of one scheduler are busy
     // with different things
