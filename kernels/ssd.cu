@@ -545,7 +545,7 @@ INLINE void outputs(const Call &call) {
                     const bool right = DIRECT ? s >= place.c : s;
                     if (right && !BOTH) continue;
                     unsigned (*const turn)[4] = weight[(n * STATES + s) % 2];
-                    free_weights<1>();
+                    free_weights<DIRECT && !BOTH ? 0 : 1>();  // where some are left out, halves do not take turns
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
 #pragma unroll
