@@ -127,11 +127,6 @@ template <int WIDTH> struct Rows {
     static INLINE void right_transposed(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
         ldmatrix_x4(r, by_rows(tile, row, column));
     }
-    // a lane's two elements of the 8 x 8 at (row, column), as in a product
-    static INLINE float2 pair(const bits16 *tile, unsigned row, unsigned column) {
-        const unsigned lane = threadIdx.x % 32;
-        return unpack2<OPERAND>(*(const unsigned *)place(tile, at(lane / 4, 0) + lane % 4 * 2, row, column));
-    }
 };
 
 // c (16 x 16, two fragments) += a b
@@ -244,6 +239,16 @@ INLINE float sum_of_column(const float *v, bool bit_3, bool bit_2) {
     return (bit_2 ? two : one) + __shfl_xor_sync(~0u, bit_2 ? one : two, 4);
 }
 
+// Of two neighbours of a row of an 8 x 8 product, the one on the diagonal, or 0; and a pair of which one is v, if there
+INLINE float on_diagonal(float one, float two) {
+    const int beyond = threadIdx.x % 32 / 4 - threadIdx.x % 4 * 2;
+    return beyond == 0 ? one : beyond == 1 ? two : 0.f;
+}
+INLINE unsigned on_diagonal(float v) {
+    const int beyond = threadIdx.x % 32 / 4 - threadIdx.x % 4 * 2;
+    return pack2<OPERAND>(beyond == 0 ? v : 0.f, beyond == 1 ? v : 0.f);
+}
+
 INLINE float sum_of_warp(float v) {
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) v += __shfl_xor_sync(~0u, v, mask);
@@ -334,8 +339,9 @@ struct alignas(1024) WalkStage {
 };
 
 // A warp's 16 rows of a state (N, P) in float, from or to a matrix (p, n) in memory
-template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix, const Call &c) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, column = lane % 4 * 2;
+template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix, int row, const Call &c) {
+    const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+    row += lane / 4;
 #pragma unroll
     for (int e = 0; e < P / 2; e++) {
         const int n = row + e / 2 % 2 * 8, p = column + e / 4 * 8 + e % 2;
@@ -345,6 +351,10 @@ template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix,
         else matrix[p * c.n + n] = v;
     }
 }
+
+// Groups of four warps share a tile's tokens: each carries the part of the state that its tokens have made. To sum them
+// up, each gives the others half of its columns; one buffer is read while the other is filled
+constexpr int GROUPS = P / 16 % 2 ? 1 : WARPS / 4, HALF = P / 16 / GROUPS;
 
 // One block a sequence, head and kind
 INLINE void walk(const Call &c) {
@@ -382,41 +392,84 @@ INLINE void walk(const Call &c) {
     };
     for (int s = 0; s < STAGES - 1; s++) fetch(s);
 
-    const int own = warp_of_block() * 16, q = threadIdx.x % 4;
+    const int warp = warp_of_block(), group = warp / 4, own = warp % 4 * 16, q = threadIdx.x % 4;
+    const int from = group * (TILE / GROUPS);
     const bool holds = own < N;
+    float4 *const parts = (float4 *)(stages + min(STAGES, steps)) + threadIdx.x;
     float state[P / 16][2][4] = {};
-    if (outside && holds) move_state<true>(state, (float *)outside + matrix, c);
+    if (outside && holds && group == 0) move_state<true>(state, (float *)outside + matrix, own, c);
     bits16 *to = c.states + (((b * c.tiles + start) * c.H + h) * KINDS + kind) * STATE;
-    to += (own + row_of_lane()) * P + q / 2 * 8;
+    to += (own + row_of_lane()) * P + q / 2 * 8 + group * HALF * 16;
     for (int s = 0; s < tiles; s++, to += ahead * c.H * KINDS * STATE) {
+        const bool stored = holds && (s || outside);
+        if (GROUPS == 2) {
 #pragma unroll
-        for (int p = 0; p < P; p += 16) {
-            const uint4 eight = neighbours(state[p / 16]);
-            if (holds && (s || outside)) *(uint4 *)(to + p) = eight;
+            for (int e = 0; e < 2 * HALF; e++) {
+                const float *give = state[(group ? 0 : HALF) + e / 2][e % 2];
+                parts[(s % 2 * 2 * HALF + e) * THREADS] = make_float4(give[0], give[1], give[2], give[3]);
+            }
         }
-        if (s == steps) break;
-        copy_async_wait<STAGES - 2>();
-        publish_copies();
+        if (s < steps) {
+            copy_async_wait<STAGES - 2>();
+            publish_copies();
+        }
         __syncthreads();
         fetch(s + STAGES - 1);
+#pragma unroll
+        for (int p = 0; p < HALF; p++) {
+            float sum[2][4];
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const float mine = GROUPS == 2 && group ? state[HALF % (P / 16) + p][e / 4][e % 4] : state[p][e / 4][e % 4];
+                sum[e / 4][e % 4] = mine;
+            }
+            if (GROUPS == 2) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const float4 other = parts[(s % 2 * 2 * HALF + p * 2 + e) * THREADS + (group ? -128 : 128)];
+                    sum[e][0] += other.x, sum[e][1] += other.y, sum[e][2] += other.z, sum[e][3] += other.w;
+                }
+            }
+            const uint4 eight = neighbours(sum);
+            if (stored) *(uint4 *)(to + p * 16) = eight;
+        }
+        if (s == steps) break;
         if (!holds) continue;
         const WalkStage &at = stages[s % STAGES];
-        unsigned keys_left[TILE / 16][4];
+        unsigned keys_left[TILE / 16 / GROUPS][4];
 #pragma unroll
-        for (int t = 0; t < TILE / 16; t++) Rows<N>::left_transposed(keys_left[t], at.keys, t * 16, own);
+        for (int t = 0; t < TILE / 16 / GROUPS; t++) Rows<N>::left_transposed(keys_left[t], at.keys, from + t * 16, own);
         const float total = at.last[3];
 #pragma unroll
         for (int e = 0; e < P / 2; e++) state[e / 8][e / 4 % 2][e % 4] *= total;
 #pragma unroll
-        for (int e = 0; e < TILE / 4; e++) {
+        for (int e = 0; e < TILE / 4 / GROUPS; e++) {
             unsigned &k = keys_left[e / 4][e % 4];
-            const float2 scale = *(const float2 *)(at.scale + e / 4 * 16 + e / 2 % 2 * 8 + 2 * q), pair = unpack2<OPERAND>(k);
+            const float2 scale = *(const float2 *)(at.scale + from + e / 4 * 16 + e / 2 % 2 * 8 + 2 * q);
+            const float2 pair = unpack2<OPERAND>(k);
             k = pack2<OPERAND>(pair.x * scale.x, pair.y * scale.y);
         }
-        add_rows<P, P, TILE / 16, true>(state, keys_left, at.values, 0);
+        add_rows<P, P, TILE / 16 / GROUPS, true>(state, keys_left, at.values, from);
         finish_products<P / 16>(state);
     }
-    if (last && holds) move_state<false>(state, last + matrix, c);
+    if (!last) return;
+    if (GROUPS == 2) {
+        __syncthreads();
+#pragma unroll
+        for (int e = 0; e < P / 8; e++) {
+            const float *give = state[e / 2][e % 2];
+            if (group) parts[e * THREADS - 128] = make_float4(give[0], give[1], give[2], give[3]);
+        }
+        __syncthreads();
+        if (group) return;
+#pragma unroll
+        for (int e = 0; e < P / 8; e++) {
+            float *own_part = state[e / 2][e % 2];
+            const float4 other = parts[e * THREADS];
+            own_part[0] += other.x, own_part[1] += other.y, own_part[2] += other.z, own_part[3] += other.w;
+        }
+    }
+    if (holds) move_state<false>(state, last + matrix, own, c);
 }
 
 // What the tokens of a tile make of its log-decays; FROM and TO: where paths begin and end
@@ -690,26 +743,25 @@ INLINE void gradients(const Call &c) {
             }
             pairs[(upper ? i[1] : i[0]) * 16] = sum_of_column(half, odd, last);
             add_rows<P, P, 2, true>(dx, W, at.dy, i0 * 16);
-            finish_products<P / 16>(dx);
         }
+        finish_products<P / 16>(dx);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             unit[r] += all[r];
             forward[r] -= step[r] * ahead[r];
             backward[r] += step[r] * (all[r] - ahead[r]);
         }
+        const unsigned diagonal[4] = {on_diagonal(factor[0]), 0, 0, on_diagonal(factor[1])};
 #pragma unroll
         for (int p = 0; p < P; p += 16) {
-            float out[2][4];
 #pragma unroll
-            for (int e = 0; e < 8; e++) out[e / 4][e % 4] = step[e / 2 % 2] * dx[p / 16][e / 4][e % 4];
-#pragma unroll
-            for (int e = 0; e < 4 * HAS_D; e++) {
-                const float2 y = Rows<P>::pair(at.dy, own + e % 2 * 8, p + e / 2 * 8);
-                out[e / 2][e % 2 * 2] += factor[e % 2] * y.x;
-                out[e / 2][e % 2 * 2 + 1] += factor[e % 2] * y.y;
+            for (int e = 0; e < 8; e++) dx[p / 16][e / 4][e % 4] *= step[e / 2 % 2];
+            if (HAS_D) {
+                unsigned b[4];
+                Rows<P>::right(b, at.dy, own, p);
+                multiply(dx[p / 16], diagonal, b);
             }
-            const uint4 eight = neighbours(out);
+            const uint4 eight = neighbours(dx[p / 16]);
             if (own + row_of_lane() < rows && p + q / 2 * 8 < c.p) *(uint4 *)(dx_to + p) = eight;
         }
         dx_to += c.p;
@@ -724,20 +776,23 @@ INLINE void gradients(const Call &c) {
             unsigned a[P / 16][4];
             Rows<P>::left(a, sends ? at.x : at.dy, own);
             set_columns<P, N, P / 16>(v, a, at.states[kind], 0);
-            float dot[2] = {}, scale[2] = {to_border(kind, 0), to_border(kind, 1)};
+            const float scale[2] = {to_border(kind, 0), to_border(kind, 1)};
             const float factor[2] = {scale[0] * (sends ? step[0] : 1.f), scale[1] * (sends ? step[1] : 1.f)};
+            unsigned keys[N / 16][4];
+            Rows<N>::left(keys, sends ? shared.B : shared.C, own);
             finish_products<N / 16>(v);
+            float top[4] = {}, low[4] = {};  // keys times v transposed, of rows 0 to 7 and 8 to 15: wanted is its diagonal
 #pragma unroll
-            for (int e = 0; e < N / 4; e++) {
-                const int n = e / 4, block = e / 2 % 2, r = e % 2;
-                const float2 key = Rows<N>::pair(sends ? shared.B : shared.C, own + r * 8, n * 16 + block * 8);
-                const float *pair = v[n][block] + r * 2;
-                float *to = (sends ? dB : dC)[n][block] + r * 2;
-                dot[r] += pair[0] * key.x;
-                dot[r] += pair[1] * key.y;
-                to[0] += factor[r] * pair[0];
-                to[1] += factor[r] * pair[1];
+            for (int n = 0; n < N / 16; n++) {
+                const unsigned v_top[2] = {pack2<OPERAND>(v[n][0][0], v[n][0][1]), pack2<OPERAND>(v[n][1][0], v[n][1][1])};
+                const unsigned v_low[2] = {pack2<OPERAND>(v[n][0][2], v[n][0][3]), pack2<OPERAND>(v[n][1][2], v[n][1][3])};
+                mma_16x8x16<OPERAND>(top, keys[n], v_top);
+                mma_16x8x16<OPERAND>(low, keys[n], v_low);
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    (sends ? dB : dC)[n][e / 4][e % 4] += factor[e / 2 % 2] * v[n][e / 4][e % 4];
             }
+            const float dot[2] = {on_diagonal(top[0], top[1]), on_diagonal(low[2], low[3])};
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 if (sends) unit[r] += scale[r] * dot[r];
@@ -767,7 +822,7 @@ INLINE void gradients(const Call &c) {
                 Rows<P>::right_transposed(b, at.states[kind + 1], row, p);
                 multiply(v, a, b);
             }
-            crossing += g == 2 * q ? v[0][0] + v[1][2] : g == 2 * q + 1 ? v[0][1] + v[1][3] : 0.f;
+            crossing += on_diagonal(v[0][0] + v[1][2], v[0][1] + v[1][3]);
         }
         crossing = sum_of_warp(crossing) * exp2_fast(left[TILE - 1]);
         if (lane == 0) paths.crossing[warp] = crossing;
