@@ -350,7 +350,6 @@ INLINE void outputs(const Call &call) {
     copy_async_commit();
     const int last = place.end - 1;  // from the last job to the first: what `sums` read last may still be in the L2 cache
     const auto next = [&](int k) { return max(last - k, place.begin); };
-    load_states(last);  // of the first group of copies that `load` ends
     constexpr int FREE = SLOTS - PANELS;  // slots that B does not take
 #pragma unroll
     for (int k = 0; k < FREE; k++)
@@ -393,6 +392,11 @@ INLINE void outputs(const Call &call) {
     if (FREE < AHEAD) __syncthreads();
 #pragma unroll
     for (int k = FREE; k < AHEAD; k++) load(next(k), k);
+    wait_for_previous();
+    if (STATES) {
+        load_states(last);
+        copy_async_commit();
+    }
     const auto fetch_total = [&](int job) {
         return DIRECT && lane <= STATES
                    ? call.totals[(place.b * call.chunks + lane) * call.heads + job / SLICES] : 0.f;
@@ -658,6 +662,7 @@ INLINE void sums(const Call &call) {
 // States of each chunk alone become those that enter it; those that leave the last one go to `last`. 8 columns a thread
 INLINE void chain(const Call &call) {
     constexpr int AT_ONCE = 8, PIECES = WIDTH / 8;
+    wait_for_previous();
     const int jobs = call.heads * SLICES;
     i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (i >= call.batch * jobs * (DIRECTIONS * N * PIECES)) return;

@@ -102,6 +102,7 @@ class _Layout(NamedTuple):
     launches: tuple[tuple[nvrtc.Kernel, int, int, bytes], ...]
     states: int
     scratch: int
+    early: bool  # kernels but the first are launched before the previous one has ended
 
 
 def _strides(view: tuple | None) -> tuple[int, ...]:
@@ -174,7 +175,8 @@ def _layout(call: _Signature) -> _Layout:
     compilers.shutdown()
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
-    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4)
+    early = call.device >= 0 and nvrtc._architecture(call.device) >= 90
+    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4, early)
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -247,6 +249,8 @@ def ssd(
         x.data_ptr(), dt.data_ptr(), B.data_ptr(), C.data_ptr(), _address(D), A.data_ptr(), _address(bias),
         _address(initial), y.data_ptr(), states, states + layout.states, last.data_ptr() if return_last_state else 0,
     )  # fmt: skip
+    launch = nvrtc.launch
     for function, blocks, threads, rest in layout.launches:
-        nvrtc.launch(function, blocks, threads, argument + rest, device)
+        launch(function, blocks, threads, argument + rest, device)
+        launch = nvrtc.launch_early if layout.early else nvrtc.launch
     return y, last

@@ -190,6 +190,7 @@ inline void tensor_64x32x16_transposed(float (*c)[4], const unsigned a[4], const
     tensor_transposed<TYPE, ADD, 4>(c, a, columns, line);
 }
 
+inline void wait_for_previous() {}
 inline void tensor_begin() {}
 inline void tensor_commit() {}
 template <int YOUNGEST> inline void tensor_wait() {}
