@@ -62,6 +62,13 @@ INLINE char *dynamic_shared() {
     return dynamic;
 }
 
+// Until what the stream's previous kernel has written is there, for a kernel that was launched early
+INLINE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
 // c += a b of one warp's matrices, 16 x 8 and 8 x 8, their elements cut to 10 bits of mantissa. a: (g, q), (g + 8, q),

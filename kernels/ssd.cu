@@ -12,7 +12,7 @@
 // Macros: KERNEL, ENTRY; THREADS, RESIDENT (blocks a processor); X_TYPE (of x, B, C and y: 1 bfloat16); STRIPS; N, WIDTH:
 // states and a slice of P, padded to multiples of 16; SLICES of P: a head and a slice are a job; DIRECTIONS; SOFTPLUS;
 // DT_TYPE, D_TYPE (0 float, 1 bfloat16, 2 half, 3 none); ALL: every chunk and slice is full; STATES: those
-// that enter, DIRECT: one from each other chunk of few, which `chain` has not seen; SLOTS: jobs in shared memory;
+// that enter, DIRECT: one from each other chunk of few, which `chain` has not seen; SLOTS: jobs in shared memory; BLOCKS of 16 rows a warp;
 // TENSOR_ASYNC: products by four warps together.
 
 #define LOG2E 1.4426950408889634f
@@ -54,10 +54,11 @@ struct alignas(16) Decays : Sent {
 INLINE int column_place(int t) { return (t & 16) + (t % 8 / 2) * 4 + (t & 1) + (t & 8) / 4; }
 INLINE int row_place(int t) { return t % 8 * 4 + t / 8; }
 
-template <int OF> INLINE float scalar(const char *p) {
-    if (OF == 0) return __ldg((const float *)p);
-    const unsigned short bits = __ldg((const unsigned short *)p);
-    return OF == 1 ? __uint_as_float((unsigned)bits << 16) : half_to_float(bits);
+template <int OF> INLINE unsigned fetch_scalar(const char *p) {
+    return OF == 0 ? __ldg((const unsigned *)p) : __ldg((const unsigned short *)p);
+}
+template <int OF> INLINE float scalar(unsigned bits) {
+    return OF == 0 ? __uint_as_float(bits) : OF == 1 ? __uint_as_float(bits << 16) : half_to_float((unsigned short)bits);
 }
 
 // log(1 + exp(v)) = max(v, 0) + log(1 + e), as in scan.cu
@@ -86,35 +87,42 @@ struct Place {
     }
 };
 
-// dt and D of a lane's tokens, one in each of the warp's strips warp + i WARPS, fetched ahead
+// dt and D of a lane's tokens, one in each of the warp's strips warp + i WARPS, fetched ahead. Of two warps a strip one
+// has it, so that each scheduler has its share
 template <bool PAIRS> struct Fetched {
+    static constexpr bool SHARED = WARPS == 2 * STRIPS && PAIRS, EVEN = STRIPS % WARPS == 0;
     const char *dt_at, *D_at;
-    float dt[OWN], D[OWN];
+    int strip;
+    unsigned dt[OWN], D[OWN];  // as they lie in memory: to look at one is to wait for it
+    float A, bias;
     INLINE Fetched(const Call &call, const Place &place) {
-        dt_at = place.at(call.dt, call.dt_view, 0) + threadIdx.x * call.dt_view.token;
-        D_at = place.at(call.D, call.D_view, 0) + threadIdx.x * call.D_view.token;
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+        strip = !SHARED ? warp : warp % 2 == warp / 4 % 2 ? warp / 2 : STRIPS;
+        dt_at = place.at(call.dt, call.dt_view, 0) + (strip * 32 + lane) * call.dt_view.token;
+        D_at = place.at(call.D, call.D_view, 0) + (strip * 32 + lane) * call.D_view.token;
     }
     INLINE void fetch(const Call &call, const Place &place, int h) {
+        A = __ldg(call.A + h), bias = call.bias ? __ldg(call.bias + h) : 0;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const bool inside = ALL && TOKENS % THREADS == 0 || (int)threadIdx.x + i * THREADS < place.tokens;
+            const int t = (strip + i * WARPS) * 32 + (int)threadIdx.x % 32;
+            const bool inside = (ALL && EVEN) || t < place.tokens;
             dt[i] = D[i] = 0;
-            if (inside) dt[i] = scalar<DT_TYPE>(dt_at + i * THREADS * call.dt_view.token + h * call.dt_view.head);
+            if (inside) dt[i] = fetch_scalar<DT_TYPE>(dt_at + i * THREADS * call.dt_view.token + h * call.dt_view.head);
             if (PAIRS && D_TYPE < 3 && inside)
-                D[i] = scalar<D_TYPE>(D_at + i * THREADS * call.D_view.token + h * call.D_view.head);
+                D[i] = fetch_scalar<D_TYPE>(D_at + i * THREADS * call.D_view.token + h * call.D_view.head);
         }
     }
-    template <class To> INLINE void store(const Call &call, const Place &place, int h, To &to) const {
+    template <class To> INLINE void store(const Place &place, To &to) const {
         const int lane = threadIdx.x % 32;
-        const float rate = __ldg(call.A + h) * LOG2E, bias = call.bias ? __ldg(call.bias + h) : 0;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const int t = threadIdx.x + i * THREADS, strip = t / 32;
-            if (STRIPS % WARPS && strip >= STRIPS) break;
-            float step = dt[i] + bias;
+            const int strip = this->strip + i * WARPS, t = strip * 32 + lane;
+            if (!EVEN && strip >= STRIPS) break;
+            float step = scalar<DT_TYPE>(dt[i]) + bias;
             if (SOFTPLUS) step = softplus(step);
             if (!ALL && t >= place.tokens) step = 0;
-            const float decay = step * rate;
+            const float decay = step * (A * LOG2E);
             float prefix = decay, suffix = decay;
 #pragma unroll
             for (int d = 1; d < 32; d *= 2) {
@@ -129,7 +137,7 @@ template <bool PAIRS> struct Fetched {
             if constexpr (PAIRS) {
                 to.prefix[row] = prefix, to.suffix[row] = suffix;
                 to.prefix_columns[column] = prefix, to.suffix_columns[column] = suffix, to.dt[column] = step;
-                if (D_TYPE < 3) to.D[row] = D[i];
+                if (D_TYPE < 3) to.D[row] = scalar<D_TYPE>(D[i]);
             }
         }
     }
@@ -228,7 +236,6 @@ INLINE void meet_copies() {
 }
 
 // Rows g and g + 8 of a warp's 16 x WIDTH to memory: neighbouring lanes exchange halves, so that 4 lanes fill 32 bytes
-template <bool STREAM>
 INLINE void store_rows(char *to, i64 stride, const float (*c)[4], int rows, int columns) {
     const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4, first = (q & 1) * 8 + q / 2 * 4;
     const bool odd = q & 1;
@@ -243,10 +250,33 @@ INLINE void store_rows(char *to, i64 stride, const float (*c)[4], int rows, int 
             const unsigned other = __shfl_xor_sync(~0u, odd ? left : right, 1);
             const uint2 v = odd ? make_uint2(other, right) : make_uint2(left, other);
             if (!inside || first + i * 16 >= columns) continue;
-            if (STREAM) __stcs((uint2 *)(at + i * 32), v);
-            else *(uint2 *)(at + i * 32) = v;
+            *(uint2 *)(at + i * 32) = v;
         }
     }
+}
+
+// The same through 8 rows of shared memory, 128 bytes of a row at once
+INLINE void store_staged(char *to, i64 stride, const float (*c)[4], int rows, int columns, char *stage) {
+    constexpr int PIECES = WIDTH / 8;
+    const int lane = threadIdx.x % 32, q = lane % 4, g = lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (half) __syncwarp();
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+            *(unsigned *)(stage + g * ROW + ((i ^ g) << 4) + q * 4) = pack2<X_TYPE>(c[i][2 * half], c[i][2 * half + 1]);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < ROUND_UP(PIECES, 4); i++) {
+            const int at = lane + i * 32, row = at / PIECES, piece = at % PIECES;
+            if ((8 * PIECES % 32 && at >= 8 * PIECES) || row + 8 * half >= rows || piece * 8 >= columns) continue;
+            __stcs(
+                (uint4 *)(to + (row + 8 * half) * stride + piece * 16),
+                *(const uint4 *)(stage + row * ROW + ((piece ^ row) << 4))
+            );
+        }
+    }
+    __syncwarp();
 }
 
 // Strips between the lane's strip and this one, a bit each; of lane STRIPS those left of it, of STRIPS + 1 right of it
@@ -275,37 +305,41 @@ INLINE void scale(unsigned to[4], const unsigned from[4], uint2 columns, unsigne
     to[3] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[3], columns.y), row_8);
 }
 
-// y of a chunk's rows of WARPS strips
+// y of a chunk's rows, BLOCKS of 16 a warp
 INLINE void outputs(const Call &call) {
-    constexpr int ROWS = WARPS * 32;
+    constexpr int ROWS = WARPS * BLOCKS * 16, TOGETHER = TENSOR_ASYNC ? 2 * BLOCKS : 1;  // strips of warps that go together
     char *const tiles = dynamic_shared(), *const B_tile = tiles + (SLOTS - PANELS) * TILE_BYTES;
     char *const C_tile = tiles + SLOTS * TILE_BYTES, *const entering = C_tile + PANELS * ROWS * ROW;
-    Decays *const decays = (Decays *)(entering + SLOTS * STATES * STATE_BYTES);
+    char *const stage = entering + 2 * STATES * STATE_BYTES + threadIdx.x / 32 * (8 * ROW);
+    Decays *const decays = (Decays *)(entering + 2 * STATES * STATE_BYTES + WARPS * 8 * ROW);
     const Place place(call);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), g = lane / 4, q = lane % 4;
-    const int strip = place.rest * WARPS + warp, jobs = call.heads * SLICES;
+    const int own_row = warp * BLOCKS * 16, row = place.rest * ROWS + own_row;  // the warp's first
+    const int strip = row / 32, part = row / 16 % 2, jobs = call.heads * SLICES;
     const int rows_first = lane_rows_first(), columns_first = lane_columns_first();
     const unsigned between_strips = strips_between(strip);
-    // Strips in the order in which a warp takes them: from its own on, or from the first of four warps that go together
-    const int first = TENSOR_ASYNC ? strip & ~3 : strip;
+    // Strips in the order in which a warp takes them: from its own on, or the first of those that go together
+    const int first = strip & ~(TOGETHER - 1);
     const bool alive = ALL || first * 32 < place.tokens;
 
-    const auto load = [&](int job, int buffer) {
+    const auto load = [&](int job, int slot) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
         load_tile<TOKENS, WIDTH, ALL>(
-            tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
+            tiles + slot * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
             place.tokens, call.p - p
         );
+        copy_async_commit();
+    };
+    const auto load_states = [&](int job) {
 #pragma unroll
         for (int s = 0; s < STATES; s++) {
             const int c = DIRECT ? s + (s >= place.c) : place.c, d = DIRECT ? s >= place.c : s;
             if (d >= DIRECTIONS) continue;
             const i64 at = ((place.b * call.chunks + c) * jobs + job) * DIRECTIONS + d;
             load_tile<N, WIDTH, true>(
-                entering + (buffer * STATES + s) * STATE_BYTES, call.states + at * (N * WIDTH * 2), WIDTH * 2, N, WIDTH
+                entering + (job % 2 * STATES + s) * STATE_BYTES, call.states + at * (N * WIDTH * 2), WIDTH * 2, N, WIDTH
             );
         }
-        copy_async_commit();
     };
 
     load_panels<TOKENS>(B_tile, place.at(call.B, call.B_view, place.g), call.B_view.token, place.tokens, call.n);
@@ -320,35 +354,36 @@ INLINE void outputs(const Call &call) {
 #pragma unroll
     for (int k = 0; k < FREE; k++)
         if (k < AHEAD) load(next(k), k);
-    Fetched<true> fetched(call, place);
+    Fetched<true> fetched(call, place), second = fetched;
     fetched.fetch(call, place, last / SLICES);
+    if (AHEAD == 2) second.fetch(call, place, next(1) / SLICES);
     copy_async_wait<FREE < AHEAD ? FREE : AHEAD>();
     __syncthreads();
 
-    unsigned scores[STRIPS][2][2][4];  // of strip (first + i) % STRIPS, its 16 columns each, the warp's 16 rows each
+    unsigned scores[STRIPS][2][BLOCKS][4];  // of strip (first + i) % STRIPS, its 16 columns each, the warp's 16 rows each
     {
-        unsigned c[STEPS][2][4];
+        unsigned c[STEPS][BLOCKS][4];
 #pragma unroll
         for (int n = 0; n < STEPS; n++)
 #pragma unroll
-            for (int m = 0; m < 2; m++)
-                ldmatrix_x4(c[n][m], C_tile + (n / 4 * ROWS + warp * 32 + m * 16) * ROW + (rows_first ^ n % 4 * 32));
+            for (int m = 0; m < BLOCKS; m++)
+                ldmatrix_x4(c[n][m], C_tile + (n / 4 * ROWS + own_row + m * 16) * ROW + (rows_first ^ n % 4 * 32));
 #pragma unroll
         for (int i = 0; i < STRIPS; i++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const char *rows = B_tile + ((first + i & STRIPS - 1) * 32 + half * 16) * ROW;
-                float sum[2][2][4] = {};
+                float sum[BLOCKS][2][4] = {};
 #pragma unroll
                 for (int n = 0; n < STEPS; n++) {
                     unsigned b[4];
                     ldmatrix_x4(b, rows + n / 4 * TILE_BYTES + (columns_first ^ n % 4 * 32));
 #pragma unroll
-                    for (int m = 0; m < 2; m++)
+                    for (int m = 0; m < BLOCKS; m++)
                         mma_16x8x16<X_TYPE>(sum[m][0], c[n][m], b), mma_16x8x16<X_TYPE>(sum[m][1], c[n][m], b + 2);
                 }
 #pragma unroll
-                for (int m = 0; m < 2; m++)
+                for (int m = 0; m < BLOCKS; m++)
 #pragma unroll
                     for (int k = 0; k < 4; k++)
                         scores[i][half][m][k] = pack2<X_TYPE>(sum[m][k / 2][k % 2 * 2], sum[m][k / 2][k % 2 * 2 + 1]);
@@ -357,19 +392,20 @@ INLINE void outputs(const Call &call) {
     if (FREE < AHEAD) __syncthreads();
 #pragma unroll
     for (int k = FREE; k < AHEAD; k++) load(next(k), k);
+    wait_for_previous();
+    if (STATES) {
+        load_states(last);
+        copy_async_commit();
+    }
     const auto fetch_total = [&](int job) {
         return DIRECT && lane <= STATES
                    ? call.totals[(place.b * call.chunks + lane) * call.heads + job / SLICES] : 0.f;
     };
     float chunk_total = fetch_total(last), next_total = fetch_total(next(1));
-#pragma unroll
-    for (int k = 0; k < AHEAD; k++) {
-        fetched.store(call, place, next(k) / SLICES, decays[k]);
-        fetched.fetch(call, place, next(k + 1) / SLICES);
-    }
-    if (SLOTS == 3) {
-        meet_copies();
-    }
+    fetched.store(place, decays[0]);
+    if (AHEAD == 2) second.store(place, decays[1]);
+    fetched.fetch(call, place, next(AHEAD) / SLICES);
+    if (SLOTS == 3) meet_copies();
 
     // Once a job all warps meet, half of them at its beginning and half in its middle: those of one scheduler are busy
     // with different things
@@ -378,10 +414,12 @@ INLINE void outputs(const Call &call) {
     for (int job = last; job >= place.begin; job--) {
         const auto meet = [&] {
             meet_copies();
+            if (job > place.begin) load_states(job - 1);
             if (job - AHEAD >= place.begin) load(job - AHEAD, free_slot);
+            else copy_async_commit();
         };
         const auto prepare = [&] {
-            fetched.store(call, place, max(job - AHEAD, place.begin) / SLICES, decays[free_slot]);
+            fetched.store(place, decays[free_slot]);
             fetched.fetch(call, place, max(job - AHEAD - 1, place.begin) / SLICES);
             chunk_total = next_total, next_total = fetch_total(max(job - 2, place.begin));
         };
@@ -394,55 +432,62 @@ INLINE void outputs(const Call &call) {
         }
         const char *const tile = tiles + slot * TILE_BYTES;
         const Decays &own = decays[slot];
-        static_assert(SLOTS == 2 || WARPS == 8, "four warps of TENSOR_ASYNC go together");
+        static_assert(SLOTS == 2 || WARPS % 8 == 0, "four warps of TENSOR_ASYNC go together");
         const float gate = decay_over(between_strips, own);
-        float from_left[4], from_right[4];
-        float out[2][WIDTH / 8][4];
+        float from_left[2 * BLOCKS], from_right[2 * BLOCKS];  // rows of 8 tokens each
+        float out[BLOCKS][WIDTH / 8][4];
 #if !TENSOR_ASYNC
 #pragma unroll
-        for (int i = 0; i < 2 * WIDTH / 2; i++) out[i / (WIDTH / 2)][i / 4 % (WIDTH / 8)][i % 4] = 0;
+        for (int i = 0; i < BLOCKS * WIDTH / 2; i++) out[i / (WIDTH / 2)][i / 4 % (WIDTH / 8)][i % 4] = 0;
 #endif
 
-        const float4 prefix = four(own.prefix + strip * 32 + g * 4), suffix = four(own.suffix + strip * 32 + g * 4);
-        const float left[4] = {prefix.x, prefix.y, prefix.z, prefix.w};
-        const float right[4] = {suffix.x, suffix.y, suffix.z, suffix.w};
+        const int own_rows = strip * 32 + g * 4 + part * 2;
+        float left[2 * BLOCKS], right[2 * BLOCKS];
 #pragma unroll
-        for (int k = 0; k < 4; k++) from_left[k] = exp2_fast(left[k]), from_right[k] = BOTH ? exp2_fast(right[k]) : 0;
-        unsigned weight[2][2][4];  // of 16 columns each: of 16 rows each
-        const auto weigh_own = [&](int i, int half) {
-            const float4 D4 = D_TYPE < 3 ? four(own.D + strip * 32 + g * 4) : prefix;
-            const float D[4] = {D4.x, D4.y, D4.z, D4.w};
+        for (int k = 0; k < 2 * BLOCKS; k++) {
+            left[k] = own.prefix[own_rows + k], right[k] = own.suffix[own_rows + k];
+            from_left[k] = exp2_fast(left[k]), from_right[k] = BOTH ? exp2_fast(right[k]) : 0;
+        }
+        unsigned weight[2][BLOCKS][4];  // of 16 columns each: of 16 rows each
+        // 16 x 16 pairs of the warp's own strip: rows after columns (1), before them (-1), the same (0)
+        const auto weigh_pairs = [&](int of_all, unsigned to[4], const unsigned from[4], int m, int half) {
             const int columns = strip * 32 + half * 16 + q * 4;
             const float4 prefixes = four(own.prefix_columns + columns), steps = four(own.dt + columns);
-            const float4 suffixes = BOTH ? four(own.suffix_columns + columns) : prefixes;
+            const float4 suffixes = four(own.suffix_columns + columns);
             const float l[4] = {prefixes.x, prefixes.y, prefixes.z, prefixes.w};
             const float r[4] = {suffixes.x, suffixes.y, suffixes.z, suffixes.w};
             const float dt[4] = {steps.x, steps.y, steps.z, steps.w};
 #pragma unroll
-            for (int m = 0; m < 2; m++)
+            for (int k = 0; k < 4; k++) {
+                const int row = 2 * m + k % 2, order = of_all ? of_all : k % 2 - k / 2;
+                float w[2];
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const int row = 2 * m + k % 2, column = 2 * half + k / 2;  // of 8 tokens each
-                    float w[2];
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const int at = k / 2 * 2 + e;
-                        const float forward = left[row] - l[at];
-                        const float backward = BOTH ? right[row] - r[at] : __int_as_float(0xff800000);
-                        const bool later = row == column ? g >= 2 * q + e : row > column;
-                        w[e] = exp2_fast(later ? forward : backward) * dt[at];
-                    }
-                    unsigned &to = weight[half][m][k];
-                    if (row != column) {
-                        to = multiply2<X_TYPE>(scores[i][half][m][k], pack2<X_TYPE>(w[0], w[1]));
-                        continue;
-                    }
-                    const float2 score = unpack2<X_TYPE>(scores[i][half][m][k]);
-                    w[0] *= score.x, w[1] *= score.y;
-                    if (g == 2 * q) w[0] = w[0] * call.diagonal + (D_TYPE < 3 ? D[row] : 0);
-                    if (g == 2 * q + 1) w[1] = w[1] * call.diagonal + (D_TYPE < 3 ? D[row] : 0);
-                    to = pack2<X_TYPE>(w[0], w[1]);
+                for (int e = 0; e < 2; e++) {
+                    const int at = k / 2 * 2 + e;
+                    const float forward = left[row] - l[at];
+                    const float backward = BOTH ? right[row] - r[at] : __int_as_float(0xff800000);
+                    w[e] = exp2_fast((order ? order > 0 : g >= 2 * q + e) ? forward : backward) * dt[at];
                 }
+                if (order) {
+                    to[k] = multiply2<X_TYPE>(from[k], pack2<X_TYPE>(w[0], w[1]));
+                    continue;
+                }
+                const float2 score = unpack2<X_TYPE>(from[k]);
+                const float D = D_TYPE < 3 ? own.D[own_rows + row] : 0;
+                w[0] *= score.x, w[1] *= score.y;
+                if (g == 2 * q) w[0] = w[0] * call.diagonal + D;
+                if (g == 2 * q + 1) w[1] = w[1] * call.diagonal + D;
+                to[k] = pack2<X_TYPE>(w[0], w[1]);
+            }
+        };
+        const auto weigh_own = [&](int i, int half) {
+#pragma unroll
+            for (int m = 0; m < BLOCKS; m++) {
+                const int order = (BLOCKS == 2 ? m : part) - half;
+                if (order == 0) weigh_pairs(0, weight[half][m], scores[i][half][m], m, half);
+                else if (order > 0) weigh_pairs(1, weight[half][m], scores[i][half][m], m, half);
+                else weigh_pairs(-1, weight[half][m], scores[i][half][m], m, half);
+            }
         };
 
         // strips of the chunk
@@ -450,13 +495,13 @@ INLINE void outputs(const Call &call) {
         for (int i = 0; i < STRIPS; i++) {
             if (i == STRIPS / 2 && late) meet();
             const int other = first + i & STRIPS - 1;
-            const bool before = other < strip, itself = TENSOR_ASYNC ? i < 4 && other == strip : i == 0;
+            const bool before = other < strip, itself = TOGETHER == 1 ? i == 0 : i < TOGETHER && other == strip;
             const float between = __shfl_sync(~0u, gate, other);
-            if ((!BOTH && other > (TENSOR_ASYNC ? first + 3 : strip)) || (!ALL && i && other * 32 >= place.tokens))
+            if ((!BOTH && other >= first + TOGETHER) || (!ALL && i && other * 32 >= place.tokens))
                 continue;
-            unsigned received[4];
+            unsigned received[2 * BLOCKS];
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
+            for (int k = 0; k < 2 * BLOCKS; k++) {
                 const float decay = (before ? from_left[k] : from_right[k]) * between;
                 received[k] = pack2<X_TYPE>(decay, decay);
             }
@@ -468,18 +513,18 @@ INLINE void outputs(const Call &call) {
                 } else {
                     const uint2 sent = *(const uint2 *)(own.sent[BOTH && !before] + other * 32 + half * 16 + q * 4);
 #pragma unroll
-                    for (int m = 0; m < 2; m++)
+                    for (int m = 0; m < BLOCKS; m++)
                         scale(weight[half][m], scores[i][half][m], sent, received[2 * m], received[2 * m + 1]);
                 }
                 const char *const rows = tile + (other * 32 + half * 16) * ROW;
-                if (i || half) multiply<2, true>(out, weight[half], rows, rows_first);
-                else multiply<2, false>(out, weight[half], rows, rows_first);
+                if (i || half) multiply<BLOCKS, true>(out, weight[half], rows, rows_first);
+                else multiply<BLOCKS, false>(out, weight[half], rows, rows_first);
             }
         }
 
         // other chunks
         if (STATES) {
-            const char *const state = entering + slot * STATES * STATE_BYTES;
+            const char *const state = entering + job % 2 * STATES * STATE_BYTES;
             const float outside[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
             float between[STATES ? STATES : 1];
 #pragma unroll
@@ -495,40 +540,40 @@ INLINE void outputs(const Call &call) {
             }
 #pragma unroll
             for (int n = 0; n < STEPS; n++) {
-                unsigned c[2][4];
+                unsigned c[BLOCKS][4];
 #pragma unroll
-                for (int m = 0; m < 2; m++)
-                    ldmatrix_x4(c[m], C_tile + (n / 4 * ROWS + warp * 32 + m * 16) * ROW + (rows_first ^ n % 4 * 32));
+                for (int m = 0; m < BLOCKS; m++)
+                    ldmatrix_x4(c[m], C_tile + (n / 4 * ROWS + own_row + m * 16) * ROW + (rows_first ^ n % 4 * 32));
 #pragma unroll
                 for (int s = 0; s < STATES; s++) {
                     const bool right = DIRECT ? s >= place.c : s;
                     if (right && !BOTH) continue;
                     unsigned (*const turn)[4] = weight[(n * STATES + s) % 2];
-                    free_weights<1>();
+                    free_weights<DIRECT && !BOTH ? 0 : 1>();  // where some are left out, halves do not take turns
 #pragma unroll
-                    for (int m = 0; m < 2; m++)
+                    for (int m = 0; m < BLOCKS; m++)
 #pragma unroll
                         for (int k = 0; k < 4; k++) {
                             const int row = 2 * m + k % 2;
                             const float received = (right ? from_right[row] : from_left[row]) * between[s];
                             turn[m][k] = multiply2<X_TYPE>(c[m][k], pack2<X_TYPE>(received, received));
                         }
-                    multiply<2, true>(out, turn, state + s * STATE_BYTES + n * 16 * ROW, rows_first);
+                    multiply<BLOCKS, true>(out, turn, state + s * STATE_BYTES + n * 16 * ROW, rows_first);
                 }
             }
         }
 
         prepare();
         slot = slot + 1 == SLOTS ? 0 : slot + 1, free_slot = free_slot + 1 == SLOTS ? 0 : free_slot + 1;
-        finish<2>(out);
+        finish<BLOCKS>(out);
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
-        const i64 stride = (i64)call.heads * call.p * 2, token = place.first + strip * 32;
+        const i64 stride = (i64)call.heads * call.p * 2, token = place.first + row;
         char *const y = call.y + (place.b * call.length + token) * stride + ((i64)h * call.p + p) * 2;
 #pragma unroll
-        for (int m = 0; m < 2; m++)
-            store_rows<true>(
-                y + m * 16 * stride, stride, out[m], ALL ? 16 : place.tokens - strip * 32 - m * 16,
-                ALL ? WIDTH : call.p - p
+        for (int m = 0; m < BLOCKS; m++)
+            store_staged(
+                y + m * 16 * stride, stride, out[m], ALL ? 16 : place.tokens - row - m * 16,
+                ALL ? WIDTH : call.p - p, stage
             );
     }
 }
@@ -567,13 +612,13 @@ INLINE void sums(const Call &call) {
         __syncthreads();
         load(place.begin, 0);
     }
-    fetched.store(call, place, place.begin / SLICES, decays[0]);
+    fetched.store(place, decays[0]);
     fetched.fetch(call, place, min(place.begin + 1, place.end - 1) / SLICES);
 
     for (int job = place.begin, buffer = 0; job < place.end; job++, buffer ^= 1) {
         meet_copies();
         if (job + 1 < place.end) load(job + 1, buffer ^ 1);
-        fetched.store(call, place, min(job + 1, place.end - 1) / SLICES, decays[buffer ^ 1]);
+        fetched.store(place, decays[buffer ^ 1]);
         fetched.fetch(call, place, min(job + 2, place.end - 1) / SLICES);
         const char *const tile = tiles + buffer * TILE_BYTES;
         const Sent &own = decays[buffer];
@@ -601,7 +646,7 @@ INLINE void sums(const Call &call) {
 #pragma unroll
         for (int d = 0; d < DIRECTIONS; d++) {
             if (place.c == (d ? 0 : call.chunks - 1) && !call.last) continue;  // nobody receives it
-            store_rows<false>(
+            store_rows(
                 call.states + ((at * DIRECTIONS + d) * N + warp * 16) * (WIDTH * 2), WIDTH * 2, state[d], 16, WIDTH
             );
         }
@@ -617,6 +662,7 @@ INLINE void sums(const Call &call) {
 // States of each chunk alone become those that enter it; those that leave the last one go to `last`. 8 columns a thread
 INLINE void chain(const Call &call) {
     constexpr int AT_ONCE = 8, PIECES = WIDTH / 8;
+    wait_for_previous();
     const int jobs = call.heads * SLICES;
     i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (i >= call.batch * jobs * (DIRECTIONS * N * PIECES)) return;

@@ -114,6 +114,10 @@ template <int WIDTH> struct Rows {
     static INLINE void left(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
         ldmatrix_x4(r, by_columns(tile, row, column));
     }
+    static INLINE void left(unsigned (*r)[4], const bits16 *tile, unsigned row) {  // all columns
+#pragma unroll
+        for (int column = 0; column < WIDTH; column += 16) left(r[column / 16], tile, row, column);
+    }
     static INLINE void left_transposed(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
         ldmatrix_x4_trans(r, by_rows(tile, row, column));
     }
@@ -122,11 +126,6 @@ template <int WIDTH> struct Rows {
     }
     static INLINE void right_transposed(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
         ldmatrix_x4(r, by_rows(tile, row, column));
-    }
-    // a lane's two elements of the 8 x 8 at (row, column), as in a product
-    static INLINE float2 pair(const bits16 *tile, unsigned row, unsigned column) {
-        const unsigned lane = threadIdx.x % 32;
-        return unpack2<OPERAND>(*(const unsigned *)place(tile, at(lane / 4, 0) + lane % 4 * 2, row, column));
     }
 };
 
@@ -139,9 +138,98 @@ INLINE void multiply(float (*c)[4], const unsigned *a, const unsigned *b) {
 // This thread's warp, which the compiler then knows to be the same for the warp
 INLINE int warp_of_block() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
-INLINE float sum_of_quad(float v) {
-    v += __shfl_xor_sync(~0u, v, 1);
-    return v + __shfl_xor_sync(~0u, v, 2);
+// c (16 x COLUMNS of a warp) = or, ADD, += the sum over STEPS of a[k] (16 x 16) times 16 rows of a tile from row `row` on;
+// or times the transpose of 16 of its columns. TENSOR_ASYNC: four warps together, each with its own a and c, which are
+// in use until `finish_products`
+template <int WIDTH, int COLUMNS, int STEPS, bool ADD>
+INLINE void add_rows(float (*c)[2][4], const unsigned (*a)[4], const bits16 *tile, unsigned row) {
+#if TENSOR_ASYNC
+    tensor_begin();
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) {
+        const char *const from = (const char *)tile + (row + k * 16) * 128;
+        if (ADD || k) tensor_64x64x16<OPERAND, true>(c[0], a[k], from);
+        else tensor_64x64x16<OPERAND, false>(c[0], a[k], from);
+    }
+    tensor_commit();
+#else
+#pragma unroll
+    for (int e = 0; !ADD && e < COLUMNS / 2; e++) c[e / 8][e / 4 % 2][e % 4] = 0.f;
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+#pragma unroll
+        for (int column = 0; column < COLUMNS; column += 16) {
+            unsigned b[4];
+            Rows<WIDTH>::right(b, tile, row + k * 16, column);
+            multiply(c[column / 16], a[k], b);
+        }
+#endif
+}
+template <int WIDTH, int COLUMNS, int STEPS>
+INLINE void set_columns(float (*c)[2][4], const unsigned (*a)[4], const bits16 *tile, unsigned row) {
+#if TENSOR_ASYNC
+    tensor_begin();
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) {
+        const char *const from = (const char *)tile + row * 128 + k * 32;
+        if constexpr (COLUMNS == 32) {
+            if (k) tensor_64x32x16_transposed<OPERAND, true>(c[0], a[k], from);
+            else tensor_64x32x16_transposed<OPERAND, false>(c[0], a[k], from);
+        } else {
+            if (k) tensor_64x64x16_transposed<OPERAND, true>(c[0], a[k], from);
+            else tensor_64x64x16_transposed<OPERAND, false>(c[0], a[k], from);
+        }
+    }
+    tensor_commit();
+#else
+#pragma unroll
+    for (int e = 0; e < COLUMNS / 2; e++) c[e / 8][e / 4 % 2][e % 4] = 0.f;
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n += 16) {
+            unsigned b[4];
+            Rows<WIDTH>::right_transposed(b, tile, row + n, k * 16);
+            multiply(c[n / 16], a[k], b);
+        }
+#endif
+}
+template <int BLOCKS> INLINE void finish_products(float (*c)[2][4]) {
+#if TENSOR_ASYNC
+    tensor_wait<0>();
+#pragma unroll
+    for (int e = 0; e < 8 * BLOCKS; e++) tensor_hold(c[e / 8][e / 4 % 2][e % 4]);
+#endif
+}
+// What this thread has copied is there
+INLINE void publish_copies() {
+#if TENSOR_ASYNC
+    tensor_publish();
+#endif
+}
+
+// A warp's 16 x 16 product as pairs of elements, [block of columns * 2 + block of rows]; each lane gets 8 neighbours: row
+// row_of_lane(), column 8 * (lane % 4 / 2) on
+INLINE int row_of_lane() { return threadIdx.x % 2 * 8 + threadIdx.x % 32 / 4; }
+INLINE uint4 neighbours(const float (*c)[4]) {
+    const bool odd = threadIdx.x % 2, upper = threadIdx.x / 2 % 2;
+    unsigned mine[2], other[2];
+#pragma unroll
+    for (int block = 0; block < 2; block++) {
+        const unsigned top = pack2<OPERAND>(c[block][0], c[block][1]), low = pack2<OPERAND>(c[block][2], c[block][3]);
+        const unsigned far = __shfl_xor_sync(~0u, odd ? top : low, 1);
+        mine[block] = odd ? far : top, other[block] = odd ? low : far;  // the row's columns of the even lane, of the odd
+    }
+    const unsigned x = __shfl_xor_sync(~0u, upper ? mine[0] : mine[1], 2);
+    const unsigned y = __shfl_xor_sync(~0u, upper ? other[0] : other[1], 2);
+    return upper ? make_uint4(x, y, mine[1], other[1]) : make_uint4(mine[0], other[0], x, y);
+}
+
+// The sum over four lanes of v[lane % 2]
+INLINE float sum_of_row(const float *v) {
+    const bool odd = threadIdx.x % 2;
+    const float sum = (odd ? v[1] : v[0]) + __shfl_xor_sync(~0u, odd ? v[0] : v[1], 1);
+    return sum + __shfl_xor_sync(~0u, sum, 2);
 }
 
 // Of the sums of four values over lanes that differ in bits 3 and 2, each lane gets the one that these bits number
@@ -149,6 +237,16 @@ INLINE float sum_of_column(const float *v, bool bit_3, bool bit_2) {
     const float one = (bit_3 ? v[2] : v[0]) + __shfl_xor_sync(~0u, bit_3 ? v[0] : v[2], 8);
     const float two = (bit_3 ? v[3] : v[1]) + __shfl_xor_sync(~0u, bit_3 ? v[1] : v[3], 8);
     return (bit_2 ? two : one) + __shfl_xor_sync(~0u, bit_2 ? one : two, 4);
+}
+
+// Of two neighbours of a row of an 8 x 8 product, the one on the diagonal, or 0; and a pair of which one is v, if there
+INLINE float on_diagonal(float one, float two) {
+    const int beyond = threadIdx.x % 32 / 4 - threadIdx.x % 4 * 2;
+    return beyond == 0 ? one : beyond == 1 ? two : 0.f;
+}
+INLINE unsigned on_diagonal(float v) {
+    const int beyond = threadIdx.x % 32 / 4 - threadIdx.x % 4 * 2;
+    return pack2<OPERAND>(beyond == 0 ? v : 0.f, beyond == 1 ? v : 0.f);
 }
 
 INLINE float sum_of_warp(float v) {
@@ -185,32 +283,33 @@ template <int COUNT> struct alignas(COUNT * 4) Floats {
 constexpr int EACH = TILE / 32;  // tokens a lane where a warp holds a tile's
 
 INLINE void decays(const Call &c) {
-    __shared__ float steps[TILE][33];
-    const i64 blocks = ROUND_UP(c.H, 32), h0 = blockIdx.x % blocks * 32, padded = c.tiles * TILE;
+    constexpr int HEADS = 16, TOKENS = THREADS / HEADS;  // that a block takes at once
+    __shared__ __align__(16) float steps[HEADS][TILE + 4];
+    const i64 blocks = ROUND_UP(c.H, HEADS), h0 = blockIdx.x % blocks * HEADS, padded = c.tiles * TILE;
     const i64 tile = blockIdx.x / blocks % c.tiles, b = blockIdx.x / blocks / c.tiles;
-    const int warp = warp_of_block(), lane = threadIdx.x % 32;
-    const i64 h = h0 + lane;
-    const float bias = c.bias && h < c.H ? c.bias[h] : 0.f;
-    const char *from = c.dt + b * c.dt_view.batch + (tile * TILE + warp) * c.dt_view.token + h * c.dt_view.head;
-    const int rows = h < c.H ? (int)min(c.length - tile * TILE, (i64)TILE) : 0;
-    float raw[TILE / WARPS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = threadIdx.x % HEADS, t = threadIdx.x / HEADS;
+    const i64 h = min(h0 + head, c.H - 1);
+    const float bias = c.bias ? c.bias[h] : 0.f;
+    const char *from = c.dt + b * c.dt_view.batch + (tile * TILE + t) * c.dt_view.token + h * c.dt_view.head;
+    const int rows = (int)min(c.length - tile * TILE, (i64)TILE);
+    float raw[TILE / TOKENS];
 #pragma unroll
-    for (int j = 0; j < TILE / WARPS; j++)
-        raw[j] = warp + j * WARPS < rows ? decode<DT_TYPE>(from + j * WARPS * c.dt_view.token, 0) + bias : 0.f;
+    for (int j = 0; j < TILE / TOKENS; j++)
+        raw[j] = t + j * TOKENS < rows ? decode<DT_TYPE>(from + j * TOKENS * c.dt_view.token, 0) + bias : 0.f;
 #pragma unroll
-    for (int j = 0; j < TILE / WARPS; j++) {
+    for (int j = 0; j < TILE / TOKENS; j++) {
         const float v = SOFTPLUS ? softplus(raw[j]) : raw[j];
-        steps[warp + j * WARPS][lane] = warp + j * WARPS < rows ? v : 0.f;
+        steps[head][t + j * TOKENS] = t + j * TOKENS < rows ? v : 0.f;
     }
     __syncthreads();
     const i64 plane = c.batch * c.H * padded;
-    for (int k = warp; k < 32 && h0 + k < c.H; k += WARPS) {
+    for (int k = warp; k < HEADS && h0 + k < c.H; k += WARPS) {
         const float rate = c.A[h0 + k] * LOG2E;
         typedef Floats<EACH> Each;
-        Each dt, left, right, out[PLANES];
+        const Each dt = *(const Each *)(steps[k] + lane * EACH);
+        Each left, right, out[PLANES];
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
-            dt.v[j] = steps[lane * EACH + j][k];
             left.v[j] = right.v[j] = dt.v[j] * rate;
         }
         scan_of_warp<EACH>(left.v, false);
@@ -234,62 +333,28 @@ INLINE void decays(const Call &c) {
     }
 }
 
-struct WalkStage {
+struct alignas(1024) WalkStage {
     bits16 keys[TILE * Rows<N>::PITCH], values[TILE * Rows<P>::PITCH];
     alignas(16) float scale[TILE], last[4];
 };
 
-// A warp's part of a state (N, P) in float: 16 columns of some blocks of 16 rows
-struct WalkPart {
-    static constexpr int BLOCKS = ROUND_UP(N / 16, WARPS / 4);
-    int first, column, g, q;
-    float v[BLOCKS][2][4] = {};
+// A warp's 16 rows of a state (N, P) in float, from or to a matrix (p, n) in memory
+template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix, int row, const Call &c) {
+    const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+    row += lane / 4;
+#pragma unroll
+    for (int e = 0; e < P / 2; e++) {
+        const int n = row + e / 2 % 2 * 8, p = column + e / 4 * 8 + e % 2;
+        float &v = state[e / 8][e / 4 % 2][e % 4];
+        if (n >= c.n || p >= c.p) continue;
+        if (LOAD) v = matrix[p * c.n + n];
+        else matrix[p * c.n + n] = v;
+    }
+}
 
-    INLINE WalkPart() {
-        const int warp = warp_of_block(), lane = threadIdx.x % 32;
-        first = warp / 4 * BLOCKS, column = warp % 4 * 16, g = lane / 4, q = lane % 4;
-    }
-    INLINE bool holds(int m) const {
-        return (P == 64 || column < P) && (N / 16 % (WARPS / 4) == 0 || first + m < N / 16);
-    }
-
-    // from or to a matrix (p, n) in memory
-    template <bool LOAD> INLINE void move(float *matrix, const Call &c) {
-#pragma unroll
-        for (int m = 0; m < BLOCKS; m++)
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const int n = (first + m) * 16 + e / 2 % 2 * 8 + g, p = column + e / 4 * 8 + 2 * q + e % 2;
-                if (!holds(m) || n >= c.n || p >= c.p) continue;
-                if (LOAD) v[m][e / 4][e % 4] = matrix[p * c.n + n];
-                else matrix[p * c.n + n] = v[m][e / 4][e % 4];
-            }
-    }
-    // to a matrix (N, P) of 16-bit elements; 4 lanes exchange their pairs for 16 bytes each
-    INLINE void store(bits16 *matrix) const {
-        const bool odd = q % 2, upper = q / 2;
-        bits16 *to = matrix + (first * 16 + odd * 8 + g) * P + column + upper * 8;
-#pragma unroll
-        for (int m = 0; m < BLOCKS; m++) {
-            unsigned w[4], near[2], far[2];
-#pragma unroll
-            for (int e = 0; e < 4; e++) w[e] = pack2<OPERAND>(v[m][e / 2][e % 2 * 2], v[m][e / 2][e % 2 * 2 + 1]);
-#pragma unroll
-            for (int e = 0; e < 4; e += 2) {
-                const unsigned other = __shfl_xor_sync(~0u, odd ? w[e] : w[e + 1], 1);
-                w[e + 1] = odd ? w[e + 1] : other, w[e] = odd ? other : w[e];
-            }
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                near[e] = upper ? w[2 + e] : w[e];
-                far[e] = __shfl_xor_sync(~0u, upper ? w[e] : w[2 + e], 2);
-            }
-            if (holds(m))
-                *(uint4 *)(to + m * 16 * P) = upper ? make_uint4(far[0], far[1], near[0], near[1])
-                                                    : make_uint4(near[0], near[1], far[0], far[1]);
-        }
-    }
-};
+// Groups of four warps share a tile's tokens: each carries the part of the state that its tokens have made. To sum them
+// up, each gives the others half of its columns; one buffer is read while the other is filled
+constexpr int GROUPS = P / 16 % 2 ? 1 : WARPS / 4, HALF = P / 16 / GROUPS;
 
 // One block a sequence, head and kind
 INLINE void walk(const Call &c) {
@@ -327,41 +392,84 @@ INLINE void walk(const Call &c) {
     };
     for (int s = 0; s < STAGES - 1; s++) fetch(s);
 
-    WalkPart state;
-    if (outside) state.move<true>((float *)outside + matrix, c);
+    const int warp = warp_of_block(), group = warp / 4, own = warp % 4 * 16, q = threadIdx.x % 4;
+    const int from = group * (TILE / GROUPS);
+    const bool holds = own < N;
+    float4 *const parts = (float4 *)(stages + min(STAGES, steps)) + threadIdx.x;
+    float state[P / 16][2][4] = {};
+    if (outside && holds && group == 0) move_state<true>(state, (float *)outside + matrix, own, c);
     bits16 *to = c.states + (((b * c.tiles + start) * c.H + h) * KINDS + kind) * STATE;
+    to += (own + row_of_lane()) * P + q / 2 * 8 + group * HALF * 16;
     for (int s = 0; s < tiles; s++, to += ahead * c.H * KINDS * STATE) {
-        if (s || outside) state.store(to);
-        if (s == steps) break;
-        copy_async_wait<STAGES - 2>();
-        __syncthreads();
-        fetch(s + STAGES - 1);
-        if (!state.holds(0)) continue;
-        const WalkStage &at = stages[s % STAGES];
-        unsigned v[TILE / 16][4];
+        const bool stored = holds && (s || outside);
+        if (GROUPS == 2) {
 #pragma unroll
-        for (int t = 0; t < TILE / 16; t++) Rows<P>::right(v[t], at.values, t * 16, state.column);
-        const float total = at.last[3];
-#pragma unroll
-        for (int e = 0; e < WalkPart::BLOCKS * 8; e++) state.v[e / 8][e / 4 % 2][e % 4] *= total;
-#pragma unroll
-        for (int t = 0; t < TILE / 16; t++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float2 scale = *(const float2 *)(at.scale + t * 16 + e % 2 * 8 + 2 * state.q);
-                const float2 pair = unpack2<OPERAND>(v[t][e]);
-                v[t][e] = pack2<OPERAND>(pair.x * scale.x, pair.y * scale.y);
-            }
-#pragma unroll
-            for (int m = 0; m < WalkPart::BLOCKS; m++) {
-                if (!state.holds(m)) continue;
-                unsigned k[4];
-                Rows<N>::left_transposed(k, at.keys, t * 16, (state.first + m) * 16);
-                multiply(state.v[m], k, v[t]);
+            for (int e = 0; e < 2 * HALF; e++) {
+                const float *give = state[(group ? 0 : HALF) + e / 2][e % 2];
+                parts[(s % 2 * 2 * HALF + e) * THREADS] = make_float4(give[0], give[1], give[2], give[3]);
             }
         }
+        if (s < steps) {
+            copy_async_wait<STAGES - 2>();
+            publish_copies();
+        }
+        __syncthreads();
+        fetch(s + STAGES - 1);
+#pragma unroll
+        for (int p = 0; p < HALF; p++) {
+            float sum[2][4];
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const float mine = GROUPS == 2 && group ? state[HALF % (P / 16) + p][e / 4][e % 4] : state[p][e / 4][e % 4];
+                sum[e / 4][e % 4] = mine;
+            }
+            if (GROUPS == 2) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const float4 other = parts[(s % 2 * 2 * HALF + p * 2 + e) * THREADS + (group ? -128 : 128)];
+                    sum[e][0] += other.x, sum[e][1] += other.y, sum[e][2] += other.z, sum[e][3] += other.w;
+                }
+            }
+            const uint4 eight = neighbours(sum);
+            if (stored) *(uint4 *)(to + p * 16) = eight;
+        }
+        if (s == steps) break;
+        if (!holds) continue;
+        const WalkStage &at = stages[s % STAGES];
+        unsigned keys_left[TILE / 16 / GROUPS][4];
+#pragma unroll
+        for (int t = 0; t < TILE / 16 / GROUPS; t++) Rows<N>::left_transposed(keys_left[t], at.keys, from + t * 16, own);
+        const float total = at.last[3];
+#pragma unroll
+        for (int e = 0; e < P / 2; e++) state[e / 8][e / 4 % 2][e % 4] *= total;
+#pragma unroll
+        for (int e = 0; e < TILE / 4 / GROUPS; e++) {
+            unsigned &k = keys_left[e / 4][e % 4];
+            const float2 scale = *(const float2 *)(at.scale + from + e / 4 * 16 + e / 2 % 2 * 8 + 2 * q);
+            const float2 pair = unpack2<OPERAND>(k);
+            k = pack2<OPERAND>(pair.x * scale.x, pair.y * scale.y);
+        }
+        add_rows<P, P, TILE / 16 / GROUPS, true>(state, keys_left, at.values, from);
+        finish_products<P / 16>(state);
     }
-    if (last) state.move<false>(last + matrix, c);
+    if (!last) return;
+    if (GROUPS == 2) {
+        __syncthreads();
+#pragma unroll
+        for (int e = 0; e < P / 8; e++) {
+            const float *give = state[e / 2][e % 2];
+            if (group) parts[e * THREADS - 128] = make_float4(give[0], give[1], give[2], give[3]);
+        }
+        __syncthreads();
+        if (group) return;
+#pragma unroll
+        for (int e = 0; e < P / 8; e++) {
+            float *own_part = state[e / 2][e % 2];
+            const float4 other = parts[e * THREADS];
+            own_part[0] += other.x, own_part[1] += other.y, own_part[2] += other.z, own_part[3] += other.w;
+        }
+    }
+    if (holds) move_state<false>(state, last + matrix, own, c);
 }
 
 // What the tokens of a tile make of its log-decays; FROM and TO: where paths begin and end
@@ -372,7 +480,7 @@ struct alignas(16) Paths {
     float crossing[WARPS];
 };
 
-struct Stage {
+struct alignas(1024) Stage {
     bits16 x[TILE * Rows<P>::PITCH], dy[TILE * Rows<P>::PITCH], states[KINDS][N * Rows<P>::PITCH];
     alignas(16) float planes[3][TILE];
 };
@@ -479,35 +587,37 @@ INLINE void gradients(const Call &c) {
     copy_async_commit();
     fetch(begin);
     copy_async_wait<1>();
+    publish_copies();
     __syncthreads();
 
-    // receivers in blocks of 16, a warp's own first, so that only that one has a diagonal
-    constexpr int BLOCKS = TILE / 16;
+    // receivers by 32, those of the four warps' own 64 tokens first
+    constexpr int BLOCKS = TILE / 32;
+    const int four = warp / 4 * 4;
+    unsigned left_B[N / 16][4];
+    Rows<N>::left(left_B, shared.B, own);
 #pragma unroll
     for (int k = 0; k < BLOCKS; k++) {
-        const int i = (warp + k) % BLOCKS;
-        float S[2][4] = {};
+        float S[2][2][4];
+        set_columns<N, 32, N / 16>(S, left_B, shared.C, (four + 2 * k) % (TILE / 16) * 16);
+        finish_products<2>(S);
 #pragma unroll
-        for (int n = 0; n < N; n += 16) {
-            unsigned a[4], b[4];
-            Rows<N>::left(a, shared.B, own, n);
-            Rows<N>::right_transposed(b, shared.C, i * 16, n);
-            multiply(S, a, b);
-        }
-        shared.products[k][threadIdx.x] = make_uint4(pack2<OPERAND>(S[0][0], S[0][1]), pack2<OPERAND>(S[0][2], S[0][3]),
-                                                     pack2<OPERAND>(S[1][0], S[1][1]), pack2<OPERAND>(S[1][2], S[1][3]));
+        for (int u = 0; u < 2; u++)
+            shared.products[2 * k + u][threadIdx.x] =
+                make_uint4(pack2<OPERAND>(S[u][0][0], S[u][0][1]), pack2<OPERAND>(S[u][0][2], S[u][0][3]),
+                           pack2<OPERAND>(S[u][1][0], S[u][1][1]), pack2<OPERAND>(S[u][1][2], S[u][1][3]));
     }
 
-    bits16 *dx_to = (bits16 *)c.dx + ((b * c.length + token0 + own + g) * c.H + begin) * c.p + 2 * q;
+    bits16 *dx_to = (bits16 *)c.dx + ((b * c.length + token0 + own + row_of_lane()) * c.H + begin) * c.p + q / 2 * 8;
     const char *skip = (const char *)c.D + b * c.D_view.batch + (token0 + own + g) * c.D_view.token;
     skip += begin * c.D_view.head;
-    float dS[BLOCKS][2][4] = {}, dB[N / 16][2][4] = {}, dC[N / 16][2][4] = {};
+    float dS[2 * BLOCKS][2][4] = {}, dB[N / 16][2][4] = {}, dC[N / 16][2][4] = {};
     for (int h = begin; h < end; h++) {
         if (BUFFERS == 1 && h > begin) {
             __syncthreads();
             fetch(h);
         }
         copy_async_wait<0>();
+        publish_copies();
         __syncthreads();
         if (h > begin && warp == (h - begin) % WARPS) finish(c, shared.paths[(h - begin - 1) % 2], b, tile, h - 1);
         if (BUFFERS == 2) fetch(h + 1);
@@ -527,54 +637,47 @@ INLINE void gradients(const Call &c) {
             return t ? exp2_fast(left[t - 1]) : 1.f;
         };
 
+        float factor[2];  // D
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            factor[r] = HAS_D && own + r * 8 + g < rows ? *(const float *)(skip + r * 8 * c.D_view.token) : 0.f;
+        skip += c.D_view.head;
+
         // dx of what leaves the tile
         float dx[P / 16][2][4] = {};
+        if (present[COSTATE_LEFT] || (BOTH && present[KINDS - 1])) {
+            unsigned a[N / 16][4];
+            Rows<N>::left(a, shared.B, own);
 #pragma unroll
-        for (int kind = COSTATE_LEFT; kind < KINDS; kind += 2) {
-            if (!present[kind]) continue;
-            float v[P / 16][2][4] = {};
+            for (int kind = COSTATE_LEFT; kind < KINDS; kind += 2) {
+                if (!present[kind]) continue;
+                float v[P / 16][2][4];
+                add_rows<P, P, N / 16, false>(v, a, at.states[kind], 0);
+                const float scale[2] = {to_border(kind, 0), to_border(kind, 1)};
+                finish_products<P / 16>(v);
 #pragma unroll
-            for (int n = 0; n < N; n += 16) {
-                unsigned a[4];
-                Rows<N>::left(a, shared.B, own, n);
-#pragma unroll
-                for (int p = 0; p < P; p += 16) {
-                    unsigned b[4];
-                    Rows<P>::right(b, at.states[kind], n, p);
-                    multiply(v[p / 16], a, b);
-                }
+                for (int e = 0; e < P / 2; e++) dx[e / 8][e / 4 % 2][e % 4] += scale[e / 2 % 2] * v[e / 8][e / 4 % 2][e % 4];
             }
-            const float scale[2] = {to_border(kind, 0), to_border(kind, 1)};
-#pragma unroll
-            for (int e = 0; e < P / 2; e++) dx[e / 8][e / 4 % 2][e % 4] += scale[e / 2 % 2] * v[e / 8][e / 4 % 2][e % 4];
         }
 
         // pairs inside the tile, two blocks of receivers at once
         float all[2] = {}, ahead[2] = {};  // sums over receivers, and over those to the right
-        unsigned x_left[P / 16][4];
 #pragma unroll
-        for (int p = 0; p < P; p += 16) Rows<P>::left(x_left[p / 16], at.x, own, p);
-#pragma unroll
-        for (int k0 = 0; k0 < BLOCKS; k0 += 2) {
-            const int i[2] = {(warp + k0) % BLOCKS, (warp + k0 + 1) % BLOCKS};
-            if (!BOTH && i[0] < warp && i[1] < warp) continue;
-            const bits16 *const dy_of[2] = {at.dy + i[0] * 16 * Rows<P>::PITCH, at.dy + i[1] * 16 * Rows<P>::PITCH};
-            float G[2][2][4] = {};
-#pragma unroll
-            for (int p = 0; p < P; p += 16)
-#pragma unroll
-                for (int u = 0; u < 2; u++) {
-                    unsigned b[4];
-                    Rows<P>::right_transposed(b, dy_of[u], 0, p);
-                    multiply(G[u], x_left[p / 16], b);
-                }
+        for (int k0 = 0; k0 < 2 * BLOCKS; k0 += 2) {
+            const int i0 = (four + k0) % (TILE / 16), i[2] = {i0, i0 + 1};
+            if (!BOTH && i0 + 1 < four) continue;
+            float G[2][2][4];
+            unsigned x_left[P / 16][4];
+            Rows<P>::left(x_left, at.x, own);
+            set_columns<P, 32, P / 16>(G, x_left, at.dy, i0 * 16);
+            finish_products<2>(G);
             unsigned W[2][4];
             float column[8] = {};  // sums over rows: [block of receivers * 4 + column block * 2 + column]
 #pragma unroll
             for (int u = 0; u < 2; u++) {
                 const uint4 packed = shared.products[k0 + u][threadIdx.x];
                 const unsigned S[4] = {packed.x, packed.y, packed.z, packed.w};  // [column block * 2 + row]
-                if (k0 + u) {
+                if (k0 > 2 || i[u] != warp) {
                     const float *border = i[u] > warp ? left : right;
                     const float is_forward = i[u] > warp ? 1.f : 0.f;
                     float row[2] = {};
@@ -612,18 +715,18 @@ INLINE void gradients(const Call &c) {
                         for (int f = 0; f < 2; f++) {
                             const int from = own + r * 8 + g, to = own + block * 8 + 2 * q + f;
                             const float *border = to > from ? left : right;
-                            const float product = G[0][block][r * 2 + f];
+                            const float product = G[u][block][r * 2 + f];
                             const float decay = BOTH || to > from ? exp2_fast(border[to] - border[from]) : 0.f;
                             const float m = to == from ? DIAGONAL : decay;
                             const float mG = m * product, d = step[r] * mG, path = d * pair[f];
                             w[f] = m * pair[f];
-                            dS[0][block][r * 2 + f] += d;
+                            dS[k0 + u][block][r * 2 + f] += d;
                             unit[r] += mG * pair[f];
-                            if (to > from) forward[r] -= path, column[block * 2 + f] += path;
+                            if (to > from) forward[r] -= path, column[u * 4 + block * 2 + f] += path;
                             if (to < from) backward[r] += path, column_back[block * 2 + f] += path;
                             if (HAS_D && to == from && to < rows) c.dD[(b * c.length + token0 + to) * c.H + h] = product;
                         }
-                        W[0][e] = pack2<OPERAND>(w[0], w[1]);
+                        W[u][e] = pack2<OPERAND>(w[0], w[1]);
                     }
                     if (BOTH) {
                         const float sum = sum_of_column(column_back, odd, last);
@@ -639,38 +742,29 @@ INLINE void gradients(const Call &c) {
                 half[f] = keep + __shfl_xor_sync(~0u, give, 16);
             }
             pairs[(upper ? i[1] : i[0]) * 16] = sum_of_column(half, odd, last);
-#pragma unroll
-            for (int u = 0; u < 2; u++)
-#pragma unroll
-                for (int p = 0; p < P; p += 16) {
-                    unsigned b[4];
-                    Rows<P>::right(b, dy_of[u], 0, p);
-                    multiply(dx[p / 16], W[u], b);
-                }
+            add_rows<P, P, 2, true>(dx, W, at.dy, i0 * 16);
         }
+        finish_products<P / 16>(dx);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             unit[r] += all[r];
             forward[r] -= step[r] * ahead[r];
             backward[r] += step[r] * (all[r] - ahead[r]);
         }
+        const unsigned diagonal[4] = {on_diagonal(factor[0]), 0, 0, on_diagonal(factor[1])};
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const bool inside = own + r * 8 + g < rows;
-            const float factor = HAS_D && inside ? *(const float *)(skip + r * 8 * c.D_view.token) : 0.f;
-            bits16 *const to = dx_to + r * 8 * c.H * c.p;
+        for (int p = 0; p < P; p += 16) {
 #pragma unroll
-            for (int e = 0; e < P / 8; e++) {
-                const float *v = dx[e / 2][e % 2] + r * 2;
-                float2 out = make_float2(step[r] * v[0], step[r] * v[1]);
-                if (HAS_D) {
-                    const float2 y = Rows<P>::pair(at.dy, own + r * 8, e * 8);
-                    out.x += factor * y.x, out.y += factor * y.y;
-                }
-                if (inside && e * 8 < c.p) *(unsigned *)(to + e * 8) = pack2<OPERAND>(out.x, out.y);
+            for (int e = 0; e < 8; e++) dx[p / 16][e / 4][e % 4] *= step[e / 2 % 2];
+            if (HAS_D) {
+                unsigned b[4];
+                Rows<P>::right(b, at.dy, own, p);
+                multiply(dx[p / 16], diagonal, b);
             }
+            const uint4 eight = neighbours(dx[p / 16]);
+            if (own + row_of_lane() < rows && p + q / 2 * 8 < c.p) *(uint4 *)(dx_to + p) = eight;
         }
-        dx_to += c.p, skip += c.D_view.head;
+        dx_to += c.p;
 
         // dB of what leaves the tile, dC of what enters it
 #pragma unroll
@@ -678,31 +772,27 @@ INLINE void gradients(const Call &c) {
             const int kind = j < KINDS / 2 ? 2 * j + 1 : 2 * j - KINDS;
             const bool sends = kind % 2;
             if (!present[kind]) continue;
-            float v[N / 16][2][4] = {};
-#pragma unroll
-            for (int p = 0; p < P; p += 16) {
-                unsigned a[4];
-                Rows<P>::left(a, sends ? at.x : at.dy, own, p);
-#pragma unroll
-                for (int n = 0; n < N; n += 16) {
-                    unsigned b[4];
-                    Rows<P>::right_transposed(b, at.states[kind], n, p);
-                    multiply(v[n / 16], a, b);
-                }
-            }
-            float dot[2] = {}, scale[2] = {to_border(kind, 0), to_border(kind, 1)};
+            float v[N / 16][2][4];
+            unsigned a[P / 16][4];
+            Rows<P>::left(a, sends ? at.x : at.dy, own);
+            set_columns<P, N, P / 16>(v, a, at.states[kind], 0);
+            const float scale[2] = {to_border(kind, 0), to_border(kind, 1)};
             const float factor[2] = {scale[0] * (sends ? step[0] : 1.f), scale[1] * (sends ? step[1] : 1.f)};
+            unsigned keys[N / 16][4];
+            Rows<N>::left(keys, sends ? shared.B : shared.C, own);
+            finish_products<N / 16>(v);
+            float top[4] = {}, low[4] = {};  // keys times v transposed, of rows 0 to 7 and 8 to 15: wanted is its diagonal
 #pragma unroll
-            for (int e = 0; e < N / 4; e++) {
-                const int n = e / 4, block = e / 2 % 2, r = e % 2;
-                const float2 key = Rows<N>::pair(sends ? shared.B : shared.C, own + r * 8, n * 16 + block * 8);
-                const float *pair = v[n][block] + r * 2;
-                float *to = (sends ? dB : dC)[n][block] + r * 2;
-                dot[r] += pair[0] * key.x;
-                dot[r] += pair[1] * key.y;
-                to[0] += factor[r] * pair[0];
-                to[1] += factor[r] * pair[1];
+            for (int n = 0; n < N / 16; n++) {
+                const unsigned v_top[2] = {pack2<OPERAND>(v[n][0][0], v[n][0][1]), pack2<OPERAND>(v[n][1][0], v[n][1][1])};
+                const unsigned v_low[2] = {pack2<OPERAND>(v[n][0][2], v[n][0][3]), pack2<OPERAND>(v[n][1][2], v[n][1][3])};
+                mma_16x8x16<OPERAND>(top, keys[n], v_top);
+                mma_16x8x16<OPERAND>(low, keys[n], v_low);
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    (sends ? dB : dC)[n][e / 4][e % 4] += factor[e / 2 % 2] * v[n][e / 4][e % 4];
             }
+            const float dot[2] = {on_diagonal(top[0], top[1]), on_diagonal(low[2], low[3])};
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 if (sends) unit[r] += scale[r] * dot[r];
@@ -710,34 +800,29 @@ INLINE void gradients(const Call &c) {
                 path[r] += factor[r] * dot[r];
             }
         }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const float sums[5] = {sum_of_quad(forward[r]), sum_of_quad(backward[r]), sum_of_quad(received[r]),
-                                   sum_of_quad(sent[r]), sum_of_quad(unit[r])};
-            const int t = own + r * 8 + g;
-            if (q) continue;
+        const float sums[5] = {sum_of_row(forward), sum_of_row(backward), sum_of_row(received), sum_of_row(sent),
+                               sum_of_row(unit)};
+        if (q < 2) {
+            const int t = own + q * 8 + g;
             paths.forward[t] = sums[0], paths.backward[t] = sums[1], paths.received[t] = sums[2];
-            paths.sent[t] = sums[3], paths.unit[t] = sums[4], paths.step[t] = step[r];
+            paths.sent[t] = sums[3], paths.unit[t] = sums[4], paths.step[t] = q ? step[1] : step[0];
         }
 
-        // what crosses it
+        // what crosses it: the trace of a state times a transposed costate, by blocks of 16 rows
         float crossing = 0.f;
+#pragma unroll 1
+        for (int j = warp; j < N / 16 * (KINDS / 2); j += WARPS) {
+            const int kind = j / (N / 16) * 2, row = j % (N / 16) * 16;
+            if (!(kind ? present[KINDS - 2] && present[KINDS - 1] : present[0] && present[1])) continue;
+            float v[2][4] = {};
 #pragma unroll
-        for (int kind = 0; kind < KINDS; kind += 2) {
-            if (!present[kind] || !present[kind + 1]) continue;
-#pragma unroll
-            for (int j = 0; j < ROUND_UP(N, Rows<P>::PASS); j++) {
-                if (!Rows<P>::takes<N>(j)) continue;
-                const unsigned place = Rows<P>::at(Rows<P>::row(), Rows<P>::chunk()) + j * Rows<P>::PASS * Rows<P>::PITCH;
-                const uint4 v = *(const uint4 *)(at.states[kind] + place);
-                const uint4 w = *(const uint4 *)(at.states[kind + 1] + place);
-                const unsigned vs[4] = {v.x, v.y, v.z, v.w}, ws[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float2 one = unpack2<OPERAND>(vs[e]), other = unpack2<OPERAND>(ws[e]);
-                    crossing += one.x * other.x + one.y * other.y;
-                }
+            for (int p = 0; p < P; p += 16) {
+                unsigned a[4], b[4];
+                Rows<P>::left(a, at.states[kind], row, p);
+                Rows<P>::right_transposed(b, at.states[kind + 1], row, p);
+                multiply(v, a, b);
             }
+            crossing += on_diagonal(v[0][0] + v[1][2], v[0][1] + v[1][3]);
         }
         crossing = sum_of_warp(crossing) * exp2_fast(left[TILE - 1]);
         if (lane == 0) paths.crossing[warp] = crossing;
@@ -748,8 +833,8 @@ INLINE void gradients(const Call &c) {
     // dS^T lies in senders' rows, so its transpose is what others left
     bits16 *const senders = (bits16 *)shared.products;
 #pragma unroll
-    for (int k = 0; k < BLOCKS; k++) {
-        const int i = (warp + k) % BLOCKS;
+    for (int k = 0; k < 2 * BLOCKS; k++) {
+        const int i = (four + k) % (TILE / 16);
         unsigned a[4];
 #pragma unroll
         for (int e = 0; e < 4; e++) {
@@ -757,24 +842,16 @@ INLINE void gradients(const Call &c) {
             a[e] = pack2<OPERAND>(pair[0], pair[1]);
             *(unsigned *)(senders + Rows<TILE>::at(own + e % 2 * 8 + g, i * 2 + e / 2) + 2 * q) = a[e];
         }
-#pragma unroll
-        for (int n = 0; n < N; n += 16) {
-            unsigned b[4];
-            Rows<N>::right(b, shared.C, i * 16, n);
-            multiply(dB[n / 16], a, b);
-        }
+        add_rows<N, N, 1, true>(dB, &a, shared.C, i * 16);
+        finish_products<N / 16>(dB);
     }
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < BLOCKS; j++) {
+    for (int j = 0; j < 2 * BLOCKS; j++) {
         unsigned a[4];
         Rows<TILE>::left_transposed(a, senders, j * 16, own);
-#pragma unroll
-        for (int n = 0; n < N; n += 16) {
-            unsigned b[4];
-            Rows<N>::right(b, shared.B, j * 16, n);
-            multiply(dC[n / 16], a, b);
-        }
+        add_rows<N, N, 1, true>(dC, &a, shared.B, j * 16);
+        finish_products<N / 16>(dC);
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {

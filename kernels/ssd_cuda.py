@@ -51,15 +51,19 @@ def _share(jobs: int, blocks: int, places: int, overhead: float) -> int:
 
 @functools.lru_cache(4096)
 def plan(
-    batch: int, chunks: int, groups: int, jobs: int, strips: int, states: int, processors: int
+    batch: int, chunks: int, groups: int, jobs: int, strips: int, states: int, processors: int, asynchronous: bool
 ) -> tuple[Plan, Plan]:
-    """Plans of ``sums`` and of ``outputs`` for groups of so many jobs."""
+    """Plans of ``sums`` and of ``outputs`` for groups of so many jobs.
+
+    A warp of ``outputs`` takes 16 rows where it reads x through the tensor cores alone, else 32 for each reading.
+    """
     blocks = batch * chunks * groups
     warps = states // 16
     resident = max(1, min(3 if strips == 8 else 6, 12 // warps))
     sums = Plan(warps, resident, _share(jobs, blocks, processors * resident, 0.5))
+    warps = strips * (1 + asynchronous)
     resident = 8 // strips
-    outputs = Plan(strips, resident, _share(jobs, blocks, processors * resident, 1.5))
+    outputs = Plan(warps, resident, _share(jobs, blocks, processors * resident, 1.5))
     return sums, outputs
 
 
@@ -98,6 +102,7 @@ class _Layout(NamedTuple):
     launches: tuple[tuple[nvrtc.Kernel, int, int, bytes], ...]
     states: int
     scratch: int
+    early: bool  # kernels but the first are launched before the previous one has ended
 
 
 def _strides(view: tuple | None) -> tuple[int, ...]:
@@ -123,19 +128,19 @@ def _layout(call: _Signature) -> _Layout:
     views = [s for v in (call.x, call.dt, call.B, call.C, call.D) for s in _strides(v)]
     defines |= {"SLICES": slices, "SOFTPLUS": int(call.softplus), "DT_TYPE": _TYPES[call.dt[2]]}
     jobs = H // G * slices
-    sums, outputs = plan(batch, chunks, G, jobs, strips, states, nvrtc.processors(call.device))
+    asynchronous = _asynchronous(call.device) and width == SLICE
+    sums, outputs = plan(batch, chunks, G, jobs, strips, states, nvrtc.processors(call.device), asynchronous)
 
     def launch(entry: str, plan: Plan, blocks: int, shared: int, **more: int):
         parts = -(-jobs // plan.share)
         sizes = batch, length, H, G, P, N, chunks, parts, plan.share, call.diagonal
         known = defines | {"THREADS": plan.warps * 32, "RESIDENT": plan.resident} | more
-        known["TENSOR_ASYNC"] = int(width == SLICE and plan.warps % 4 == 0 and entry != "chain" and asynchronous)
+        known["TENSOR_ASYNC"] = int(asynchronous and plan.warps % 4 == 0 and entry != "chain")
         kernel = compilers.submit(_kernel, entry, call.device, shared, **known)
         return kernel, blocks * parts, plan.warps * 32, _REST.pack(*views, *sizes)
 
     compilers = ThreadPoolExecutor(3)
-    asynchronous = _asynchronous(call.device)
-    launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2}
+    launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 2}
     # few chunks receive each other's states as they are
     direct = 1 < chunks <= MOST_DIRECT and states <= SLICE and not (call.initial or call.last)
     entering = chunks - 1 if direct else directions if chunks > 1 or call.initial else 0
@@ -147,19 +152,31 @@ def _layout(call: _Signature) -> _Layout:
         launches.append(
             launch("chain", each, -(-pieces // 128), 0, **plain | dict.fromkeys(("ALL", "SOFTPLUS", "DT_TYPE"), 0))
         )
-    queries = panels * outputs.warps * STRIP * row
+    queries = panels * call.chunk * row
+    rows = call.chunk // outputs.warps
     slots = 3 if panels == 1 and strips == 8 else 2
-    shared = queries + slots * (tile + decays + entering * states * row)
-    blocks = batch * chunks * G * (strips // outputs.warps)
+    shared = queries + slots * (tile + decays) + (2 * entering * states + 8 * outputs.warps) * row
+    blocks = batch * chunks * G
     D_type = {"D_TYPE": _NONE if call.D is None else _TYPES[call.D[2]]}
     launches.append(
-        launch("outputs", outputs, blocks, shared, STATES=entering, DIRECT=int(direct), SLOTS=slots, **D_type)
+        launch(
+            "outputs",
+            outputs,
+            blocks,
+            shared,
+            STATES=entering,
+            DIRECT=int(direct),
+            SLOTS=slots,
+            BLOCKS=rows // 16,
+            **D_type,
+        )
     )
     launches = tuple((kernel.result(), *rest) for kernel, *rest in launches)
     compilers.shutdown()
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
-    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4)
+    early = call.device >= 0 and nvrtc._architecture(call.device) >= 90
+    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4, early)
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -232,6 +249,8 @@ def ssd(
         x.data_ptr(), dt.data_ptr(), B.data_ptr(), C.data_ptr(), _address(D), A.data_ptr(), _address(bias),
         _address(initial), y.data_ptr(), states, states + layout.states, last.data_ptr() if return_last_state else 0,
     )  # fmt: skip
+    launch = nvrtc.launch
     for function, blocks, threads, rest in layout.launches:
-        nvrtc.launch(function, blocks, threads, argument + rest, device)
+        launch(function, blocks, threads, argument + rest, device)
+        launch = nvrtc.launch_early if layout.early else nvrtc.launch
     return y, last

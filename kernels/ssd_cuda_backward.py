@@ -20,22 +20,29 @@ _POINTERS = struct.Struct("20P")
 _REST = struct.Struct("25q3i4x")  # the rest of ssd_backward.cu's Call: its views, its sizes
 _SUM = struct.Struct("8P4q")
 _SMALL_THREADS = 256  # of `decays` and `sums`
-_WALK_THREADS = 4 * WIDTH
 _PLANES = 7
 _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a CUdevice_attribute
 
 
 class Plan(NamedTuple):
-    """How gradients are laid over the GPU: tokens of a tile, heads of a block; tiles in flight in a walk, and heads."""
+    """How gradients are laid over the GPU: tokens of a tile, heads of a block, tiles in flight in a walk, heads in flight
+    in a block; groups of four warps that share a walk.
+    """
 
     tile: int
     part: int
     stages: int
     buffers: int = 2
+    walkers: int = 1
 
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def _asynchronous(device: int) -> bool:
+    """Whether four warps' tensor cores can run on while the warps do, which sm_90 alone can."""
+    return device >= 0 and nvrtc._architecture(device) == 90
 
 
 @functools.cache
@@ -54,10 +61,11 @@ def _shared(plan: Plan, P: int, N: int, kinds: int, steps: int) -> tuple[int, in
     """Bytes of shared memory of ssd_backward.cu's WalkStages, of which so many are used, and Shared."""
     tile, warps = plan.tile, plan.tile // 16
     p, n = (w if w % 64 == 0 else w + 8 for w in (P, N))
-    walk = 2 * tile * (n + p) + 4 * (tile + 4)
+    walk = _up(2 * tile * (n + p) + 4 * (tile + 4), 1024)
     stage = _up(2 * (2 * tile * p + kinds * N * p) + 12 * tile, 1024)
     paths = 4 * (warps * tile + 7 * tile + warps)
-    return walk * min(plan.stages, steps), _up(4 * tile * n + 2 * tile * tile + plan.buffers * stage + 2 * paths, 16)
+    parts = 512 * P * (plan.walkers - 1)  # two buffers of the halves of a state that two groups exchange
+    return walk * min(plan.stages, steps) + parts, _up(4 * tile * n + 2 * tile * tile + plan.buffers * stage + 2 * paths, 16)
 
 
 @functools.lru_cache(4096)
@@ -120,19 +128,18 @@ def _layout(
     macros = {"TILE": tile, "P": P, "N": N, "OPERAND": _TYPES[operand], "DT_TYPE": _TYPES[dt_type], "BOTH": int(both)}
     macros |= {"DIAGONAL": f"{(1 + both) * scanned}.f", "SOFTPLUS": int(softplus), "HAS_D": int(has_D)}
     macros |= {"PARTIAL": int(parts > 1), "STAGES": plan.stages, "BUFFERS": plan.buffers}
-    asynchronous = P == N == 64 and (device < 0 or nvrtc._architecture(device) == 90)
-    macros["TENSOR_ASYNC"] = int(asynchronous)
-    unread = {  # what an entry does not look at shall not compile it again
-        "decays": ("TENSOR_ASYNC", "P", "N", "BOTH", "DIAGONAL", "HAS_D", "PARTIAL", "STAGES", "BUFFERS"),
-        "walk": ("TENSOR_ASYNC", "DT_TYPE", "DIAGONAL", "SOFTPLUS", "HAS_D", "PARTIAL", "BUFFERS"),
-        "gradients": ("STAGES",),
-        "sums": ("TENSOR_ASYNC", "TILE", "P", "N", "DT_TYPE", "BOTH", "DIAGONAL", "SOFTPLUS", "HAS_D", "STAGES", "BUFFERS"),
+    macros["TENSOR_ASYNC"] = int(P == N == 64 and _asynchronous(device))
+    read = {  # what an entry does not look at shall not compile it again
+        "decays": ("OPERAND", "TILE", "DT_TYPE", "SOFTPLUS"),
+        "walk": ("OPERAND", "TILE", "P", "N", "BOTH", "STAGES", "TENSOR_ASYNC"),
+        "gradients": tuple(name for name in macros if name != "STAGES"),
+        "sums": ("OPERAND", "PARTIAL"),
     }
-    constants = {"TILE": 64, "P": 16, "N": 16, "DIAGONAL": "0.f", "STAGES": 2, "BUFFERS": 2}
+    unread = dict.fromkeys(macros, 0) | {"TILE": 64, "P": 16, "N": 16, "DIAGONAL": "0.f", "STAGES": 2, "BUFFERS": 2}
     heads = -(-H // 32)
     jobs = [
-        ("decays", batch * tiles * heads, _SMALL_THREADS, 1, 0),
-        *[("walk", batch * H * kinds, _WALK_THREADS, 2, walk)] * walked,
+        ("decays", batch * tiles * -(-H // 16), _SMALL_THREADS, 1, 0),
+        *[("walk", batch * H * kinds, 128 * plan.walkers, 3 - plan.walkers, walk)] * walked,
         ("gradients", batch * tiles * groups * parts, 2 * tile, 128 // tile, gradients),
     ]
     inner = batch * length * groups * n
@@ -140,7 +147,7 @@ def _layout(
 
     def build(job) -> tuple[nvrtc.Kernel, int, int]:
         entry, blocks, threads, resident, shared = job
-        values = macros | {name: constants.get(name, 0) for name in unread[entry]} | {"ENTRY": entry}
+        values = unread | {name: macros[name] for name in read[entry]} | {"ENTRY": entry}
         values |= {"KERNEL": f"ssd_{entry}", "THREADS": threads}
         values |= {"RESIDENT": resident, "ARGUMENT": "Sum" if entry == "sums" else "Call"}
         defines = tuple(f"{name}={v}" for name, v in values.items())
@@ -215,8 +222,8 @@ def ssd_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D (batch, L, H), dt_bias and initial_state; None of what is None.
 
-    bfloat16 and float16, P and N up to ``WIDTH``. States are formed again, none are kept. ``chosen`` instead of
-    :func:`plan`. ``chunk_size`` is not looked at.
+    For bfloat16 x, P and N up to ``WIDTH``. States are formed again, none are kept; ``chunk_size`` is not looked at.
+    ``chosen`` instead of :func:`plan`.
     """
     device, (batch, length, H, P) = x.get_device(), x.shape
     G, N = B.shape[2:]

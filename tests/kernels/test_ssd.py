@@ -312,15 +312,17 @@ def test_chunked_on_cuda(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("form", ["causal", "sum", "free"])
-def test_twice_gives_the_same_bits(form):
+def test_twice_gives_the_same_bits(form, backend):
     case = Case(3136, form, 6, 64, 64, dtype="bf16")
-    one, two = run(case, "triton", device="cuda"), run(case, "triton", device="cuda")
+    one, two = run(case, backend, device="cuda"), run(case, backend, device="cuda")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_32_bits():
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_offsets_beyond_32_bits(backend):
     """x has 2.3e9 elements: the last sequence's addresses do not fit an int32."""
     batch, length, H, P, N = 34, 16384, 64, 64, 16
     g = torch.Generator("cuda").manual_seed(0)
@@ -330,7 +332,7 @@ def test_offsets_beyond_32_bits():
 
     x, dt, B, C = normal(batch, length, H, P), normal(batch, length, H), normal(batch, length, 1, N), None
     C, A = normal(batch, length, 1, N), -torch.ones(H, device="cuda")
-    options = {"bidirectional": True, "dt_softplus": True, "backend": "triton"}
+    options = {"bidirectional": True, "dt_softplus": True, "backend": backend}
     with torch.no_grad():
         whole = ssd(x, dt, A, B, C, **options)
         for i in (0, 17, batch - 1):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambavision.kernels import ssd_chunked, ssd_reference
+from mambavision.kernels import ssd_chunked, ssd_cuda_backward, ssd_reference
 from mambavision.kernels.ssd_cuda_backward import Plan, _shared, plan, ssd_backward
 from tests.kernels.emulated import DESCENDING, RANDOM
 from tests.kernels.test_ssd import EXTREME, FULL, GRADIENT_LIMIT, LARGE, Case, make, relative, strided
@@ -17,13 +17,21 @@ SMALL = [
     (Case(2, "free", groups=3, dtype="bf16"), None),
     (Case(49, "causal", 4, groups=2, d_state=16, dtype="bf16", strided=True), None),
     (Case(65, "sum", 2, dtype="bf16", headdim=16, d_state=16, options=False), Plan(64, 1, 2)),
-    (Case(70, "free", dtype="fp16"), Plan(64, 2, 2)),
+    (Case(70, "free", dtype="bf16"), Plan(64, 2, 2)),
     (Case(197, "sum", 2, 64, 16, dtype="bf16"), Plan(64, 2, 3)),
     (Case(140, "causal", 2, 40, 33, dtype="bf16"), Plan(128, 1, 2)),
     (Case(300, "free", 2, 16, 64, dtype="bf16", strided=True), Plan(128, 2, 3)),
     (Case(65, "sum", dtype="bf16", dt=20.0, decay=-16.0), Plan(64, 3, 2)),
     (Case(65, "sum", dtype="bf16", size=1e3, options=False), Plan(64, 3, 2)),
     (Case(197, "sum", 4, 16, 16, dtype="bf16"), Plan(64, 4, 2, 1)),
+]
+
+
+WIDE = [
+    (Case(140, "sum", 2, 64, 64, dtype="bf16"), Plan(128, 2, 2)),
+    (Case(200, "free", 2, 64, 64, 2, dtype="bf16", strided=True), Plan(64, 1, 3, 1)),
+    (Case(300, "causal", 2, 64, 64, dtype="bf16"), Plan(128, 2, 3)),
+    (Case(70, "sum", 2, 60, 57, dtype="bf16", options=False), Plan(64, 1, 2)),
 ]
 
 
@@ -70,8 +78,22 @@ def check(case: Case, chosen: Plan | None, device: str = "cpu") -> None:
     assert not errors, errors
 
 
-@pytest.mark.parametrize(("case", "chosen"), SMALL, ids=str)
+@pytest.mark.parametrize(("case", "chosen"), SMALL + WIDE[:1], ids=str)
 def test_through_the_emulator(case, chosen, emulator):
+    check(case, chosen)
+
+
+@pytest.fixture
+def asynchronous(monkeypatch):
+    """Four warps' products together, as sm_90 has them."""
+    monkeypatch.setattr(ssd_cuda_backward, "_asynchronous", lambda device: True)
+    ssd_cuda_backward._layout.cache_clear()
+    yield
+    ssd_cuda_backward._layout.cache_clear()
+
+
+@pytest.mark.parametrize(("case", "chosen"), WIDE, ids=str)
+def test_sm_90_through_the_emulator(case, chosen, emulator, asynchronous):
     check(case, chosen)
 
 
@@ -112,7 +134,7 @@ def test_a_plan_fits_its_block_and_covers_all_heads():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [c for c in FULL + EXTREME + LARGE if c.dtype != "fp32" and c.size == 1], ids=str)
+@pytest.mark.parametrize("case", [c for c in FULL + EXTREME + LARGE if c.dtype == "bf16"], ids=str)
 def test_on_a_gpu(case):
     check(case, None, "cuda")
 

@@ -306,15 +306,30 @@ def test_export_of_a_module():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("form", FORMS)
-def test_opcheck_on_cuda(form):
-    args = arguments(40, directions=1 if form == "causal" else 2, dtype=torch.float32)
+def test_opcheck_on_cuda(form, backend):
+    dtype, chunk = (torch.float32, 16) if backend == "triton" else (torch.bfloat16, 32)
+    args = arguments(40, directions=1 if form == "causal" else 2, dtype=dtype)
     x, dt, A, B, C, D, _, dt_bias, state = (v.detach().cuda().requires_grad_() for v in args.values())
     state = state if form != "causal" else state[:, None].detach().requires_grad_()
     D = D.detach().expand(2, 40, 4).contiguous().requires_grad_()
-    options = (True, form != "causal", form != "free", 16, True)
-    torch.library.opcheck(torch.ops.mambavision.ssd, (x, dt, A, B, C, D, dt_bias, state, *options, "triton"))
-    torch.library.opcheck(torch.ops.mambavision.ssd, (x, dt, A, B, C, None, None, None, *options[:4], False, "triton"))
+    options = (True, form != "causal", form != "free", chunk, True)
+    torch.library.opcheck(torch.ops.mambavision.ssd, (x, dt, A, B, C, D, dt_bias, state, *options, backend))
+    torch.library.opcheck(torch.ops.mambavision.ssd, (x, dt, A, B, C, None, None, None, *options[:4], False, backend))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_on_new_values():
+    args = {k: v.cuda() for k, v in arguments(300, dtype=torch.bfloat16, options=False, requires_grad=False).items()}
+    options = {"dt_softplus": True, "bidirectional": True, "backend": "cuda"}
+    ssd(**args, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ssd(**args, **options)
+    args["x"].copy_(torch.randn_like(args["x"]))
+    graph.replay()
+    assert torch.equal(y, ssd(**args, **options))
 
 
 @pytest.mark.gpu
