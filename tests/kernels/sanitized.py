@@ -4,14 +4,11 @@ Inputs are made on the CPU, and ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` gives each 
 an access outside of one is seen. Prints the names of the kernels that ran.
 """
 
-import typing
-
 import torch
 from torch import Tensor
 
 from mambavision.kernels import nvrtc
 from mambavision.ops import multi_scan, selective_scan, ssd
-from mambavision.ops.ssd import SSDBackend
 
 device = "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -24,10 +21,12 @@ SCANS = [
     (8, (5, 9), 4, 240, 1, BF16),
     (2, (7, 7), 4, 96, 1, BF16),
 ]
-SSDS = [  # length, heads, P, N, groups, chunk, both directions
-    (150, 2, 24, 40, 1, 64, True),
-    (70, 4, 64, 64, 2, 32, False),
-    (300, 2, 64, 16, 2, 32, True),
+SSDS = [  # length, heads, P, N, groups, chunk, both directions, initial and last states
+    (150, 2, 24, 40, 1, 64, True, False),
+    (70, 4, 64, 64, 2, 32, False, False),
+    (300, 2, 64, 16, 2, 32, True, True),
+    (520, 3, 64, 64, 1, None, True, False),
+    (520, 3, 64, 64, 1, None, False, True),
 ]
 
 
@@ -67,7 +66,7 @@ def sequences() -> None:
     there_and_back(selective_scan, tensors | {"C": normal(2, 1, 4, 50, to=BF16)}, delta_softplus=True, backend="cuda")
 
 
-def dualities(length: int, H: int, P: int, N: int, G: int, chunk: int, both: bool) -> None:
+def dualities(length: int, H: int, P: int, N: int, G: int, chunk: int | None, both: bool, states: bool) -> None:
     tensors = {
         "x": normal(2, length, H, P, to=BF16),
         "dt": normal(2, length, H, to=BF16),
@@ -77,7 +76,10 @@ def dualities(length: int, H: int, P: int, N: int, G: int, chunk: int, both: boo
         "D": normal(H),
         "dt_bias": normal(H),
     }
-    there_and_back(ssd, tensors, dt_softplus=True, bidirectional=both, chunk_size=chunk, backend="cuda")
+    if states:
+        tensors["initial_state"] = normal(2, 2, H, P, N) if both else normal(2, H, P, N)
+    options = {"dt_softplus": True, "bidirectional": both, "chunk_size": chunk, "return_last_state": states}
+    there_and_back(ssd, tensors, **options, backend="cuda")
 
 
 def call_all() -> None:
@@ -86,7 +88,7 @@ def call_all() -> None:
     for shape in SCANS:
         scans(*shape)
     sequences()
-    for shape in SSDS if "cuda" in typing.get_args(SSDBackend) else ():
+    for shape in SSDS:
         dualities(*shape)
 
 

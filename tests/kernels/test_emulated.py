@@ -291,13 +291,13 @@ def test_every_kernel_through_the_operators(emulator, monkeypatch):
     emulator.processors = 132
     monkeypatch.setattr(sanitized, "device", "cpu")
     monkeypatch.setattr(sanitized, "SCANS", sanitized.SCANS[2:5])
-    monkeypatch.setattr(sanitized, "SSDS", sanitized.SSDS[2:])
+    monkeypatch.setattr(sanitized, "SSDS", sanitized.SSDS[2:3])
     sanitized.call_all()
     assert names(emulator) >= ALL
 
 
 @pytest.mark.parametrize("at_end", [False, True])
-@pytest.mark.parametrize("shape", sanitized.SSDS[::2], ids=str)
+@pytest.mark.parametrize("shape", sanitized.SSDS[:3:2], ids=str)
 def test_state_space_duality_touches_nothing_outside_of_tensors(shape, at_end, emulator, monkeypatch):
     def placed(allocate):
         return lambda *args, **kwargs: guarded(allocate(*args, **kwargs), at_end)
