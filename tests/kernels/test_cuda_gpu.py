@@ -184,12 +184,12 @@ def sanitizer() -> str | None:
 
 
 @pytest.mark.skipif(sanitizer() is None, reason="compute-sanitizer is not on the path nor in CUDA_HOME")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
     command = [sanitizer(), "--tool", tool, "--error-exitcode", "9", "--print-limit", "5"]
     command += [sys.executable, str(Path(__file__).with_name("sanitized.py"))]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert done.returncode == 0, done.stdout[:3000] + done.stderr[-1000:]
     ran = next(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ran "))
     assert set(ran) >= ALL
