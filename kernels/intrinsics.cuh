@@ -14,6 +14,12 @@ template <class Target> INLINE Target *whole(Target *p) {
     return p;
 }
 
+// A number that the compiler forms what depends on it from again, rather than keep that in registers
+INLINE unsigned opaque(unsigned v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
 // row * bytes in one instruction, also where the compiler has widened bytes before a loop
 INLINE i64 offset(int row, int bytes) {
     i64 product;
@@ -60,13 +66,6 @@ INLINE unsigned short float_to_bfloat16(float f) {
 INLINE char *dynamic_shared() {
     extern __shared__ __align__(1024) char dynamic[];
     return dynamic;
-}
-
-// Until what the stream's previous kernel has written is there, for a kernel that was launched early
-INLINE void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" : : : "memory");
-#endif
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800

@@ -28,7 +28,7 @@ struct Call {
     const char *x, *dy, *B, *C, *dt;
     const float *A, *bias, *D;        // (H,), (H,) or null, strided as D_view says
     const float *initial, *gradient;  // (batch, directions, H, p, n) or null: initial state, gradient of the last state
-    float *planes;                    // (7, batch, H, tiles TILE)
+    float *planes;                    // (8, batch, H, tiles TILE)
     bits16 *states;                   // (batch, tiles, H, KINDS, N, P): what enters each tile
     char *dx, *ddt;                   // (batch, L, H, p), (batch, L, H)
     char *dB, *dC;                    // (parts, batch, L, groups, n)
@@ -46,9 +46,9 @@ struct Sum {
     i64 parts, inner, rows, H;
 };
 
-// Planes of `decays`: log2-decay from the tile's left border through a token, through it to the right border, dt; then
+// Planes of `decays`: log2-decay from the tile's left border through a token, through it to the right border, dt, D; then
 // what each kind of state multiplies its tokens by
-enum { FROM_LEFT, TO_RIGHT, STEP, SCALE, PLANES = SCALE + 4 };
+enum { FROM_LEFT, TO_RIGHT, STEP, SKIP, SCALE, PLANES = SCALE + 4 };
 
 // Kinds: what x sends to the right, what dy sends back to the left; of the other direction, the same mirrored
 enum { STATE_RIGHT, COSTATE_LEFT, STATE_LEFT, COSTATE_RIGHT };
@@ -284,7 +284,7 @@ constexpr int EACH = TILE / 32;  // tokens a lane where a warp holds a tile's
 
 INLINE void decays(const Call &c) {
     constexpr int HEADS = 16, TOKENS = THREADS / HEADS;  // that a block takes at once
-    __shared__ __align__(16) float steps[HEADS][TILE + 4];
+    __shared__ __align__(16) float steps[HEADS][TILE + 4], skips[HAS_D ? HEADS : 1][TILE + 4];
     const i64 blocks = ROUND_UP(c.H, HEADS), h0 = blockIdx.x % blocks * HEADS, padded = c.tiles * TILE;
     const i64 tile = blockIdx.x / blocks % c.tiles, b = blockIdx.x / blocks / c.tiles;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = threadIdx.x % HEADS, t = threadIdx.x / HEADS;
@@ -292,7 +292,11 @@ INLINE void decays(const Call &c) {
     const float bias = c.bias ? c.bias[h] : 0.f;
     const char *from = c.dt + b * c.dt_view.batch + (tile * TILE + t) * c.dt_view.token + h * c.dt_view.head;
     const int rows = (int)min(c.length - tile * TILE, (i64)TILE);
+    const char *skip = (const char *)c.D + b * c.D_view.batch + (tile * TILE + t) * c.D_view.token + h * c.D_view.head;
     float raw[TILE / TOKENS];
+#pragma unroll
+    for (int j = 0; j < TILE / TOKENS * HAS_D; j++)
+        skips[head][t + j * TOKENS] = t + j * TOKENS < rows ? *(const float *)(skip + j * TOKENS * c.D_view.token) : 0.f;
 #pragma unroll
     for (int j = 0; j < TILE / TOKENS; j++)
         raw[j] = t + j * TOKENS < rows ? decode<DT_TYPE>(from + j * TOKENS * c.dt_view.token, 0) + bias : 0.f;
@@ -322,6 +326,7 @@ INLINE void decays(const Call &c) {
             out[FROM_LEFT].v[j] = left.v[j];
             out[TO_RIGHT].v[j] = right.v[j];
             out[STEP].v[j] = dt.v[j];
+            out[SKIP].v[j] = HAS_D ? skips[k][lane * EACH + j] : 0.f;
             out[SCALE + STATE_RIGHT].v[j] = dt.v[j] * exp2_fast(to_right);
             out[SCALE + COSTATE_LEFT].v[j] = exp2_fast(left.v[j]);
             out[SCALE + STATE_LEFT].v[j] = dt.v[j] * exp2_fast(to_left);
@@ -329,7 +334,8 @@ INLINE void decays(const Call &c) {
         }
         float *to = c.planes + (b * c.H + h0 + k) * padded + tile * TILE + lane * EACH;
 #pragma unroll
-        for (int j = 0; j < PLANES; j++) *(Each *)(to + j * plane) = out[j];
+        for (int j = 0; j < PLANES; j++)
+            if (HAS_D || j != SKIP) *(Each *)(to + j * plane) = out[j];
     }
 }
 
@@ -472,17 +478,18 @@ INLINE void walk(const Call &c) {
     if (holds) move_state<false>(state, last + matrix, own, c);
 }
 
-// What the tokens of a tile make of its log-decays; FROM and TO: where paths begin and end
+// What the tokens of a tile make of its log-decays
 struct alignas(16) Paths {
     float pairs[WARPS][TILE];  // of the pairs of a warp's senders with each receiver; within the warp, forward ones
     float pairs_back[TILE];    // and backward ones
-    float forward[TILE], backward[TILE], received[TILE], sent[TILE], unit[TILE], step[TILE];
-    float crossing[WARPS];
+    float all[TILE], ahead[TILE], itself[TILE];  // of a sender's pairs, per unit of its dt; those to the right; its own
+    float borders[KINDS][TILE];  // by kind, what a token receives, or per unit of its dt sends, through the tile's border
+    float step[TILE], crossing[WARPS];
 };
 
 struct alignas(1024) Stage {
     bits16 x[TILE * Rows<P>::PITCH], dy[TILE * Rows<P>::PITCH], states[KINDS][N * Rows<P>::PITCH];
-    alignas(16) float planes[3][TILE];
+    alignas(16) float planes[SCALE][TILE];
 };
 
 struct Shared {
@@ -490,20 +497,43 @@ struct Shared {
     uint4 products[TILE / 16][THREADS];  // S^T, each thread's own; at the end dS^T
     Stage stages[BUFFERS];
     Paths paths[2];
+    float4 dS[2][THREADS];  // each thread's own, of the last receivers, for which registers are too few
 };
+
+INLINE void load_kept(float (*v)[4], const float4 (*from)[THREADS]) {
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        const float4 four = from[e][threadIdx.x];
+        v[e][0] = four.x, v[e][1] = four.y, v[e][2] = four.z, v[e][3] = four.w;
+    }
+}
+INLINE void store_kept(const float (*v)[4], float4 (*to)[THREADS]) {
+#pragma unroll
+    for (int e = 0; e < 2; e++) to[e][threadIdx.x] = make_float4(v[e][0], v[e][1], v[e][2], v[e][3]);
+}
 
 // Gradients of a head's dt, and its tile's share of those of A and the bias, by one warp
 INLINE void finish(const Call &c, const Paths &paths, i64 b, i64 tile, i64 h) {
     typedef Floats<EACH> Each;
     const int lane = threadIdx.x % 32, first = lane * EACH;
     const auto load = [&](const float *v) { return *(const Each *)(v + first); };
-    Each ahead = load(paths.forward), back = {}, behind = {};  // of paths that end at a token or, negative, begin at it
-    const Each sent = load(paths.sent), unit = load(paths.unit), step = load(paths.step);
-    if (BOTH) {
-        const Each arriving = load(paths.backward), pairs = load(paths.pairs_back);
-        behind = load(paths.received);
+    const Each all = load(paths.all), forth = load(paths.ahead), step = load(paths.step);
+    Each ahead = load(paths.borders[STATE_RIGHT]), back = {}, behind = {};  // of paths that end at a token or, negative, begin
+    Each sent = load(paths.borders[COSTATE_LEFT]), unit = load(paths.itself);
 #pragma unroll
-        for (int j = 0; j < EACH; j++) back.v[j] = arriving.v[j] - pairs.v[j];
+    for (int j = 0; j < EACH; j++) {
+        ahead.v[j] -= step.v[j] * forth.v[j];
+        unit.v[j] += all.v[j] + sent.v[j];
+        sent.v[j] *= step.v[j];
+    }
+    if (BOTH) {
+        const Each leaving = load(paths.borders[KINDS - 1]), pairs = load(paths.pairs_back);
+        behind = load(paths.borders[KINDS - 2]);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            unit.v[j] += leaving.v[j];
+            back.v[j] = step.v[j] * (leaving.v[j] + all.v[j] - forth.v[j]) - pairs.v[j];
+        }
     }
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
@@ -561,22 +591,25 @@ INLINE void gradients(const Call &c) {
     const bool present[4] = {c.walked && (from_left || c.initial), c.walked && (from_right || c.gradient),
                              c.walked && (from_right || c.initial), c.walked && (from_left || c.gradient)};
 
-    // copies of heads are asked for in their order: where a thread's own begin
-    const char *x = c.x + b * c.x_view.batch + token0 * c.x_view.token + begin * c.x_view.head;
-    const char *dy = c.dy + b * c.dy_view.batch + token0 * c.dy_view.token + begin * c.dy_view.head;
-    const char *states = (const char *)(c.states + ((b * c.tiles + tile) * c.H + begin) * KINDS * STATE);
-    const float *planes = c.planes + warp * plane + (b * c.H + begin) * padded + token0 + lane * 4;
-    x += Rows<P>::own(c.x_view.token), dy += Rows<P>::own(c.dy_view.token), states += Rows<P>::own(P * 2);
-    auto fetch = [&](int h) {
+    // addresses are formed again for each head, which costs less than to keep them in registers
+    const char *const x = c.x + b * c.x_view.batch + token0 * c.x_view.token;
+    const char *const dy = c.dy + b * c.dy_view.batch + token0 * c.dy_view.token;
+    const bits16 *const states = c.states + (b * c.tiles + tile) * c.H * KINDS * STATE;
+    const float *const planes = c.planes + b * c.H * padded + token0;
+    const auto fetch = [&](int h) {
         if (h < end) {
             Stage &to = shared.stages[(h - begin) % BUFFERS];
-            Rows<P>::fetch<TILE>(to.x, x, c.x_view.token, rows, c.p);
-            Rows<P>::fetch<TILE>(to.dy, dy, c.dy_view.token, rows, c.p);
+            const unsigned thread = opaque(threadIdx.x), row = thread / Rows<P>::CHUNKS, chunk = thread % Rows<P>::CHUNKS * 16;
+            const char *const x_own = x + h * c.x_view.head + (row * (unsigned)c.x_view.token + chunk);
+            const char *const dy_own = dy + h * c.dy_view.head + (row * (unsigned)c.dy_view.token + chunk);
+            const char *const states_own = (const char *)(states + h * KINDS * STATE) + (row * (P * 2) + chunk);
+            Rows<P>::fetch<TILE>(to.x, x_own, c.x_view.token, rows, c.p);
+            Rows<P>::fetch<TILE>(to.dy, dy_own, c.dy_view.token, rows, c.p);
 #pragma unroll
             for (int kind = 0; kind < KINDS; kind++)
-                if (present[kind]) Rows<P>::fetch<N>(to.states[kind], states + kind * STATE * 2, P * 2, N, P);
-            if (warp < 3 && lane < TILE / 4) copy_async_16(to.planes[warp] + lane * 4, planes, true);
-            x += c.x_view.head, dy += c.dy_view.head, states += KINDS * STATE * 2, planes += padded;
+                if (present[kind]) Rows<P>::fetch<N>(to.states[kind], states_own + kind * STATE * 2, P * 2, N, P);
+            if (warp < SKIP + HAS_D && thread % 32 < TILE / 4)
+                copy_async_16(to.planes[warp] + thread % 32 * 4, planes + warp * plane + h * padded + thread % 32 * 4, true);
         }
         copy_async_commit();
     };
@@ -607,10 +640,10 @@ INLINE void gradients(const Call &c) {
                            pack2<OPERAND>(S[u][1][0], S[u][1][1]), pack2<OPERAND>(S[u][1][2], S[u][1][3]));
     }
 
-    bits16 *dx_to = (bits16 *)c.dx + ((b * c.length + token0 + own + row_of_lane()) * c.H + begin) * c.p + q / 2 * 8;
-    const char *skip = (const char *)c.D + b * c.D_view.batch + (token0 + own + g) * c.D_view.token;
-    skip += begin * c.D_view.head;
-    float dS[2 * BLOCKS][2][4] = {}, dB[N / 16][2][4] = {}, dC[N / 16][2][4] = {};
+    bits16 *const dx_tile = (bits16 *)c.dx + (b * c.length + token0) * c.H * c.p;
+    constexpr int LAST = 2 * BLOCKS - 1;
+    shared.dS[0][threadIdx.x] = shared.dS[1][threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
+    float dS[LAST][2][4] = {}, dB[N / 16][2][4] = {}, dC[N / 16][2][4] = {};
     for (int h = begin; h < end; h++) {
         if (BUFFERS == 1 && h > begin) {
             __syncthreads();
@@ -626,9 +659,7 @@ INLINE void gradients(const Call &c) {
         const float *left = at.planes[FROM_LEFT], *right = at.planes[TO_RIGHT];
         const bool upper = lane & 16, odd = lane & 8, last = lane & 4;
         float *const pairs = paths.pairs[warp] + odd * 8 + 2 * q + last;
-        float step[2], forward[2] = {}, backward[2] = {}, sent[2] = {}, received[2] = {}, unit[2] = {};
-#pragma unroll
-        for (int r = 0; r < 2; r++) step[r] = at.planes[STEP][own + r * 8 + g];
+        const float step[2] = {at.planes[STEP][own + g], at.planes[STEP][own + 8 + g]};
         const auto to_border = [&](int kind, int r) {  // decay from or to a token
             const int t = own + r * 8 + g;
             if (kind == STATE_RIGHT) return exp2_fast(left[t]);
@@ -636,12 +667,6 @@ INLINE void gradients(const Call &c) {
             if (kind == COSTATE_LEFT) return t < TILE - 1 ? exp2_fast(right[t + 1]) : 1.f;
             return t ? exp2_fast(left[t - 1]) : 1.f;
         };
-
-        float factor[2];  // D
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            factor[r] = HAS_D && own + r * 8 + g < rows ? *(const float *)(skip + r * 8 * c.D_view.token) : 0.f;
-        skip += c.D_view.head;
 
         // dx of what leaves the tile
         float dx[P / 16][2][4] = {};
@@ -661,7 +686,7 @@ INLINE void gradients(const Call &c) {
         }
 
         // pairs inside the tile, two blocks of receivers at once
-        float all[2] = {}, ahead[2] = {};  // sums over receivers, and over those to the right
+        float all[2] = {}, ahead[2] = {}, itself[2] = {};  // sums over the others, over those to the right; a token's own
 #pragma unroll
         for (int k0 = 0; k0 < 2 * BLOCKS; k0 += 2) {
             const int i0 = (four + k0) % (TILE / 16), i[2] = {i0, i0 + 1};
@@ -682,6 +707,8 @@ INLINE void gradients(const Call &c) {
                     const float is_forward = i[u] > warp ? 1.f : 0.f;
                     float row[2] = {};
                     const float from[2] = {border[own + g], border[own + 8 + g]};
+                    float kept[2][4];
+                    if (k0 + u == LAST) load_kept(kept, shared.dS);
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const int block = e / 2, r = e % 2;
@@ -696,15 +723,17 @@ INLINE void gradients(const Call &c) {
                             const float mG = m[f] * G[u][block][r * 2 + f], d = step[r] * mG;
                             w[f] = m[f] * pair[f];
                             row[r] += mG * pair[f];
-                            dS[k0 + u][block][r * 2 + f] += d;
+                            (k0 + u == LAST ? kept : dS[min(k0 + u, LAST - 1)])[block][r * 2 + f] += d;
                             column[u * 4 + block * 2 + f] += d * pair[f];
                         }
                         W[u][e] = pack2<OPERAND>(w[0], w[1]);
                     }
 #pragma unroll
                     for (int r = 0; r < 2; r++) all[r] += row[r], ahead[r] += is_forward * row[r];
+                    if (k0 + u == LAST) store_kept(kept, shared.dS);
                 } else {
-                    float column_back[4] = {};
+                    float column_back[4] = {}, kept[2][4];
+                    if (BLOCKS == 2 && k0 + u == LAST) load_kept(kept, shared.dS);
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const int block = e / 2, r = e % 2;
@@ -720,14 +749,17 @@ INLINE void gradients(const Call &c) {
                             const float m = to == from ? DIAGONAL : decay;
                             const float mG = m * product, d = step[r] * mG, path = d * pair[f];
                             w[f] = m * pair[f];
-                            dS[k0 + u][block][r * 2 + f] += d;
-                            unit[r] += mG * pair[f];
-                            if (to > from) forward[r] -= path, column[u * 4 + block * 2 + f] += path;
-                            if (to < from) backward[r] += path, column_back[block * 2 + f] += path;
+                            if (BLOCKS > 2) dS[min(k0 + u, LAST - 1)][block][r * 2 + f] += d;
+                            else (k0 + u == LAST ? kept : dS[min(k0 + u, LAST - 1)])[block][r * 2 + f] += d;
+                            if (to > from) ahead[r] += mG * pair[f], column[u * 4 + block * 2 + f] += path;
+                            if (to < from) column_back[block * 2 + f] += path;
+                            if (to == from) itself[r] += mG * pair[f];
+                            else all[r] += mG * pair[f];
                             if (HAS_D && to == from && to < rows) c.dD[(b * c.length + token0 + to) * c.H + h] = product;
                         }
                         W[u][e] = pack2<OPERAND>(w[0], w[1]);
                     }
+                    if (BLOCKS == 2 && k0 + u == LAST) store_kept(kept, shared.dS);
                     if (BOTH) {
                         const float sum = sum_of_column(column_back, odd, last);
                         paths.pairs_back[own + odd * 8 + 2 * q + last] = sum + __shfl_xor_sync(~0u, sum, 16);
@@ -745,13 +777,16 @@ INLINE void gradients(const Call &c) {
             add_rows<P, P, 2, true>(dx, W, at.dy, i0 * 16);
         }
         finish_products<P / 16>(dx);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            unit[r] += all[r];
-            forward[r] -= step[r] * ahead[r];
-            backward[r] += step[r] * (all[r] - ahead[r]);
+        const float sums[3] = {sum_of_row(all), sum_of_row(ahead), sum_of_row(itself)};
+        if (q < 2) {
+            const int t = own + q * 8 + g;
+            paths.all[t] = sums[0], paths.ahead[t] = sums[1], paths.itself[t] = sums[2];
+            paths.step[t] = q ? step[1] : step[0];
         }
-        const unsigned diagonal[4] = {on_diagonal(factor[0]), 0, 0, on_diagonal(factor[1])};
+        const unsigned diagonal[4] = {HAS_D ? on_diagonal(at.planes[SKIP][own + g]) : 0, 0, 0,
+                                      HAS_D ? on_diagonal(at.planes[SKIP][own + 8 + g]) : 0};
+        const int row = own + row_of_lane(), column = opaque(threadIdx.x) % 4 / 2 * 8;
+        bits16 *const dx_to = dx_tile + h * c.p + (row * c.H * c.p + column);
 #pragma unroll
         for (int p = 0; p < P; p += 16) {
 #pragma unroll
@@ -762,16 +797,18 @@ INLINE void gradients(const Call &c) {
                 multiply(dx[p / 16], diagonal, b);
             }
             const uint4 eight = neighbours(dx[p / 16]);
-            if (own + row_of_lane() < rows && p + q / 2 * 8 < c.p) *(uint4 *)(dx_to + p) = eight;
+            if (row < rows && p + column < c.p) *(uint4 *)(dx_to + p) = eight;
         }
-        dx_to += c.p;
 
         // dB of what leaves the tile, dC of what enters it
 #pragma unroll
         for (int j = 0; j < KINDS; j++) {
             const int kind = j < KINDS / 2 ? 2 * j + 1 : 2 * j - KINDS;
             const bool sends = kind % 2;
-            if (!present[kind]) continue;
+            if (!present[kind]) {
+                if (lane < 16) paths.borders[kind][own + lane] = 0.f;
+                continue;
+            }
             float v[N / 16][2][4];
             unsigned a[P / 16][4];
             Rows<P>::left(a, sends ? at.x : at.dy, own);
@@ -792,20 +829,9 @@ INLINE void gradients(const Call &c) {
                 for (int e = 0; e < 8; e++)
                     (sends ? dB : dC)[n][e / 4][e % 4] += factor[e / 2 % 2] * v[n][e / 4][e % 4];
             }
-            const float dot[2] = {on_diagonal(top[0], top[1]), on_diagonal(low[2], low[3])};
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                if (sends) unit[r] += scale[r] * dot[r];
-                float *path = kind == COSTATE_LEFT ? sent : kind == COSTATE_RIGHT ? backward : kind == STATE_RIGHT ? forward : received;
-                path[r] += factor[r] * dot[r];
-            }
-        }
-        const float sums[5] = {sum_of_row(forward), sum_of_row(backward), sum_of_row(received), sum_of_row(sent),
-                               sum_of_row(unit)};
-        if (q < 2) {
-            const int t = own + q * 8 + g;
-            paths.forward[t] = sums[0], paths.backward[t] = sums[1], paths.received[t] = sums[2];
-            paths.sent[t] = sums[3], paths.unit[t] = sums[4], paths.step[t] = q ? step[1] : step[0];
+            const float dot[2] = {scale[0] * on_diagonal(top[0], top[1]), scale[1] * on_diagonal(low[2], low[3])};
+            const float sum = sum_of_row(dot);
+            if (q < 2) paths.borders[kind][own + q * 8 + g] = sum;
         }
 
         // what crosses it: the trace of a state times a transposed costate, by blocks of 16 rows
@@ -836,9 +862,11 @@ INLINE void gradients(const Call &c) {
     for (int k = 0; k < 2 * BLOCKS; k++) {
         const int i = (four + k) % (TILE / 16);
         unsigned a[4];
+        float kept[2][4];
+        if (k == LAST) load_kept(kept, shared.dS);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const float *pair = dS[k][e / 2] + e % 2 * 2;
+            const float *pair = (k == LAST ? kept : dS[min(k, LAST - 1)])[e / 2] + e % 2 * 2;
             a[e] = pack2<OPERAND>(pair[0], pair[1]);
             *(unsigned *)(senders + Rows<TILE>::at(own + e % 2 * 8 + g, i * 2 + e / 2) + 2 * q) = a[e];
         }

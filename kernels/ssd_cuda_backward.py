@@ -20,7 +20,7 @@ _POINTERS = struct.Struct("20P")
 _REST = struct.Struct("25q3i4x")  # the rest of ssd_backward.cu's Call: its views, its sizes
 _SUM = struct.Struct("8P4q")
 _SMALL_THREADS = 256  # of `decays` and `sums`
-_PLANES = 7
+_PLANES = 8
 _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a CUdevice_attribute
 
 
@@ -62,10 +62,11 @@ def _shared(plan: Plan, P: int, N: int, kinds: int, steps: int) -> tuple[int, in
     tile, warps = plan.tile, plan.tile // 16
     p, n = (w if w % 64 == 0 else w + 8 for w in (P, N))
     walk = _up(2 * tile * (n + p) + 4 * (tile + 4), 1024)
-    stage = _up(2 * (2 * tile * p + kinds * N * p) + 12 * tile, 1024)
-    paths = 4 * (warps * tile + 7 * tile + warps)
+    stage = _up(2 * (2 * tile * p + kinds * N * p) + 16 * tile, 1024)
+    paths = 4 * (warps * tile + (5 + kinds) * tile + warps)
     parts = 512 * P * (plan.walkers - 1)  # two buffers of the halves of a state that two groups exchange
-    return walk * min(plan.stages, steps) + parts, _up(4 * tile * n + 2 * tile * tile + plan.buffers * stage + 2 * paths, 16)
+    gradients = 4 * tile * n + 2 * tile * tile + plan.buffers * stage + 2 * paths + 64 * tile
+    return walk * min(plan.stages, steps) + parts, gradients
 
 
 @functools.lru_cache(4096)
@@ -130,7 +131,7 @@ def _layout(
     macros |= {"PARTIAL": int(parts > 1), "STAGES": plan.stages, "BUFFERS": plan.buffers}
     macros["TENSOR_ASYNC"] = int(P == N == 64 and _asynchronous(device))
     read = {  # what an entry does not look at shall not compile it again
-        "decays": ("OPERAND", "TILE", "DT_TYPE", "SOFTPLUS"),
+        "decays": ("OPERAND", "TILE", "DT_TYPE", "SOFTPLUS", "HAS_D"),
         "walk": ("OPERAND", "TILE", "P", "N", "BOTH", "STAGES", "TENSOR_ASYNC"),
         "gradients": tuple(name for name in macros if name != "STAGES"),
         "sums": ("OPERAND", "PARTIAL"),

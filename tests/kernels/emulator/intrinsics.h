@@ -6,6 +6,7 @@
 typedef long long i64;
 
 template <class Target> inline Target *whole(Target *p) { return p; }
+inline unsigned opaque(unsigned v) { return v; }
 inline i64 offset(int row, int bytes) { return (i64)row * bytes; }
 
 inline float flush(float v) { return fabsf(v) < 0x1p-126f ? copysignf(0.f, v) : v; }
@@ -188,7 +189,6 @@ inline void tensor_64x32x16_transposed(float (*c)[4], const unsigned a[4], const
     emulator::start({emulator::multiply_from_shared<TYPE, ADD, 4, true>, c, a, columns, line}, 1023 & ~96);
 }
 
-inline void wait_for_previous() {}
 inline void tensor_begin() {}
 inline void tensor_commit() { emulator::fibers[emulator::current].products.open++; }
 template <int YOUNGEST> inline void tensor_wait() {
