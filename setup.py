@@ -28,7 +28,7 @@ class BuildPlainC(build_ext):
 setup(
     packages=[*find_packages(include=["mambavision", "mambavision.*"]), "mambavision.kernels"],
     package_dir={"mambavision.kernels": "kernels"},
-    package_data={"mambavision.kernels": ["*.c", "*.cu"]},
+    package_data={"mambavision.kernels": ["*.c", "*.cu", "*.cuh"]},
     ext_modules=[Extension("mambavision.kernels._scan", ["kernels/scan.c"], optional=True)],
     cmdclass={"build_ext": BuildPlainC},
 )

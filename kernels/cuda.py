@@ -1,6 +1,5 @@
-"""The scan in CUDA C++ (scan.cu), compiled at first use by NVRTC."""
+"""The scan in CUDA C++ (scan.cu behind intrinsics.cuh), compiled at first use by NVRTC."""
 
-import ctypes
 import functools
 import math
 import pathlib
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from mambavision.kernels import nvrtc
 
-_SOURCE = pathlib.Path(__file__).with_name("scan.cu")
+_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "scan.cu"))
 _ENTRIES = {
     "scan_forward": "forward<false>",
     "scan_starts": "forward<true>",
@@ -50,11 +49,6 @@ class Plan(NamedTuple):
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-@functools.cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _tile(N: int) -> int:
@@ -107,12 +101,12 @@ def unavailable() -> str | None:
 
 
 @functools.lru_cache(4096)
-def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int]) -> ctypes.c_void_p:
+def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int]) -> nvrtc.Kernel:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
     values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT"), 1) | {"TILE": 16, "THREADS": threads}
     values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
-    return nvrtc.kernel(_SOURCE, name, tuple(f"{n}={v}" for n, v in (values | dict(defines)).items()), device)
+    return nvrtc.kernel(_SOURCES, name, tuple(f"{n}={v}" for n, v in (values | dict(defines)).items()), device)
 
 
 class _View(NamedTuple):
@@ -195,11 +189,11 @@ class _Layout(NamedTuple):
     parts begins; the sums that follow: kernel, blocks, the end of each job.
     """
 
-    launches: tuple[tuple[ctypes.c_void_p, int], ...]
+    launches: tuple[tuple[nvrtc.Kernel, int], ...]
     rest: bytes
     scratch: int
     offsets: tuple[int, ...]
-    sums: tuple[ctypes.c_void_p, int, tuple[tuple[int, ...], ...]] | None
+    sums: tuple[nvrtc.Kernel, int, tuple[tuple[int, ...], ...]] | None
 
 
 _SUM_THREADS = 256
@@ -343,7 +337,7 @@ def scan(
     every, start_type = 0, torch.float32
     if starts is not None:
         every, start_type = _tile(N), starts.dtype
-    chosen = plan(batch, length, K, channels, N, _processors(device), backward=False)
+    chosen = plan(batch, length, K, channels, N, nvrtc.processors(device), backward=False)
     sums, views = merge and K > 1, (_signature(x), _signature(delta), _signature(B), _signature(C), None)
     signature = _Signature(chosen, False, sums, device, shape, N, delta_softplus, every, start_type, False, views)
     layout = _layout(signature)
@@ -407,7 +401,7 @@ def scan_backward(
         return x.new_empty(x.shape), delta.new_empty(shape), A.new_zeros(A.shape), *inputs, *of_channel, state
     order = _order(order)
     gradient = _parameter(grad_state)
-    chosen = plan(batch, length, K, channels, N, _processors(device), backward=True)
+    chosen = plan(batch, length, K, channels, N, nvrtc.processors(device), backward=True)
     every, start_type = chosen.tile, torch.float32
     kept = starts is not None and every == _tile(N)
     if kept:

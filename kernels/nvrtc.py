@@ -57,6 +57,12 @@ def _architecture(device: int) -> int:
 
 
 @functools.cache
+def processors(device: int) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def _unknown(architecture: int) -> str | None:
     """Why this NVRTC cannot compile for an architecture, 90 for sm_90, or None if it can."""
     nvrtc, count = _nvrtc(), ctypes.c_int()
@@ -77,7 +83,7 @@ def _compiler(result: int, what: str) -> None:
 
 def _cubin(source: str, options: tuple[str, ...]) -> bytes:
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"scan.cu", 0, None, None)
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
     _compiler(created, "to take a source")
     try:
         flags = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
@@ -148,33 +154,52 @@ def _call(device: int, what: str, function, *arguments) -> None:
     _check(result, what)
 
 
-def _load(cubin: bytes, name: str, device: int) -> ctypes.c_void_p:
-    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+class Kernel(ctypes.c_void_p):
+    """A loaded kernel; ``shared``: the bytes of dynamic shared memory that a block of it gets."""
+
+    shared = 0
+
+
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # a CUfunction_attribute
+
+
+def _load(cubin: bytes, name: str, device: int, shared: int = 0) -> Kernel:
+    driver, module, function = _driver(), ctypes.c_void_p(), Kernel()
     _call(device, "loading a kernel", driver.cuModuleLoadData, ctypes.byref(module), cubin)
     finding = (driver.cuModuleGetFunction, ctypes.byref(function), module, name.encode())
     _call(device, f"finding kernel {name}", *finding)
+    if shared:  # more than 48 KB are given to those that ask
+        function.shared = shared
+        asking = (driver.cuFuncSetAttribute, function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+        _call(device, f"giving kernel {name} {shared} bytes of shared memory", *asking)
     return function
 
 
-def _built(source: str, name: str, options: tuple[str, ...], device: int) -> ctypes.c_void_p:
+def _built(source: str, name: str, options: tuple[str, ...], device: int, shared: int = 0) -> Kernel:
     path = _cache_file(source, options)
     cubin = _read(path)
     if cubin is not None:
         try:
-            return _load(cubin, name, device)
+            return _load(cubin, name, device, shared)
         except RuntimeError:  # what this driver does not take is compiled again, which replaces the file
             pass
     cubin = _cubin(source, options)
     _write(path, cubin)
-    return _load(cubin, name, device)
+    return _load(cubin, name, device, shared)
 
 
 @functools.cache
-def kernel(source: pathlib.Path, name: str, defines: tuple[str, ...], device: int) -> ctypes.c_void_p:
-    """Handle of a kernel of a source file, compiled for a device with macros "NAME=value"."""
+def kernel(
+    sources: tuple[pathlib.Path, ...], name: str, defines: tuple[str, ...], device: int, shared: int = 0
+) -> Kernel:
+    """Handle of a kernel, compiled for a device with macros "NAME=value" from source files put one behind the other.
+
+    ``shared``: the bytes of dynamic shared memory that a block needs.
+    """
     options = (f"--gpu-architecture=sm_{_architecture(device)}", "--std=c++17", *(f"-D{d}" for d in defines))
+    text = "".join(f'#line 1 "{source.name}"\n{source.read_text()}\n' for source in sources)
     with torch.cuda.device(device):
-        return _built(source.read_text(), name, options, device)
+        return _built(text, name, options, device, shared)
 
 
 _Argument = ctypes.c_char_p * 1
@@ -187,11 +212,11 @@ def _launcher():
     return launch
 
 
-def launch(function: ctypes.c_void_p, blocks: int, threads: int, argument: bytes, device: int) -> None:
+def launch(function: Kernel, blocks: int, threads: int, argument: bytes, device: int) -> None:
     """Launch on torch's current stream of a device with one argument, passed by value."""
     if torch.cuda.current_device() != device:
         with torch.cuda.device(device):
             return launch(function, blocks, threads, argument, device)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    arguments = (function, blocks, 1, 1, threads, 1, 1, 0, stream, _Argument(argument), None)
+    arguments = (function, blocks, 1, 1, threads, 1, 1, function.shared, stream, _Argument(argument), None)
     _call(device, "launching a kernel", _launcher(), *arguments)

@@ -1,10 +1,10 @@
 // The selective scan on NVIDIA GPUs: forward and backward, any scan order and strides.
 //
-// Compiled by cuda.py through NVRTC, one ENTRY at a time. A channel's states are spread over SPLIT lanes of STATES
-// each, so a warp walks WIDTH = 32 / SPLIT channels of one scan through time, TILE steps at once. Of a tile, a lane
-// loads, activates and stores only OWN = TILE / SPLIT steps of its channel; shared memory hands them to the lanes that
-// need them. Loads of the next tile are in flight while the present one is worked on. Long sequences are cut into
-// segments that run side by side: `reach` sums what each passes on, `carry` chains them, then all start right.
+// Compiled by cuda.py through NVRTC, behind intrinsics.cuh, one ENTRY at a time. A channel's states are spread over
+// SPLIT lanes of STATES each, so a warp walks WIDTH = 32 / SPLIT channels of one scan through time, TILE steps at once.
+// Of a tile, a lane loads, activates and stores only OWN = TILE / SPLIT steps of its channel; shared memory hands them
+// to the lanes that need them. Loads of the next tile are in flight while the present one is worked on. Long sequences are
+// cut into segments that run side by side: `reach` sums what each passes on, `carry` chains them, then all start right.
 //
 // Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); N, STATES,
 // SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes; KEEP_DECAY: the backward keeps a tile's decays
@@ -15,9 +15,6 @@
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
-#define INLINE __device__ __forceinline__
-
-typedef long long i64;
 
 constexpr int WARPS = THREADS / 32, WIDTH = 32 / SPLIT, CHANNELS = THREADS / SPLIT, PADDED = STATES * SPLIT;
 constexpr int OWN = TILE / SPLIT, PER_STATE = ROUND_UP(TILE * PADDED, THREADS);
@@ -57,50 +54,12 @@ template <int TYPE> INLINE unsigned load(const char *p) { return __ldg((const ty
 template <int TYPE> INLINE float decode(unsigned bits) {
     if (TYPE == 0) return __uint_as_float(bits);
     if (TYPE == 1) return __uint_as_float(bits << 16);
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((unsigned short)bits));
-    return f;
+    return half_to_float((unsigned short)bits);
 }
 
 template <int TYPE> INLINE typename Element<TYPE>::bits encode(float f) {
     if (TYPE == 0) return __float_as_uint(f);
-    unsigned short bits;
-    if (TYPE == 2) {
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-        return bits;
-    }
-#if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-    return bits;
-#else
-    const unsigned u = __float_as_uint(f);
-    return f != f ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
-#endif
-}
-
-// A pointer kept whole: the compiler would rather add its parts again at every access
-template <class P> INLINE P *whole(P *p) {
-    asm("" : "+l"(p));
-    return p;
-}
-
-// row * bytes in one instruction, also where the compiler has widened bytes before a loop
-INLINE i64 offset(int row, int bytes) {
-    i64 product;
-    asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(row), "r"(bytes));
-    return product;
-}
-
-INLINE float exp2_fast(float v) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-
-INLINE float reciprocal_fast(float v) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
+    return TYPE == 1 ? float_to_bfloat16(f) : float_to_half(f);
 }
 
 // 2^v on the FMA pipe, relative error 1e-7: v = whole + part, |part| <= 1/2, and 2^whole added to the exponent
@@ -338,15 +297,6 @@ template <int HALF> INLINE void sum_parts(float *v, const Place &at) {
     }
 }
 
-// c += a b of one warp's matrices, 16 x 8 and 8 x 8, their elements cut to 10 bits of mantissa
-INLINE void product(float *c, const float *a, float b0, float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-}
-
 // dB and dC of GROUP steps, summed over the channels of four neighbouring lanes by tensor cores: a product with a matrix
 // of ones and zeros that gives lane q = lane % 4 the totals of step q / PARTS of the group and of part q % PARTS of the
 // quad. A product takes four values a lane: dB and dC of two states (or, with one state a lane, of two steps).
@@ -387,9 +337,9 @@ struct Totals {
                     const float high = __uint_as_float(__float_as_uint(a[m][i]) & 0xffffe000);
                     rest[i] = a[m][i] - high, a[m][i] = high;
                 }
-                product(c[m], rest, b0, b1);
+                mma_16x8x8(c[m], rest, b0, b1);
             }
-            product(c[m], a[m], b0, b1);
+            mma_16x8x8(c[m], a[m], b0, b1);
 #else
 #pragma unroll
             for (int from = 0; from < 4; from++) {

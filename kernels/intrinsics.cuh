@@ -1,0 +1,154 @@
+// What the kernels need of the instruction set beyond CUDA C++: all inline assembly of the project.
+//
+// The first source of every kernel (cuda.py, nvrtc.py). tests/kernels/emulator has its own version of each function for
+// a CPU, so a kernel that keeps to these and to CUDA's built-ins runs there too. TYPE: 1 bfloat16, 2 half. Fragments of
+// matrices are those of the PTX ISA; below, g = lane / 4 and q = lane % 4. Matrices and asynchronous copies need sm_80.
+
+#define INLINE __device__ __forceinline__
+
+typedef long long i64;
+
+// A pointer kept whole: the compiler would rather add its parts again at every access
+template <class Target> INLINE Target *whole(Target *p) {
+    asm("" : "+l"(p));
+    return p;
+}
+
+// row * bytes in one instruction, also where the compiler has widened bytes before a loop
+INLINE i64 offset(int row, int bytes) {
+    i64 product;
+    asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(row), "r"(bytes));
+    return product;
+}
+
+INLINE float exp2_fast(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+INLINE float reciprocal_fast(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+INLINE float half_to_float(unsigned short bits) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+    return f;
+}
+
+INLINE unsigned short float_to_half(float f) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+    return bits;
+}
+
+INLINE unsigned short float_to_bfloat16(float f) {
+#if __CUDA_ARCH__ >= 800
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+    return bits;
+#else
+    const unsigned u = __float_as_uint(f);
+    return f != f ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+#endif
+}
+
+// A block's dynamic shared memory, of as many bytes as nvrtc.kernel was asked for; aligned to 128
+INLINE char *dynamic_shared() {
+    extern __shared__ __align__(128) char dynamic[];
+    return dynamic;
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+
+// c += a b of one warp's matrices, 16 x 8 and 8 x 8, their elements cut to 10 bits of mantissa. a: (g, q), (g + 8, q),
+// (g, q + 4), (g + 8, q + 4); b: (q, g), (q + 4, g); c: as below
+INLINE void mma_16x8x8(float *c, const float *a, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// c += a b of one warp's matrices, 16 x 16 and 16 x 8. Pairs of elements a register, the lower index in the lower half;
+// a: (g, 2 q), (g + 8, 2 q), (g, 2 q + 8), (g + 8, 2 q + 8); b: (2 q, g), (2 q + 8, g); c: (g, 2 q), (g, 2 q + 1),
+// (g + 8, 2 q), (g + 8, 2 q + 1)
+template <int TYPE> INLINE void mma_16x8x16(float c[4], const unsigned a[4], const unsigned b[2]) {
+    if constexpr (TYPE == 1)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// An address in shared memory as instructions take it
+INLINE unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// Matrices of 8 x 8 elements of 16 bits from shared memory: lane i names the row i % 8 of matrix i / 8, 16 bytes at a
+// multiple of 16 (x2: lanes 0 to 15). r[m] gets (g, 2 q), (g, 2 q + 1) of matrix m; transposed (2 q, g), (2 q + 1, g)
+INLINE void ldmatrix_x4(unsigned r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
+}
+
+INLINE void ldmatrix_x4_trans(unsigned r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
+}
+
+INLINE void ldmatrix_x2(unsigned r[2], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(row)));
+}
+
+INLINE void ldmatrix_x2_trans(unsigned r[2], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(row)));
+}
+
+// 16 bytes from global to shared memory, both at multiples of 16, zeros if not `inside` (global is not read then, but
+// has to be an address); there once this thread has waited for its group
+INLINE void copy_async_16(void *shared, const void *global, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(inside ? 16 : 0)
+                 : "memory");
+}
+
+// Ends a group: the copies since the last one
+INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+
+// Until all groups but the so many youngest have arrived
+template <int YOUNGEST> INLINE void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(YOUNGEST) : "memory");
+}
+
+template <int TYPE> INLINE unsigned pack2(float low, float high) {
+    unsigned pair;
+    if constexpr (TYPE == 1)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// x: the lower half, y: the upper
+template <int TYPE> INLINE float2 unpack2(unsigned pair) {
+    if constexpr (TYPE == 1) return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+    return make_float2(half_to_float((unsigned short)pair), half_to_float((unsigned short)(pair >> 16)));
+}
+
+#endif

@@ -1,0 +1,29 @@
+"""A fixture that runs the kernels in CUDA C++ on CPU tensors."""
+
+import pytest
+
+from mambavision.kernels import nvrtc
+from mambavision.ops import dispatch
+from tests.kernels.emulated import Emulator, why_not
+
+
+@pytest.fixture
+def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    """Host code of the CUDA kernels takes CPU tensors, and ``backend="cuda"`` too, as on a GPU of one processor.
+
+    Compiled kernels are kept in pytest's cache folder.
+    """
+    if why_not():
+        pytest.skip(why_not())
+    emulator = Emulator(request.config.cache.mkdir("emulated"))
+    unavailable = dispatch.unavailable
+
+    def available(backend, device, *rest):
+        return None if (backend, device) == ("cuda", "cpu") else unavailable(backend, device, *rest)
+
+    monkeypatch.setattr(nvrtc, "kernel", lambda *args: emulator.kernel(*args))
+    monkeypatch.setattr(nvrtc, "launch", lambda *args: emulator.launch(*args))
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(nvrtc, "processors", lambda device: emulator.processors)
+    monkeypatch.setattr(dispatch, "unavailable", available)
+    return emulator
