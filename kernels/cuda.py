@@ -1,4 +1,4 @@
-"""The scan in CUDA C++ (scan.cu behind intrinsics.cuh), compiled at first use by NVRTC."""
+"""The scan in CUDA C++ (scan.cu and scan_merged.cu behind intrinsics.cuh, scan.cuh), compiled at first use by NVRTC."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambavision.kernels import nvrtc
 
-_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "scan.cu"))
+_HERE = pathlib.Path(__file__).parent
 _ENTRIES = {
     "scan_forward": "forward<false>",
     "scan_starts": "forward<true>",
@@ -21,6 +21,7 @@ _ENTRIES = {
     "scan_carry_back": "carry<true>",
     "scan_backward": "backward<>",
     "scan_sum": "sums",
+    "scan_merged": "merged",
 }
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VIEWED = ("x", "delta", "B", "C", "dy")
@@ -95,18 +96,54 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
     return Plan(states, split, tile, threads, segment, keep_decay=keep, resident=resident)
 
 
+class Merged(NamedTuple):
+    """How scan_merged.cu is laid over the GPU: blocks of 16 channels, lanes of ``steps`` steps."""
+
+    threads: int
+    steps: int
+    resident: int
+
+
+_GROUP = 16  # channels of a merging block
+
+
+@functools.lru_cache(4096)
+def merged_plan(batch: int, length: int, channels: int, processors: int, shared: int) -> Merged | None:
+    """How to sum the scans of one state a channel on chip, or None where that does not fit or leave the GPU idle.
+
+    ``shared``: bytes of shared memory a block may have.
+    """
+    blocks = batch * channels // _GROUP
+    if channels % _GROUP or length >= 2**24 or blocks < 7 / 8 * processors:
+        return None
+    steps = 8
+    spans = -(-length // (4 * steps))  # of a warp
+    most = 16 if length > 1600 else 8
+    warps = -(-spans // -(-spans // most))
+    if _merged_shared(length, warps, steps) > shared:
+        return None
+    return Merged(32 * warps, steps, 512 // (32 * warps))
+
+
+def _merged_shared(length: int, warps: int, steps: int) -> int:
+    """Bytes of shared memory of a merging block: sums, and a span's B, C, rows and totals."""
+    return -(-length // 2) * 2 * _GROUP * 4 + warps * (4 * steps * 16 + 256) + 128
+
+
 def unavailable() -> str | None:
     """Why CUDA kernels cannot be compiled here, or None if they can."""
     return nvrtc.unavailable()
 
 
 @functools.lru_cache(4096)
-def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int]) -> nvrtc.Kernel:
+def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], shared: int = 0) -> nvrtc.Kernel:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
     values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT"), 1) | {"TILE": 16, "THREADS": threads}
     values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
-    return nvrtc.kernel(_SOURCES, name, tuple(f"{n}={v}" for n, v in (values | dict(defines)).items()), device)
+    sources = ("intrinsics.cuh", "scan.cuh", "scan_merged.cu" if name == "scan_merged" else "scan.cu")
+    options = tuple(f"{n}={v}" for n, v in (values | dict(defines)).items())
+    return nvrtc.kernel(tuple(_HERE / source for source in sources), name, options, device, shared)
 
 
 class _View(NamedTuple):
@@ -201,6 +238,8 @@ _SUM_THREADS = 256
 
 @functools.lru_cache(4096)
 def _layout(call: _Signature) -> _Layout:
+    if isinstance(call.plan, Merged):
+        return _merged_layout(call)
     plan, backward, merge, device, shape, N, softplus, every, start_type, kept, views = call
     batch, length, K, channels = shape
     segments, blocks = -(-length // plan.segment), -(-channels // plan.channels)
@@ -247,6 +286,20 @@ def _layout(call: _Signature) -> _Layout:
     return _Layout(
         tuple(launches), _REST.pack(*values, *sizes), offsets[-1] // 4, tuple(offsets), _summing(device, jobs)
     )
+
+
+def _merged_layout(call: _Signature) -> _Layout:
+    plan, device, (batch, length, K, channels) = call.plan, call.device, call.shape
+    defines = {"N": 1, "STEPS": plan.steps, "RESIDENT": plan.resident, "SOFTPLUS": int(call.softplus)}
+    defines |= {"EVERY": call.every, "START_TYPE": _TYPES[call.start_type]}
+    values = []
+    for name, view in zip(_VIEWED, call.views, strict=True):
+        values += _View(*view).bytes() if view else (0,) * 4
+        defines |= _View(*view).defines(name) if view else {}
+    sums = -(-length // 2) * 2 * _GROUP * 4
+    kernel = _kernel("scan_merged", device, plan.threads, *defines.items(), shared=sums)
+    rest = _REST.pack(*values, batch, length, K, channels, 1, length, K * channels)
+    return _Layout(((kernel, batch * channels // _GROUP),), rest, 0, (0, 0, 0), None)
 
 
 def _summing(device: int, jobs: list[tuple]) -> tuple | None:
@@ -309,6 +362,21 @@ def kept_states(x: Tensor, delta: Tensor, A: Tensor) -> tuple[tuple[int, ...], t
     return (batch, K, -(-length // every), channels, N), dtype
 
 
+def _merged(x: Tensor, delta: Tensor, *rest: Tensor | int | None) -> Merged | None:
+    """The plan of scan_merged.cu where it can serve the call: channels side by side, at addresses that it can read."""
+    device = rest[-1]
+    batch, length, K, channels = delta.shape
+    if x.shape[2] != 1 or x.stride(3) != 1 or delta.stride(3) != 1 or K * length >= 2**31:
+        return None
+    for v, bytes_ in ((x, 16), (delta, 2 * delta.element_size())):
+        strides = (s * v.element_size() for s, n in zip(v.stride()[:3], v.shape[:3], strict=True) if n > 1)
+        if v.data_ptr() % bytes_ or any(s % bytes_ for s in strides):
+            return None
+    if any(v.stride(2) * v.element_size() >= 2**31 for v in (delta, rest[-3], rest[-2])):
+        return None
+    return merged_plan(batch, length, channels, nvrtc.processors(device), nvrtc.shared_memory(device))
+
+
 def scan(
     x: Tensor,
     delta: Tensor,
@@ -337,8 +405,10 @@ def scan(
     every, start_type = 0, torch.float32
     if starts is not None:
         every, start_type = _tile(N), starts.dtype
-    chosen = plan(batch, length, K, channels, N, nvrtc.processors(device), backward=False)
-    sums, views = merge and K > 1, (_signature(x), _signature(delta), _signature(B), _signature(C), None)
+    chosen = _merged(x, delta, A, D, bias, initial, B, C, device) if merge and N == 1 else None
+    chosen = chosen or plan(batch, length, K, channels, N, nvrtc.processors(device), backward=False)
+    sums = merge and K > 1 and not isinstance(chosen, Merged)
+    views = (_signature(x), _signature(delta), _signature(B), _signature(C), None)
     signature = _Signature(chosen, False, sums, device, shape, N, delta_softplus, every, start_type, False, views)
     layout = _layout(signature)
     y = x.new_empty((batch, length, channels) if merge else shape)

@@ -63,6 +63,12 @@ def processors(device: int) -> int:
 
 
 @functools.cache
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
 def _unknown(architecture: int) -> str | None:
     """Why this NVRTC cannot compile for an architecture, 90 for sm_90, or None if it can."""
     nvrtc, count = _nvrtc(), ctypes.c_int()

@@ -127,7 +127,7 @@ INLINE void merged(const Call &c) {
             raw_delta[j].fetch(next_delta + offset(rows[j], c.delta_view.token));
             raw_x[j].fetch(x + offset(rows[j], c.x_view.token));
             float2 dt = make_float2(v.x * LOG2E + bias.x, v.y * LOG2E + bias.y);  // delta log2(e)
-            if (SOFTPLUS) dt = make_float2(log2_1_exp2(dt.x), log2_1_exp2(dt.y));
+            if (SOFTPLUS) dt = make_float2(softplus2(dt.x), softplus2(dt.y));
             if (!SOFTPLUS && j >= left) dt = make_float2(0.f, 0.f);
             const float2 a = make_float2(exp2_fast(dt.x * A.x), exp2_fast(dt.y * A.y));
             h[j] = make_float2(w.x * B_t[j] * dt.x, w.y * B_t[j] * dt.y);
@@ -218,3 +218,5 @@ INLINE void merged(const Call &c) {
         *(Pack<X_TYPE, PIECE> *)(to + offset(t, channels * (int)sizeof(bits))) = pack;
     }
 }
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) KERNEL(const ARGUMENT argument) { ENTRY(argument); }

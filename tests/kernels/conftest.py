@@ -25,5 +25,6 @@ def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nvrtc, "launch", lambda *args: emulator.launch(*args))
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
     monkeypatch.setattr(nvrtc, "processors", lambda device: emulator.processors)
+    monkeypatch.setattr(nvrtc, "shared_memory", lambda device: emulator.shared)
     monkeypatch.setattr(dispatch, "unavailable", available)
     return emulator
