@@ -41,11 +41,12 @@ class Plan(NamedTuple):
     polynomial: int = 0
     keep_decay: bool = False
     resident: int = 1
+    scans: int = 1
 
     @property
     def channels(self) -> int:
         """Channels of a block."""
-        return self.threads // self.split
+        return self.threads // (self.split * self.scans)
 
 
 def _power_of_two(n: int) -> int:
@@ -138,7 +139,7 @@ def unavailable() -> str | None:
 @functools.lru_cache(4096)
 def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], shared: int = 0) -> nvrtc.Kernel:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
-    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT"), 1) | {"TILE": 16, "THREADS": threads}
+    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS"), 1) | {"TILE": 16, "THREADS": threads}
     values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
     sources = ("intrinsics.cuh", "scan.cuh", "scan_merged.cu" if name == "scan_merged" else "scan.cu")
@@ -264,7 +265,10 @@ def _layout(call: _Signature) -> _Layout:
             continue
         # what a kernel does not look at shall not compile it again
         keeps = {} if chains or "reach" in name else {"EVERY": every, "START_TYPE": _TYPES[start_type]}
-        launches.append((_kernel(name, device, plan.threads, *(defines | keeps).items()), whole))
+        shared = 0
+        if plan.scans > 1:
+            keeps["SCANS"], whole, shared = K, blocks * batch, K * length * plan.channels * 4
+        launches.append((_kernel(name, device, plan.threads, *(defines | keeps).items(), shared=shared), whole))
     sizes = (batch, length, K, channels, segments, plan.segment, K * channels)
 
     states, tokens, f32 = batch * K * channels, batch * length * K, torch.float32
@@ -407,7 +411,7 @@ def scan(
         every, start_type = _tile(N), starts.dtype
     chosen = _merged(x, delta, A, D, bias, initial, B, C, device) if merge and N == 1 else None
     chosen = chosen or plan(batch, length, K, channels, N, nvrtc.processors(device), backward=False)
-    sums = merge and K > 1 and not isinstance(chosen, Merged)
+    sums = merge and K > 1 and not isinstance(chosen, Merged) and chosen.scans == 1
     views = (_signature(x), _signature(delta), _signature(B), _signature(C), None)
     signature = _Signature(chosen, False, sums, device, shape, N, delta_softplus, every, start_type, False, views)
     layout = _layout(signature)

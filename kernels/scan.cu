@@ -7,23 +7,26 @@
 // cut into segments that run side by side: `reach` sums what each passes on, `carry` chains them, then all start right. Macros:
 // scan.cuh.
 
-constexpr int WIDTH = 32 / SPLIT, CHANNELS = THREADS / SPLIT, PADDED = STATES * SPLIT;
-constexpr int OWN = TILE / SPLIT, PER_STATE = ROUND_UP(TILE * PADDED, THREADS);
+constexpr int TEAM = THREADS / SCANS, WIDTH = 32 / SPLIT, CHANNELS = TEAM / SPLIT, PADDED = STATES * SPLIT;
+constexpr int OWN = TILE / SPLIT, PER_STATE = ROUND_UP(TILE * PADDED, TEAM);
 constexpr int PITCH = WIDTH + 1;  // of a warp's tile in shared memory: both ways of filling it miss bank conflicts
 
 // What a block and a lane work on: a channel of one scan in one segment of time, walked forwards or backwards.
 struct Place {
-    i64 b, k, s, d0, begin, end;                // d0: the warp's first channel
+    i64 b, k, s, d0, begin, end;  // d0: the warp's first channel
+    int thread, team;             // within its team; SCANS teams a block, one for each scan, or one team
     int warp, lane, c, part, channels, tiles;  // c: channel within the warp, which has so many
     bool backwards, alive;
     const int *order;
 
     INLINE Place(const Call &call, bool backwards) : backwards(backwards) {
         const i64 blocks = ROUND_UP(call.channels, CHANNELS);
+        thread = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
         warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % WIDTH, part = lane / WIDTH;
         i64 i = blockIdx.x;
-        d0 = i % blocks * CHANNELS + warp * WIDTH, i /= blocks;
-        k = i % call.scans, i /= call.scans;
+        d0 = i % blocks * CHANNELS + thread / 32 * WIDTH, i /= blocks;
+        if (SCANS == 1) k = i % call.scans, i /= call.scans;
+        else k = team;
         s = i % call.segments, b = i / call.segments;
         begin = s * call.segment, end = min(begin + call.segment, call.length), tiles = ROUND_UP(end - begin, TILE);
         channels = (int)min(max(call.channels - d0, 0LL), (i64)WIDTH), alive = c < channels;
@@ -32,9 +35,9 @@ struct Place {
     INLINE i64 d() const { return d0 + c; }
     INLINE i64 t0(int i) const { return begin + (i64)(backwards ? tiles - 1 - i : i) * TILE; }
     INLINE int steps(int i) const { return (int)min(end - t0(i), (i64)TILE); }  // of the i-th tile
-    // token visited at step threadIdx.x of the i-th tile, for the threads that stage the rows of tiles
+    // token visited at step `thread` of the i-th tile, for the threads that stage the rows of tiles
     INLINE int row(const Call &call, int i) const {
-        const i64 t = min(max(t0(i) + threadIdx.x, 0LL), call.length - 1);
+        const i64 t = min(max(t0(i) + thread, 0LL), call.length - 1);
         return order ? order[t] : (int)t;
     }
     INLINE i64 channel(const Call &call) const { return k * call.channels + min(d(), call.channels - 1); }
@@ -100,29 +103,29 @@ template <class STEP> INLINE void blank_outside(STEP *tile, const Place &at, int
         if (t >= steps || !at.alive) tile[t * PITCH + at.c] = STEP();
 }
 
-// A tile of B or C, shared by the block
+// A tile of B or C, shared by the team
 template <int TYPE, bool BY_TOKEN> struct States {
     const char *from;
-    int token, inner;
+    int token, inner, thread;
     unsigned raw[PER_STATE];
 
     INLINE States(const Place &at, const char *data, const View &a)
-        : from(whole(data + at.b * a.batch + at.k * a.scan)), token(a.token), inner(a.inner) {}
+        : from(whole(data + at.b * a.batch + at.k * a.scan)), token(a.token), inner(a.inner), thread(at.thread) {}
     INLINE int t(int i) const { return BY_TOKEN ? i % TILE : i / PADDED; }
     INLINE int n(int i) const { return BY_TOKEN ? i / TILE : i % PADDED; }
     INLINE void fetch(const int *rows) {
 #pragma unroll
         for (int j = 0; j < PER_STATE; j++) {
-            int i = threadIdx.x + j * THREADS;
-            if (TILE * PADDED % THREADS) i = min(i, TILE * PADDED - 1);
+            int i = thread + j * TEAM;
+            if (TILE * PADDED % TEAM) i = min(i, TILE * PADDED - 1);
             raw[j] = load<TYPE>(from + offset(rows[t(i)], token) + offset(min(n(i), N - 1), inner));
         }
     }
     INLINE void publish(float *tile) const {
 #pragma unroll
         for (int j = 0; j < PER_STATE; j++) {
-            const int i = threadIdx.x + j * THREADS;
-            if (TILE * PADDED % THREADS == 0 || i < TILE * PADDED)
+            const int i = thread + j * TEAM;
+            if (TILE * PADDED % TEAM == 0 || i < TILE * PADDED)
                 tile[t(i) * PADDED + n(i)] = n(i) < N ? decode<TYPE>(raw[j]) : 0.f;
         }
     }
@@ -292,17 +295,22 @@ struct alignas(8) ForwardStep {
     float dt, x;
 };
 
-// One barrier a tile: what is shared by the block has a second buffer, rows are staged two tiles ahead in a ring of 4
+// One barrier a tile: what is shared by the team has a second buffer, rows are staged two tiles ahead in a ring of 4.
+// With a team for each scan their outputs meet in dynamic shared memory, (SCANS, length, CHANNELS).
 template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
-    __shared__ int rows[4][TILE];
+    __shared__ int shared_rows[SCANS][4][TILE];
     __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
-    __shared__ __align__(16) float shared_B[2][TILE * PADDED], shared_C[2][TILE * PADDED];
+    __shared__ __align__(16) float shared_B[SCANS][2][TILE * PADDED];
+    __shared__ __align__(16) float shared_C[SCANS][2][TILE * PADDED];
     const Place at(c, false);
+    int(*rows)[TILE] = shared_rows[at.team];
     Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x, c.x_view);
     Delta delta(c, at);
     States<B_TYPE, B_BY_TOKEN> B(at, c.B, c.B_view);
     States<C_TYPE, C_BY_TOKEN> C(at, c.C, c.C_view);
     const Output<X_TYPE> out(c, at, c.y);
+    float *all_parts = (float *)dynamic_shared(), *parts = all_parts + at.team * (int)c.length * CHANNELS;
+    parts += at.thread / 32 * WIDTH + at.c;
     ForwardStep *tile = steps[at.warp];
     float A[STATES], h[STATES] = {};
     load_decays(A, c, at);
@@ -317,22 +325,22 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
         if (!ONLY_STARTS) C.fetch(from);
     };
     int ahead = 0;
-    if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
+    if (at.thread < TILE) rows[0][at.thread] = at.row(c, 0), ahead = at.row(c, 1);
     __syncthreads();
     fetch(rows[0]);
     for (int i = 0; i < at.tiles; i++) {
         const int count = at.steps(i), *here = rows[i % 4];
-        const float *B_t = shared_B[i % 2] + at.part * STATES, *C_t = shared_C[i % 2] + at.part * STATES;
+        const float *B_t = shared_B[at.team][i % 2] + at.part * STATES, *C_t = shared_C[at.team][i % 2] + at.part * STATES;
         __syncwarp();
         delta.publish(tile);
         x.publish(tile, &ForwardStep::x);
         blank_outside(tile, at, count);
-        B.publish(shared_B[i % 2]);
-        if (!ONLY_STARTS) C.publish(shared_C[i % 2]);
-        if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
+        B.publish(shared_B[at.team][i % 2]);
+        if (!ONLY_STARTS) C.publish(shared_C[at.team][i % 2]);
+        if (at.thread < TILE) rows[(i + 1) % 4][at.thread] = ahead;
         __syncthreads();
         fetch(rows[(i + 1) % 4]);
-        if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
+        if (at.thread < TILE) ahead = at.row(c, i + 2);
         const i64 t0 = at.t0(i);
         float y[SPLIT];
 #pragma unroll
@@ -351,11 +359,29 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
             if (!ONLY_STARTS && t % SPLIT == SPLIT - 1) {
                 const int own = t - (SPLIT - 1) + at.part;
                 sum_parts<SPLIT / 2>(y, at);
-                if (at.alive && own < count) out.store(here[own], y[0] + skip * tile[own * PITCH + at.c].x);
+                const float v = y[0] + skip * tile[own * PITCH + at.c].x;
+                if (at.alive && own < count) {
+                    if (SCANS == 1) out.store(here[own], v);
+                    else parts[here[own] * CHANNELS] = v;
+                }
             }
         }
     }
     if (!ONLY_STARTS && at.s == c.segments - 1) store_states(h, c.last, at.in_scan(c), at.part, at.alive);
+    if constexpr (SCANS > 1 && !ONLY_STARTS) {
+        __syncthreads();
+        const int count = (int)c.length * CHANNELS;
+        const i64 d0 = blockIdx.x % ROUND_UP(c.channels, CHANNELS) * CHANNELS;
+        for (int i = threadIdx.x; i < count; i += THREADS) {
+            float sum = 0.f;
+#pragma unroll
+            for (int k = 0; k < SCANS; k++) sum += all_parts[k * count + i];
+            const i64 d = d0 + i % CHANNELS;
+            typedef typename Element<X_TYPE>::bits bits;
+            if (d < c.channels)
+                ((bits *)c.y)[(at.b * c.length + i / CHANNELS) * c.channels + d] = encode<X_TYPE>(sum);
+        }
+    }
 }
 
 // What a segment alone passes on to the next: its last state from a zero start, sum_t exp(A sum_{i>t} dt_i) dt_t x_t

@@ -1,7 +1,7 @@
 // What the scan's kernels share: their argument, types of elements, exponentials. Behind intrinsics.cuh.
 //
-// Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); N, STATES,
-// SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes; KEEP_DECAY: the backward keeps a tile's decays
+// Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); SCANS
+// of a block; N, STATES, SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes; KEEP_DECAY: the backward keeps a tile's decays
 // rather than compute them twice; SOFTPLUS; X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE (0 float, 1 bfloat16, 2 half);
 // X_BY_TOKEN and so on: that tensor's tokens, not its channels or states, are neighbours in memory; EVERY: steps from one
 // kept state to the next, 0 if none are kept, START_TYPE: their type; and for `sum` VECTOR.
