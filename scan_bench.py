@@ -7,7 +7,7 @@ from mambavision.ops import order_table
 SHAPES = {  # B D K grid N
     "VMamba-T": (64, 192, 4, (56, 56), 1), "stage2": (64, 384, 4, (28, 28), 1), "stage3": (64, 768, 4, (14, 14), 1),
     "stage4": (64, 1536, 4, (7, 7), 1),
-    "P2": (16, 128, 4, (160, 160), 16), "P3": (16, 256, 4, (80, 80), 16), "P5": (1, 512, 4, (20, 20), 16),
+    "P2": (16, 128, 4, (160, 160), 16), "P3": (16, 256, 4, (80, 80), 16), "P5": (1, 512, 4, (20, 20), 16), "P5x16": (16, 512, 4, (20, 20), 16),
     "DiM256": (64, 2304, 1, (16, 16), 16), "DiM1024": (8, 2304, 1, (64, 64), 16),
     "Serpent": (1, 96, 4, (512, 512), 16), "next": (1, 192, 4, (256, 256), 16),
 }
@@ -37,6 +37,8 @@ def merged_plan(*a):
     m = getattr(tl, "merged", 0)
     return orig_merged(*a) if m == 0 else m
 cuda.plan, cuda.merged_plan = plan, merged_plan
+layout_cached = cuda._layout
+cuda._layout = cuda._layout.__wrapped__
 M, P = cuda.Merged, cuda.Plan
 def err(a, b):
     a, b = a.double(), b.double()

@@ -15,8 +15,10 @@ V = {
  "P2": [P_(8,2,128,25600,2), P_(8,2,64,25600,2), P_(8,2,32,25600,2),P_(8,2,64,25600,1), P_(4,4,128,25600,1), P_(4,4,64,25600,1), P_(8,2,64,25600,4), P_(16,1,64,25600,4), P_(16,1,128,25600,4)],
  "P3": [P_(8,2,128,6400), P_(8,2,64,6400), P_(8,2,32,6400), P_(16,1,64,6400), P_(16,1,128,6400,2), P_(16,1,64,6400,2), P_(4,4,128,6400)],
 }
+V["P5"] = [None, P_(1,16,256,400,scans=4,res=2), P_(1,16,128,400,scans=4,res=4), P_(2,8,128,400,scans=4,res=4), P_(2,8,256,400,scans=4,res=2), P_(4,4,128,400,scans=4,res=4), P_(1,16,512,400,scans=4,res=1)]
+V["P5x16"] = [None, P_(2,8,128,400,scans=4,res=4), P_(4,4,128,400,scans=4,res=4), P_(4,4,256,400,scans=4,res=2), P_(8,2,128,400,scans=4,res=4), P_(16,1,128,400,scans=4,tile=16,res=4)]
 def one(inp, v, starts=None):
-    tl.plan, tl.merged = (v, None) if isinstance(v, P) else (None, v)
+    tl.plan, tl.merged = (v, None) if isinstance(v, P) else (None, v or None)
     return cuda.scan(*inp, True, True, starts=starts)
 # compile all in parallel with tiny batches
 def warm(job):
@@ -27,6 +29,7 @@ def warm(job):
     except Exception as e: p("compile", name, v, repr(e)[:200])
 t0 = time.time()
 small = {n: make(n) for n in ("VMamba-T", "stage2", "stage3", "stage4")}
+for n in ("P5", "P5x16"): small[n] = make(n)
 for n in ("DiM1024", "DiM256", "P2", "P3"):
     s = SHAPES[n]; SHAPES[n] = (1, *s[1:]); small[n] = make(n); SHAPES[n] = s
 with ThreadPoolExecutor(16) as ex: list(ex.map(warm, [(n, v) for n, vs in V.items() for v in vs]))
@@ -53,7 +56,21 @@ for n in ("DiM1024", "DiM256", "P3", "P2"):
             y, last = one(inp, v); base = y if base is None else base
             p(n, tuple(v), f"{times(lambda: one(inp, v)):.3f}", f"err {err(y[:1], base[:1]):.1e}")
     except Exception: traceback.print_exc()
+def graphed(f):
+    f(); g = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(g): f()
+    return times(g.replay, 40)
+for n in ("P5", "P5x16"):
+    try:
+        inp = make(n); base = None
+        for v in V[n]:
+            y, last = one(inp, v); base = y if base is None else base
+            y2, _ = one(inp, v)
+            p(n, v and tuple(v), f"graph {graphed(lambda: one(inp, v))*1e3:.1f} us", f"err {err(y, base):.1e}", torch.equal(y, y2))
+    except Exception: traceback.print_exc()
 tl.__dict__.clear(); base = y = last = None
+cuda._layout = layout_cached
+cuda._layout.cache_clear()
 # host path of P5
 try:
     inp = make("P5"); f = lambda: cuda.scan(*inp, True, True)
@@ -62,7 +79,8 @@ try:
     t0 = time.perf_counter(); [f() for _ in range(500)]; h = (time.perf_counter() - t0) / 500; torch.cuda.synchronize(); tot = (time.perf_counter() - t0) / 500
     g = torch.cuda.CUDAGraph()
     with torch.cuda.graph(g): f()
-    gr = times(g.replay, 50)
+    gr = times(g.replay, 50); f2 = lambda: cuda.scan(*inp, True, True, want_state=False)
+    f2(); torch.cuda.synchronize(); t0 = time.perf_counter(); [f2() for _ in range(500)]; p("host without state", (time.perf_counter() - t0) / 500e-6); torch.cuda.synchronize()
     p(f"P5 events {ev*1e3:.1f} us, host {h*1e6:.1f}, loop {tot*1e6:.1f}, graph {gr*1e3:.1f}")
     x = inp[0]
     t0 = time.perf_counter(); [x.new_empty((1,400,512)) for _ in range(2000)]; p(f"new_empty {(time.perf_counter()-t0)/2e-3:.2f} us")

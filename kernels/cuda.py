@@ -139,7 +139,8 @@ def unavailable() -> str | None:
 @functools.lru_cache(4096)
 def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], shared: int = 0) -> nvrtc.Kernel:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
-    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS"), 1) | {"TILE": 16, "THREADS": threads}
+    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS"), 1)
+    values |= {"TILE": 16, "THREADS": threads}
     values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
     sources = ("intrinsics.cuh", "scan.cuh", "scan_merged.cu" if name == "scan_merged" else "scan.cu")
@@ -169,24 +170,37 @@ class _View(NamedTuple):
         return [(f"{name.upper()}_TYPE", _TYPES[self.dtype]), (f"{name.upper()}_BY_TOKEN", int(by_token))]
 
 
-class _Signature(NamedTuple):
-    """What a call's layout depends on: shape of delta, and of each of _VIEWED shape, strides and dtype.
+class _Call(NamedTuple):
+    """What a call's layout depends on: ``views`` holds shape, strides and dtype of each of _VIEWED.
 
-    ``merge``: y or dx is summed over the scans; ``every``: steps from a kept state to the next, 0 for none, and
-    ``start_type`` their type; ``kept``: the backward has them.
+    ``merge``: y or dx is one sum over the scans; ``start_type``: of kept states, None without; ``aligned``: the
+    addresses of x and delta suit a merging kernel.
     """
 
-    plan: Plan
+    device: int
     backward: bool
     merge: bool
-    device: int
-    shape: tuple[int, ...]
     N: int
     softplus: bool
-    every: int
-    start_type: torch.dtype
-    kept: bool
+    start_type: torch.dtype | None
+    aligned: bool
     views: tuple[tuple | None, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """batch, length, scans, channels."""
+        return self.views[1][0]
+
+    def bytes(self) -> list[int]:
+        """Strides of all views."""
+        return [n for view in self.views for n in (_View(*view).bytes() if view else (0,) * 4)]
+
+    def defines(self) -> dict[str, int]:
+        """What all its kernels look at."""
+        views = ((name, view) for name, view in zip(_VIEWED, self.views, strict=True) if view)
+        return {"N": self.N, "SOFTPLUS": int(self.softplus)} | dict(
+            define for name, view in views for define in _View(*view).defines(name)
+        )
 
 
 class _Addresses(NamedTuple):
@@ -223,33 +237,38 @@ _POINTERS = struct.Struct(f"{len(_Addresses._fields)}P")
 class _Layout(NamedTuple):
     """All of a call but its addresses.
 
-    Kernels and their blocks; the end of their argument; the floats of a scratch buffer and the byte where each of its
-    parts begins; the sums that follow: kernel, blocks, the end of each job.
+    Kernels with their blocks and threads; the end of their argument; the floats of a scratch buffer and the byte where
+    each of its parts begins; the sums that follow: kernel, blocks, the end of each job. ``merges``: the last of the
+    sums, and of the scratch buffer's parts, are the scans' outputs.
     """
 
-    launches: tuple[tuple[nvrtc.Kernel, int], ...]
+    launches: tuple[tuple[nvrtc.Kernel, int, int], ...]
     rest: bytes
-    scratch: int
-    offsets: tuple[int, ...]
-    sums: tuple[nvrtc.Kernel, int, tuple[tuple[int, ...], ...]] | None
+    scratch: int = 0
+    offsets: tuple[int, ...] = (0, 0, 0)
+    sums: tuple[nvrtc.Kernel, int, tuple[tuple[int, ...], ...]] | None = None
+    merges: bool = False
 
 
 _SUM_THREADS = 256
 
 
 @functools.lru_cache(4096)
-def _layout(call: _Signature) -> _Layout:
-    if isinstance(call.plan, Merged):
-        return _merged_layout(call)
-    plan, backward, merge, device, shape, N, softplus, every, start_type, kept, views = call
-    batch, length, K, channels = shape
-    segments, blocks = -(-length // plan.segment), -(-channels // plan.channels)
-    defines = {"N": N, "STATES": plan.states, "SPLIT": plan.split, "TILE": plan.tile, "RESIDENT": plan.resident}
-    defines |= {"POLYNOMIAL": plan.polynomial, "KEEP_DECAY": int(plan.keep_decay), "SOFTPLUS": int(softplus)}
-    values = []
-    for name, view in zip(_VIEWED, views, strict=True):
-        values += _View(*view).bytes() if view else (0,) * 4
-        defines |= _View(*view).defines(name) if view else {}
+def _layout(*fields) -> _Layout:
+    call = _Call(*fields)
+    merged = _merged(call)
+    return _merged_layout(call, merged) if merged else _scan_layout(call)
+
+
+def _scan_layout(call: _Call) -> _Layout:
+    device, backward, merge, N, _, start_type, _, views = call
+    batch, length, K, channels = call.shape
+    chosen = plan(batch, length, K, channels, N, nvrtc.processors(device), backward=backward)
+    segments, blocks = -(-length // chosen.segment), -(-channels // chosen.channels)
+    kept = start_type is not None
+    every = _tile(N) if kept or backward else 0
+    defines = call.defines() | {"STATES": chosen.states, "SPLIT": chosen.split, "TILE": chosen.tile}
+    defines |= {"RESIDENT": chosen.resident, "POLYNOMIAL": chosen.polynomial, "KEEP_DECAY": int(chosen.keep_decay)}
     if backward:
         names = ("scan_reach_back", "scan_carry_back", "scan_backward")
         names = names if kept else ("scan_reach", "scan_carry", "scan_starts", *names)
@@ -257,19 +276,18 @@ def _layout(call: _Signature) -> _Layout:
         names = ("scan_reach", "scan_carry", "scan_forward")
     launches = []
     for name in names:
-        whole = blocks * K * segments * batch
+        whole, shared, keeps = blocks * K * segments * batch, 0, {}
         chains = name in ("scan_carry", "scan_carry_back")
         if chains:
-            whole = -(-batch * K * channels * N // plan.threads)
+            whole = -(-batch * K * channels * N // chosen.threads)
         if segments == 1 and (chains or "reach" in name):
             continue
-        # what a kernel does not look at shall not compile it again
-        keeps = {} if chains or "reach" in name else {"EVERY": every, "START_TYPE": _TYPES[start_type]}
-        shared = 0
-        if plan.scans > 1:
-            keeps["SCANS"], whole, shared = K, blocks * batch, K * length * plan.channels * 4
-        launches.append((_kernel(name, device, plan.threads, *(defines | keeps).items(), shared=shared), whole))
-    sizes = (batch, length, K, channels, segments, plan.segment, K * channels)
+        if not (chains or "reach" in name):  # what a kernel does not look at shall not compile it again
+            keeps = {"EVERY": every, "START_TYPE": _TYPES[start_type or torch.float32]}
+        if chosen.scans > 1:
+            keeps["SCANS"], whole, shared = K, blocks * batch, K * length * chosen.channels * 4
+        kernel = _kernel(name, device, chosen.threads, *(defines | keeps).items(), shared=shared)
+        launches.append((kernel, whole, chosen.threads))
 
     states, tokens, f32 = batch * K * channels, batch * length * K, torch.float32
     x, _, B, C, _ = (torch.float32 if view is None else view[2] for view in views)
@@ -281,29 +299,41 @@ def _layout(call: _Signature) -> _Layout:
         floats += [pieces * row * N, pieces * row, pieces * row]  # dA, dD, dbias
         jobs = [(1, blocks, tokens * N, f32, B), (1, blocks, tokens * N, f32, C)]
         jobs += [(1, pieces, row * N, f32, f32), (1, pieces, row, f32, f32), (1, pieces, row, f32, f32)]
-    if merge:
+    merges = merge and K > 1 and chosen.scans == 1
+    if merges:
         floats.append(-(-tokens * channels * x.itemsize // 4))  # y or dx
         jobs.append((batch * length, K, channels, x, x))
     offsets = [0]
     for count in floats:
         offsets.append(offsets[-1] + -(-count // 64) * 256)
-    return _Layout(
-        tuple(launches), _REST.pack(*values, *sizes), offsets[-1] // 4, tuple(offsets), _summing(device, jobs)
-    )
+    rest = _REST.pack(*call.bytes(), batch, length, K, channels, segments, chosen.segment, K * channels)
+    return _Layout(tuple(launches), rest, offsets[-1] // 4, tuple(offsets), _summing(device, jobs), merges)
 
 
-def _merged_layout(call: _Signature) -> _Layout:
-    plan, device, (batch, length, K, channels) = call.plan, call.device, call.shape
-    defines = {"N": 1, "STEPS": plan.steps, "RESIDENT": plan.resident, "SOFTPLUS": int(call.softplus)}
-    defines |= {"EVERY": call.every, "START_TYPE": _TYPES[call.start_type]}
-    values = []
-    for name, view in zip(_VIEWED, call.views, strict=True):
-        values += _View(*view).bytes() if view else (0,) * 4
-        defines |= _View(*view).defines(name) if view else {}
+def _merged(call: _Call) -> Merged | None:
+    """The plan of scan_merged.cu where it can serve: merged, one state, channels side by side at addresses it reads."""
+    x, delta, B, C, _ = call.views
+    batch, length, K, channels = call.shape
+    if call.backward or not call.merge or not call.aligned or call.N > 1 or x[0][2] > 1 or K * length >= 2**31:
+        return None
+    for view, unit in ((x, 16), (delta, 2 * delta[2].itemsize)):
+        *strides, inner = _View(*view).bytes()
+        if inner != view[2].itemsize or any(s % unit for s in strides):
+            return None
+    if max(_View(*view).bytes()[1] for view in (delta, B, C)) >= 2**31:
+        return None
+    return merged_plan(batch, length, channels, nvrtc.processors(call.device), nvrtc.shared_memory(call.device))
+
+
+def _merged_layout(call: _Call, chosen: Merged) -> _Layout:
+    batch, length, K, channels = call.shape
+    defines = call.defines() | {"STEPS": chosen.steps, "RESIDENT": chosen.resident}
+    if call.start_type:
+        defines |= {"EVERY": _tile(1), "START_TYPE": _TYPES[call.start_type]}
     sums = -(-length // 2) * 2 * _GROUP * 4
-    kernel = _kernel("scan_merged", device, plan.threads, *defines.items(), shared=sums)
-    rest = _REST.pack(*values, batch, length, K, channels, 1, length, K * channels)
-    return _Layout(((kernel, batch * channels // _GROUP),), rest, 0, (0, 0, 0), None)
+    kernel = _kernel("scan_merged", call.device, chosen.threads, *defines.items(), shared=sums)
+    rest = _REST.pack(*call.bytes(), batch, length, K, channels, 1, length, K * channels)
+    return _Layout(((kernel, batch * channels // _GROUP, chosen.threads),), rest)
 
 
 def _summing(device: int, jobs: list[tuple]) -> tuple | None:
@@ -366,21 +396,6 @@ def kept_states(x: Tensor, delta: Tensor, A: Tensor) -> tuple[tuple[int, ...], t
     return (batch, K, -(-length // every), channels, N), dtype
 
 
-def _merged(x: Tensor, delta: Tensor, *rest: Tensor | int | None) -> Merged | None:
-    """The plan of scan_merged.cu where it can serve the call: channels side by side, at addresses that it can read."""
-    device = rest[-1]
-    batch, length, K, channels = delta.shape
-    if x.shape[2] != 1 or x.stride(3) != 1 or delta.stride(3) != 1 or K * length >= 2**31:
-        return None
-    for v, bytes_ in ((x, 16), (delta, 2 * delta.element_size())):
-        strides = (s * v.element_size() for s, n in zip(v.stride()[:3], v.shape[:3], strict=True) if n > 1)
-        if v.data_ptr() % bytes_ or any(s % bytes_ for s in strides):
-            return None
-    if any(v.stride(2) * v.element_size() >= 2**31 for v in (delta, rest[-3], rest[-2])):
-        return None
-    return merged_plan(batch, length, channels, nvrtc.processors(device), nvrtc.shared_memory(device))
-
-
 def scan(
     x: Tensor,
     delta: Tensor,
@@ -395,34 +410,29 @@ def scan(
     merge: bool,
     *,
     starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    want_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Same contract as :func:`reference.scan`, for float32, bfloat16 and float16 on an NVIDIA GPU, N up to 128.
 
-    ``starts``: an empty tensor of :func:`kept_states`, filled for :func:`scan_backward`.
+    ``starts``: an empty tensor of :func:`kept_states`, filled for :func:`scan_backward`. Without ``want_state`` the
+    last state is None.
     """
-    device, shape, N = x.get_device(), delta.shape, A.shape[-1]
-    batch, length, K, channels = shape
+    shape = batch, length, K, channels = delta.shape
     A, D, bias, initial = _parameter(A), _parameter(D), _parameter(delta_bias), _parameter(initial_state)
-    if batch == 0:
-        return x.new_empty((0, length, channels) if merge else shape), A.new_empty((0, K, channels, N))
-    order = _order(order)
-    every, start_type = 0, torch.float32
-    if starts is not None:
-        every, start_type = _tile(N), starts.dtype
-    chosen = _merged(x, delta, A, D, bias, initial, B, C, device) if merge and N == 1 else None
-    chosen = chosen or plan(batch, length, K, channels, N, nvrtc.processors(device), backward=False)
-    sums = merge and K > 1 and not isinstance(chosen, Merged) and chosen.scans == 1
-    views = (_signature(x), _signature(delta), _signature(B), _signature(C), None)
-    signature = _Signature(chosen, False, sums, device, shape, N, delta_softplus, every, start_type, False, views)
-    layout = _layout(signature)
+    order, device, N = _order(order), x.get_device(), A.shape[-1]
     y = x.new_empty((batch, length, channels) if merge else shape)
-    last = A.new_empty((batch, K, channels, N))
+    last = A.new_empty((batch, K, channels, N)) if want_state else None
+    if batch == 0:
+        return y, last
+    to_x, to_delta, to_y = x.data_ptr(), delta.data_ptr(), y.data_ptr()
+    views = (_signature(x), _signature(delta), _signature(B), _signature(C), None)
+    aligned, start_type = not (to_x % 16 or to_delta % 8), None if starts is None else starts.dtype
+    layout = _layout(device, False, merge, N, delta_softplus, start_type, aligned, views)
     scratch = A.new_empty(layout.scratch) if layout.scratch else None
     base, offsets = _address(scratch), layout.offsets
-    y_each = base + offsets[2] if sums else y.data_ptr()
     addresses = _Addresses(
-        x=x.data_ptr(),
-        delta=delta.data_ptr(),
+        x=to_x,
+        delta=to_delta,
         B=B.data_ptr(),
         C=C.data_ptr(),
         A=A.data_ptr(),
@@ -433,14 +443,14 @@ def scan(
         ends=base,
         sums=base + offsets[1],
         starts=_address(starts),
-        y=y_each,
-        last=last.data_ptr(),
+        y=base + offsets[2] if layout.merges else to_y,
+        last=_address(last),
     )
-    argument = _POINTERS.pack(*addresses)
-    for function, blocks in layout.launches:
-        nvrtc.launch(function, blocks, chosen.threads, argument + layout.rest, device)
-    if sums:
-        _sum(layout, device, (y_each,), y)
+    argument = _POINTERS.pack(*addresses) + layout.rest
+    for function, blocks, threads in layout.launches:
+        nvrtc.launch(function, blocks, threads, argument, device)
+    if layout.merges:
+        _sum(layout, device, (addresses.y,), y)
     return y, last
 
 
@@ -475,29 +485,24 @@ def scan_backward(
         return x.new_empty(x.shape), delta.new_empty(shape), A.new_zeros(A.shape), *inputs, *of_channel, state
     order = _order(order)
     gradient = _parameter(grad_state)
-    chosen = plan(batch, length, K, channels, N, nvrtc.processors(device), backward=True)
-    every, start_type = chosen.tile, torch.float32
-    kept = starts is not None and every == _tile(N)
-    if kept:
-        start_type = starts.dtype
     dy = _signature(grad_y)
     if merge:
         (_, _, _), (outer, token, inner), dtype = dy
         dy = (batch, length, 1, channels), (outer, token, 0, inner), dtype
-    merges, views = x.shape[2] == 1 and K > 1, (_signature(x), _signature(delta), _signature(B), _signature(C), dy)
-    signature = _Signature(chosen, True, merges, device, shape, N, delta_softplus, every, start_type, kept, views)
-    layout = _layout(signature)
+    views = (_signature(x), _signature(delta), _signature(B), _signature(C), dy)
+    start_type = None if starts is None else starts.dtype
+    layout = _layout(device, True, x.shape[2] == 1, N, delta_softplus, start_type, False, views)
     scratch = A.new_empty(layout.scratch)
     base = scratch.data_ptr()
     ends, sums, starts_at, *parts = (base + offset for offset in layout.offsets[:-1])
-    if kept:
+    if starts is not None:
         starts_at = starts.data_ptr()
     dx, ddelta = x.new_empty((batch, length, x.shape[2], channels)), delta.new_empty(shape)
     dA, dinitial = A.new_empty((K, channels, N)), A.new_empty((batch, K, channels, N))
     dD, dbias = A.new_empty((K, channels)), A.new_empty((K, channels))
     dB, dC = B.new_empty((batch, length, K, N)), C.new_empty((batch, length, K, N))
     dB_parts, dC_parts, dA_parts, dD_parts, dbias_parts = parts[:5]
-    dx_each = parts[5] if merges else dx.data_ptr()
+    dx_each = parts[5] if layout.merges else dx.data_ptr()
     addresses = _Addresses(
         x=x.data_ptr(),
         delta=delta.data_ptr(),
@@ -523,7 +528,7 @@ def scan_backward(
         dC=dC_parts,
     )
     argument = _POINTERS.pack(*addresses)
-    for function, blocks in layout.launches:
-        nvrtc.launch(function, blocks, chosen.threads, argument + layout.rest, device)
-    _sum(layout, device, parts, dB, dC, dA, dD, dbias, *((dx,) if merges else ()))
+    for function, blocks, threads in layout.launches:
+        nvrtc.launch(function, blocks, threads, argument + layout.rest, device)
+    _sum(layout, device, parts, dB, dC, dA, dD, dbias, *((dx,) if layout.merges else ()))
     return dx, ddelta, dA, dB, dC, dD, dbias, dinitial

@@ -367,7 +367,7 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
             }
         }
     }
-    if (!ONLY_STARTS && at.s == c.segments - 1) store_states(h, c.last, at.in_scan(c), at.part, at.alive);
+    if (!ONLY_STARTS && c.last && at.s == c.segments - 1) store_states(h, c.last, at.in_scan(c), at.part, at.alive);
     if constexpr (SCANS > 1 && !ONLY_STARTS) {
         __syncthreads();
         const int count = (int)c.length * CHANNELS;

@@ -161,7 +161,7 @@ INLINE void merged(const Call &c) {
         if (warp == WARPS - 1 && lane >= 24) {
             const float2 end = make_float2(to_p.x * s.x + to_h.x, to_p.y * s.y + to_h.y);
             carry[n][pair] = end;
-            if (here.i == here.spans - 1) *(float2 *)(c.last + state) = end;
+            if (c.last && here.i == here.spans - 1) *(float2 *)(c.last + state) = end;
         }
         to_p = make_float2(__shfl_up_sync(~0u, to_p.x, PAIRS), __shfl_up_sync(~0u, to_p.y, PAIRS));
         to_h = make_float2(__shfl_up_sync(~0u, to_h.x, PAIRS), __shfl_up_sync(~0u, to_h.y, PAIRS));
