@@ -24,7 +24,7 @@ _ENTRIES = {
     "scan_merged": "merged",
 }
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_VIEWED = ("x", "delta", "B", "C", "dy")
+_VIEWED = ("x", "delta", "B", "C", "dy", "z")
 _REST = struct.Struct("qqii" * len(_VIEWED) + "qqqqqqi0q")  # the rest of scan.cu's Call: its views, its sizes
 _JOB = struct.Struct("PPqqqqii")
 _SUM = struct.Struct(f"{6 * _JOB.size}s")
@@ -141,7 +141,7 @@ def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], sha
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
     values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS"), 1)
     values |= {"TILE": 16, "THREADS": threads}
-    values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "EVERY", "START_TYPE"), 0)
+    values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "GATED", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
     sources = ("intrinsics.cuh", "scan.cuh", "scan_merged.cu" if name == "scan_merged" else "scan.cu")
     options = tuple(f"{n}={v}" for n, v in (values | dict(defines)).items())
@@ -198,7 +198,7 @@ class _Call(NamedTuple):
     def defines(self) -> dict[str, int]:
         """What all its kernels look at."""
         views = ((name, view) for name, view in zip(_VIEWED, self.views, strict=True) if view)
-        return {"N": self.N, "SOFTPLUS": int(self.softplus)} | dict(
+        return {"N": self.N, "SOFTPLUS": int(self.softplus), "GATED": int(self.views[5] is not None)} | dict(
             define for name, view in views for define in _View(*view).defines(name)
         )
 
@@ -211,6 +211,7 @@ class _Addresses(NamedTuple):
     B: int
     C: int
     dy: int = 0
+    z: int = 0
     A: int = 0
     D: int = 0
     bias: int = 0
@@ -223,6 +224,7 @@ class _Addresses(NamedTuple):
     y: int = 0
     dx: int = 0
     ddelta: int = 0
+    dz: int = 0
     last: int = 0
     dA: int = 0
     dD: int = 0
@@ -290,7 +292,7 @@ def _scan_layout(call: _Call) -> _Layout:
         launches.append((kernel, whole, chosen.threads))
 
     states, tokens, f32 = batch * K * channels, batch * length * K, torch.float32
-    x, _, B, C, _ = (torch.float32 if view is None else view[2] for view in views)
+    x, _, B, C, _, _ = (torch.float32 if view is None else view[2] for view in views)
     floats = [states * segments * N * (segments > 1), states * segments * (segments > 1)]  # ends, sums
     jobs = []  # outer, terms, inner, type, type of the sum
     if backward:
@@ -312,7 +314,7 @@ def _scan_layout(call: _Call) -> _Layout:
 
 def _merged(call: _Call) -> Merged | None:
     """The plan of scan_merged.cu where it can serve: merged, one state, channels side by side at addresses it reads."""
-    x, delta, B, C, _ = call.views
+    x, delta, B, C, _, _ = call.views
     batch, length, K, channels = call.shape
     if call.backward or not call.merge or not call.aligned or call.N > 1 or x[0][2] > 1 or K * length >= 2**31:
         return None
@@ -409,6 +411,7 @@ def scan(
     delta_softplus: bool,
     merge: bool,
     *,
+    z: Tensor | None = None,
     starts: Tensor | None = None,
     want_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -425,7 +428,7 @@ def scan(
     if batch == 0:
         return y, last
     to_x, to_delta, to_y = x.data_ptr(), delta.data_ptr(), y.data_ptr()
-    views = (_signature(x), _signature(delta), _signature(B), _signature(C), None)
+    views = (_signature(x), _signature(delta), _signature(B), _signature(C), None, z if z is None else _signature(z))
     aligned, start_type = not (to_x % 16 or to_delta % 8), None if starts is None else starts.dtype
     layout = _layout(device, False, merge, N, delta_softplus, start_type, aligned, views)
     scratch = A.new_empty(layout.scratch) if layout.scratch else None
@@ -435,6 +438,7 @@ def scan(
         delta=to_delta,
         B=B.data_ptr(),
         C=C.data_ptr(),
+        z=_address(z),
         A=A.data_ptr(),
         D=_address(D),
         bias=_address(bias),
@@ -469,9 +473,10 @@ def scan_backward(
     delta_softplus: bool,
     merge: bool,
     *,
+    z: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, delta, A, B, C, D, delta_bias and initial_state.
+    """Gradients of x, delta, A, B, C, D, delta_bias and initial_state, and of z where it is given.
 
     ``starts``: the states that :func:`scan` kept; without them they are computed again.
     """
@@ -481,15 +486,15 @@ def scan_backward(
     if batch == 0:
         of_channel = (A.new_zeros((K, channels)) for _ in range(2))
         inputs = (v.new_empty(v.shape) for v in (B, C))
-        state = A.new_empty((0, K, channels, N))
-        return x.new_empty(x.shape), delta.new_empty(shape), A.new_zeros(A.shape), *inputs, *of_channel, state
+        state, gate = A.new_empty((0, K, channels, N)), () if z is None else (z.new_empty(shape),)
+        return x.new_empty(x.shape), delta.new_empty(shape), A.new_zeros(A.shape), *inputs, *of_channel, state, *gate
     order = _order(order)
     gradient = _parameter(grad_state)
     dy = _signature(grad_y)
     if merge:
         (_, _, _), (outer, token, inner), dtype = dy
         dy = (batch, length, 1, channels), (outer, token, 0, inner), dtype
-    views = (_signature(x), _signature(delta), _signature(B), _signature(C), dy)
+    views = (_signature(x), _signature(delta), _signature(B), _signature(C), dy, z if z is None else _signature(z))
     start_type = None if starts is None else starts.dtype
     layout = _layout(device, True, x.shape[2] == 1, N, delta_softplus, start_type, False, views)
     scratch = A.new_empty(layout.scratch)
@@ -498,6 +503,7 @@ def scan_backward(
     if starts is not None:
         starts_at = starts.data_ptr()
     dx, ddelta = x.new_empty((batch, length, x.shape[2], channels)), delta.new_empty(shape)
+    dz = None if z is None else z.new_empty(shape)
     dA, dinitial = A.new_empty((K, channels, N)), A.new_empty((batch, K, channels, N))
     dD, dbias = A.new_empty((K, channels)), A.new_empty((K, channels))
     dB, dC = B.new_empty((batch, length, K, N)), C.new_empty((batch, length, K, N))
@@ -509,6 +515,7 @@ def scan_backward(
         B=B.data_ptr(),
         C=C.data_ptr(),
         dy=grad_y.data_ptr(),
+        z=_address(z),
         A=A.data_ptr(),
         D=_address(D),
         bias=_address(bias),
@@ -520,6 +527,7 @@ def scan_backward(
         starts=starts_at,
         dx=dx_each,
         ddelta=ddelta.data_ptr(),
+        dz=_address(dz),
         last=dinitial.data_ptr(),
         dA=dA_parts,
         dD=dD_parts,
@@ -531,4 +539,5 @@ def scan_backward(
     for function, blocks, threads in layout.launches:
         nvrtc.launch(function, blocks, threads, argument + layout.rest, device)
     _sum(layout, device, parts, dB, dC, dA, dD, dbias, *((dx,) if layout.merges else ()))
-    return dx, ddelta, dA, dB, dC, dD, dbias, dinitial
+    gradients = dx, ddelta, dA, dB, dC, dD, dbias, dinitial
+    return gradients if z is None else (*gradients, dz)

@@ -95,6 +95,29 @@ struct Delta : Channels<DELTA_TYPE, DELTA_BY_TOKEN> {
     }
 };
 
+// silu(z) and its slope, of a tile
+struct Gate : Channels<Z_TYPE, Z_BY_TOKEN> {
+    INLINE Gate(const Call &call, const Place &at) : Channels(call, at, call.z, call.z_view) {}
+    INLINE void publish(float2 *tile) const {
+#pragma unroll
+        for (int j = 0; j < OWN; j++) {
+            const float v = value(j), s = sigmoid(v);
+            tile[t(j) * PITCH + c(j)] = make_float2(v * s, s * (1.f + v * (1.f - s)));
+        }
+    }
+    // Multiplies a field of a lane's own steps, and keeps what the slope makes of it
+    template <class STEP> static INLINE void apply(STEP *tile, float STEP::*field, const float2 *gates, const Place &at,
+                                                   float *slopes) {
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < OWN; j++) {
+            const int i = (j * SPLIT + at.part) * PITCH + at.c;
+            slopes[j] = tile[i].*field * gates[i].y;
+            tile[i].*field *= gates[i].x;
+        }
+    }
+};
+
 // Steps past the end and channels past the last become zeros: decay 1 and no input
 template <class STEP> INLINE void blank_outside(STEP *tile, const Place &at, int steps) {
     if (steps == TILE && at.channels == WIDTH) return;
@@ -302,10 +325,12 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
     __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
     __shared__ __align__(16) float shared_B[SCANS][2][TILE * PADDED];
     __shared__ __align__(16) float shared_C[SCANS][2][TILE * PADDED];
+    __shared__ float2 gates[GATED ? WARPS : 1][TILE * PITCH];
     const Place at(c, false);
     int(*rows)[TILE] = shared_rows[at.team];
     Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x, c.x_view);
     Delta delta(c, at);
+    Gate z(c, at);
     States<B_TYPE, B_BY_TOKEN> B(at, c.B, c.B_view);
     States<C_TYPE, C_BY_TOKEN> C(at, c.C, c.C_view);
     const Output<X_TYPE> out(c, at, c.y);
@@ -323,6 +348,7 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
     auto fetch = [&](const int *from) {
         x.fetch(from), delta.fetch(from), B.fetch(from);
         if (!ONLY_STARTS) C.fetch(from);
+        if (GATED && !ONLY_STARTS) z.fetch(from);
     };
     int ahead = 0;
     if (at.thread < TILE) rows[0][at.thread] = at.row(c, 0), ahead = at.row(c, 1);
@@ -334,6 +360,7 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
         __syncwarp();
         delta.publish(tile);
         x.publish(tile, &ForwardStep::x);
+        if (GATED && !ONLY_STARTS) z.publish(gates[at.warp]);
         blank_outside(tile, at, count);
         B.publish(shared_B[at.team][i % 2]);
         if (!ONLY_STARTS) C.publish(shared_C[at.team][i % 2]);
@@ -359,7 +386,8 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
             if (!ONLY_STARTS && t % SPLIT == SPLIT - 1) {
                 const int own = t - (SPLIT - 1) + at.part;
                 sum_parts<SPLIT / 2>(y, at);
-                const float v = y[0] + skip * tile[own * PITCH + at.c].x;
+                float v = y[0] + skip * tile[own * PITCH + at.c].x;
+                if (GATED) v *= gates[at.warp][own * PITCH + at.c].x;
                 if (at.alive && own < count) {
                     if (SCANS == 1) out.store(here[own], v);
                     else parts[here[own] * CHANNELS] = v;
@@ -391,12 +419,15 @@ template <bool ADJOINT> INLINE void reach(const Call &c) {
     __shared__ int rows[4][TILE];
     __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
     __shared__ __align__(16) float shared_B[2][TILE * PADDED];
+    constexpr bool GATES = GATED && ADJOINT;
+    __shared__ float2 gates[GATES ? WARPS : 1][TILE * PITCH];
     const Place at(c, !ADJOINT);
     const i64 receiver = ADJOINT ? at.s - 1 : at.s + 1;
     if (receiver < 0 || receiver == c.segments) return;
     Channels<ADJOINT ? DY_TYPE : X_TYPE, ADJOINT ? DY_BY_TOKEN : X_BY_TOKEN> x(
         c, at, ADJOINT ? c.dy : c.x, ADJOINT ? c.dy_view : c.x_view);
     Delta delta(c, at);
+    Gate z(c, at);
     States<ADJOINT ? C_TYPE : B_TYPE, ADJOINT ? C_BY_TOKEN : B_BY_TOKEN> B(
         at, ADJOINT ? c.C : c.B, ADJOINT ? c.C_view : c.B_view);
     ForwardStep *tile = steps[at.warp];
@@ -410,18 +441,25 @@ template <bool ADJOINT> INLINE void reach(const Call &c) {
     if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
     __syncthreads();
     x.fetch(rows[0]), delta.fetch(rows[0]), B.fetch(rows[0]);
+    if (GATES) z.fetch(rows[0]);
     for (int i = 0; i < at.tiles; i++) {
         const int *next = rows[(i + 1) % 4];
         const float *B_t = shared_B[i % 2] + at.part * STATES;
         __syncwarp();
         delta.publish(tile);
         x.publish(tile, &ForwardStep::x);
+        if (GATES) {
+            float slopes[OWN];
+            z.publish(gates[at.warp]);
+            Gate::apply(tile, &ForwardStep::x, gates[at.warp], at, slopes);
+        }
         blank_outside(tile, at, at.steps(i));
         B.publish(shared_B[i % 2]);
         if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
         const bool passed = SOFTPLUS && slowest * sum < -127.f;  // without softplus later steps may be negative
         if (__syncthreads_and(passed || !at.alive)) break;
         x.fetch(next), delta.fetch(next), B.fetch(next);
+        if (GATES) z.fetch(next);
         if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
         float within = 0.f;
 #pragma unroll
@@ -480,14 +518,17 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
     __shared__ __align__(16) BackwardStep steps[WARPS][TILE * PITCH];
     __shared__ __align__(16) float shared_B[TILE * PADDED], shared_C[TILE * PADDED];
     __shared__ __align__(16) float partial[SUBSETS * Totals::PER_SUBSET];  // dB and dC of a tile
+    __shared__ float2 gates[GATED ? WARPS : 1][TILE * PITCH];
     const Place at(c, true);
     Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x, c.x_view);
     Channels<DY_TYPE, DY_BY_TOKEN> dy(c, at, c.dy, c.dy_view);
     Delta delta(c, at);
+    Gate z(c, at);
     States<B_TYPE, B_BY_TOKEN> B(at, c.B, c.B_view);
     States<C_TYPE, C_BY_TOKEN> C(at, c.C, c.C_view);
     const Output<X_TYPE> dx(c, at, c.dx);
     const Output<DELTA_TYPE> ddelta(c, at, c.ddelta);
+    const Output<Z_TYPE> dz(c, at, c.dz);
     const float *B_t = shared_B + at.part * STATES, *C_t = shared_C + at.part * STATES;
     BackwardStep *tile = steps[at.warp];
     Totals totals(at);
@@ -504,6 +545,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
 
     auto fetch = [&](int i, const int *from) {
         x.fetch(from), delta.fetch(from), dy.fetch(from), B.fetch(from), C.fetch(from);
+        if (GATED) z.fetch(from);
         start.fetch(c.starts, (first_start + max(at.tiles - 1 - i, 0)) * c.channels + at.d(), at.part, at.alive);
     };
     int ahead = 0;
@@ -515,6 +557,11 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
         delta.publish(tile);
         x.publish(tile, &BackwardStep::x);
         dy.publish(tile, &BackwardStep::dy);
+        float slopes[OWN];  // of dz, but for y
+        if (GATED) {
+            z.publish(gates[at.warp]);
+            Gate::apply(tile, &BackwardStep::dy, gates[at.warp], at, slopes);
+        }
         blank_outside(tile, at, count);
         B.publish(shared_B), C.publish(shared_C);
         if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
@@ -535,12 +582,12 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
                 if (KEEP_DECAY) a[t][n] = a_n;
             }
         }
-        float dinput[SPLIT], dlog[SPLIT];
+        float dinput[SPLIT], dlog[SPLIT], y[SPLIT];
 #pragma unroll
         for (int t = TILE - 1; t >= 0; t--) {
             const BackwardStep step = tile[t * PITCH + at.c];
             const float input = step.dt * step.x;
-            dinput[t % SPLIT] = dlog[t % SPLIT] = 0.f;
+            dinput[t % SPLIT] = dlog[t % SPLIT] = y[t % SPLIT] = 0.f;
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
                 const float a_n = KEEP_DECAY ? a[t][n] : decay(step.dt * A[n], t * STATES + n);
@@ -550,6 +597,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
                 totals.put(t, n, g_n * input, step.dy * h[t + 1][n]);
                 dinput[t % SPLIT] += g_n * B_t[t * PADDED + n];
                 dlog[t % SPLIT] += w * A[n];
+                if (GATED) y[t % SPLIT] += h[t + 1][n] * C_t[t * PADDED + n];
                 dA[n] += w * step.dt;
             }
             totals.step(t, partial);
@@ -558,11 +606,13 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
                 const BackwardStep mine = tile[own * PITCH + at.c];
                 sum_parts<SPLIT / 2>(dinput, at);
                 sum_parts<SPLIT / 2>(dlog, at);
+                if (GATED) sum_parts<SPLIT / 2>(y, at);
                 const float grad = (dinput[0] * mine.x + dlog[0] * LN2) * mine.slope;
                 dD += mine.dy * mine.x, dbias += grad;
                 if (at.alive && own < count) {
                     dx.store(here[own], dinput[0] * mine.dt + skip * mine.dy);
                     ddelta.store(here[own], grad);
+                    if (GATED) dz.store(here[own], slopes[t / SPLIT] * (y[0] + skip * mine.x));
                 }
             }
         }

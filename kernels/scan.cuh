@@ -2,7 +2,8 @@
 //
 // Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); SCANS
 // of a block; N, STATES, SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes; KEEP_DECAY: the backward keeps a tile's decays
-// rather than compute them twice; SOFTPLUS; X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE (0 float, 1 bfloat16, 2 half);
+// rather than compute them twice; SOFTPLUS; GATED: y is multiplied by silu(z);
+// X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE, Z_TYPE (0 float, 1 bfloat16, 2 half);
 // X_BY_TOKEN and so on: that tensor's tokens, not its channels or states, are neighbours in memory; EVERY: steps from one
 // kept state to the next, 0 if none are kept, START_TYPE: their type; and for `sum` VECTOR.
 
@@ -15,17 +16,17 @@ constexpr int WARPS = THREADS / 32;
 struct View { i64 batch, scan; int token, inner; };  // strides in bytes
 
 struct Call {
-    const char *x, *delta, *B, *C, *dy;
+    const char *x, *delta, *B, *C, *dy, *z;  // z: the gate, where GATED
     const float *A, *D, *bias;
     const float *initial, *gradient;  // (batch, scans, channels, N) or null: initial state, gradient of the last state
     const int *order;                 // (scans, length) or null
     float *ends, *sums;  // (batch, scans, segments, channels, N or nothing): what a segment receives from its neighbour
     char *starts;        // (batch, scans, length / EVERY, channels, N): state before every so many steps
-    char *y, *dx, *ddelta;            // (batch, length, scans, channels)
+    char *y, *dx, *ddelta, *dz;       // (batch, length, scans, channels)
     float *last;                      // (batch, scans, channels, N): last state, or gradient of the initial state
     float *dA, *dD, *dbias;           // (batch, segments, scans, channels, N or nothing)
     float *dB, *dC;                   // (channel blocks, batch, length, scans, N)
-    View x_view, delta_view, B_view, C_view, dy_view;
+    View x_view, delta_view, B_view, C_view, dy_view, z_view;
     i64 batch, length, scans, channels, segments, segment;  // segment: its steps, a multiple of TILE
     int row;  // scans * channels
 };
