@@ -1,4 +1,4 @@
-"""A fixture that runs the kernels in CUDA C++ on CPU tensors."""
+"""Fixtures that run the kernels in CUDA C++ on CPU tensors, and the same tests on a GPU."""
 
 import pytest
 
@@ -28,3 +28,11 @@ def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nvrtc, "shared_memory", lambda device: emulator.shared)
     monkeypatch.setattr(dispatch, "unavailable", available)
     return emulator
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest) -> str:
+    """Where tensors are: on the CPU, kernels emulated, or on a GPU."""
+    if request.param == "cpu":
+        request.getfixturevalue("emulator")
+    return request.param

@@ -1,10 +1,227 @@
-"""The kernels in CUDA C++ on the CPU: the scan's sources and host code through the emulator against the fp64 reference."""
+"""The CUDA kernels on the CPU: sources and host code through the emulator, against the fp64 reference."""
+
+import struct
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.kernels.test_backends import COVERING, EXTREME, check
+from mambavision.kernels import cuda, nvrtc, reference
+from tests.kernels.emulated import ASCENDING, DESCENDING, RANDOM
+from tests.kernels.test_backends import COVERING, EXTREME, Case, check, make, relative
+
+ORDERS = (ASCENDING, DESCENDING, RANDOM, RANDOM + 1)
+PRIMITIVES = (cuda._SOURCES[0], Path(__file__).with_name("emulator") / "primitives.cu")
 
 
-@pytest.mark.parametrize("case", COVERING + EXTREME, ids=str)
-def test_the_scan_on_cpu(case, emulator):
+def primitive(entry: str, a: Tensor, b: Tensor, c: Tensor, rows: int = 0, threads: int = 32) -> None:
+    kernel = nvrtc.kernel(PRIMITIVES, "primitive", (f"ENTRY={entry}",), a.get_device(), 4096)
+    argument = struct.pack("PPPi", a.data_ptr(), b.data_ptr(), c.data_ptr(), rows)
+    nvrtc.launch(kernel, 1, threads, argument, a.get_device())
+
+
+@pytest.mark.parametrize("rows", [16, 5])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_of_matrices_by_fragments(dtype, transposed, rows, machine):
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-8, 9, s, generator=g).to(machine, dtype) for s in ((16, 16), (16, 8)))
+    c = torch.full((16, 8), float("nan"), device=machine)
+    stored = (a.mT.contiguous(), b.mT.contiguous()) if transposed else (a, b)
+    primitive(f"product<{1 if dtype == torch.bfloat16 else 2},{int(transposed)}>", *stored, c, rows)
+    kept = torch.arange(16, device=machine) < rows
+    a = a * (kept if transposed else kept[:, None])
+    assert torch.equal(c, a.float() @ b.float())
+
+
+def test_a_product_with_ten_bits_of_mantissa(machine):
+    g = torch.Generator().manual_seed(0)
+    sign = torch.randint(0, 2, (16, 8), generator=g) * 2 - 1
+    a, b = torch.randint(1024, 2048, (16, 8), generator=g) * sign, torch.randint(-9, 9, (8, 8), generator=g)
+    c = torch.full((16, 8), float("nan"), device=machine)
+    primitive("product_tf32", (a + 0.9 * sign).to(machine), b.float().to(machine), c)
+    assert torch.equal(c.cpu(), a.float() @ b.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_sixteen_bits(dtype, machine):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    every = every[every.isfinite()]
+    between = torch.cat([every, every * (1 + 2**-9), every * (1 + 2**-12), torch.tensor([65519.9, 65520, 1e30, 3e38])])
+    between = torch.cat([between, -between, torch.tensor([float("inf")] * 2)])
+    between = between[: between.numel() // 2 * 2].to(machine)
+    got = torch.zeros(2 * between.numel(), device=machine)
+    primitive(f"rounded<{1 if dtype == torch.bfloat16 else 2}>", between, between, got, between.numel())
+    want = between.to(dtype)
+    assert torch.equal(got[: between.numel()], want.float())
+    singles = got[between.numel() :].view(torch.int16)[: between.numel()]
+    assert torch.equal(singles, want.view(torch.int16))
+
+
+def test_approximate_functions(machine):
+    v = torch.linspace(-125, 125, 4001, device=machine)
+    v = v[v != 0]
+    got = torch.zeros(v.numel(), 2, device=machine)
+    primitive("approximations", v, v, got, v.numel())
+    torch.testing.assert_close(got.double(), torch.stack([v.double().exp2(), 1 / v.double()], 1), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    "entry, what",
+    [
+        ("diverging_barriers", "barrier of line"),
+        ("lonely_shuffle", "wait for ever|not there any more"),
+        ("lonely_barrier", "wait for ever"),
+        ("beyond_shared", "outside its 4096 bytes"),
+        ("crooked_row", "not a multiple of 16"),
+    ],
+)
+def test_what_a_gpu_would_hang_or_go_wrong_on_is_refused(entry, what, emulator):
+    v = torch.zeros(1024)
+    with pytest.raises(RuntimeError, match=what):
+        primitive(entry, v, v, v, threads=64)
+        pytest.fail(f"{entry} passed")
+
+
+@pytest.mark.parametrize("entry, threads", [("race", 64), ("no_wait", 32)])
+def test_what_relies_on_luck_gives_other_bits_in_another_order(entry, threads, emulator):
+    seen = []
+    for emulator.order in (ASCENDING, DESCENDING):
+        c = torch.zeros(threads)
+        primitive(entry, torch.arange(256.0), c, c, threads=threads)
+        seen.append(c)
+    assert not torch.equal(*seen)
+
+
+def names(emulator) -> set[str]:
+    return {name for name, _, _ in emulator.launches}
+
+
+SEGMENTED = {"scan_reach", "scan_carry", "scan_reach_back", "scan_carry_back"}
+
+
+@pytest.mark.parametrize("case, processors", [(c, (1, 132)[i % 2]) for i, c in enumerate(COVERING)], ids=str)
+def test_the_scan_against_the_reference(case, processors, emulator):
+    emulator.processors = processors
     check(case, "cuda")
+    assert (names(emulator) >= SEGMENTED) == (case.length >= 512)
+
+
+@pytest.mark.parametrize("case", EXTREME[::2], ids=str)
+def test_extreme_steps_and_decays(case, emulator):
+    check(case, "cuda")
+
+
+def by_token(v: Tensor) -> Tensor:
+    """Same values, tokens as neighbours in memory."""
+    return v.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def direct(case: Case, device: str = "cpu", starts: bool = False, change=lambda name, v: v) -> list[Tensor]:
+    """`scan` and `scan_backward` of the case, called as the operator calls them, once they agree with the reference."""
+    args = {k: change(k, v).to(device) for k, v in make(case).items()}
+    if case.strided:
+        args |= {k: by_token(args[k]) for k in ("x", "delta", "B", "C")}
+    g = torch.Generator().manual_seed(1)
+    order = torch.stack([torch.randperm(case.length, generator=g) for _ in case.orders]).to(device)
+    x = args["x"][:, :, None]
+    inputs = (x, *(args.get(k) for k in ("delta", "A", "B", "C", "D", "delta_bias", "initial_state")), order)
+    kept = None
+    if starts:
+        shape, dtype = cuda.kept_states(x, args["delta"], args["A"])
+        kept = torch.empty(shape, dtype=dtype, device=device)
+    y, last = cuda.scan(*inputs, case.options, case.merge, starts=kept)
+    dy, dlast = (torch.randn(v.shape, generator=g).to(v) for v in (y, last))
+    dy = by_token(dy) if case.strided else dy
+    gradients = cuda.scan_backward(dy, dlast, *inputs, case.options, case.merge, starts=kept)
+    leaves = [v.double().requires_grad_() if v is not None else None for v in inputs[:-1]]
+    want = reference.scan(*leaves, order, case.options, case.merge)
+    given = [v for v in leaves if v is not None]
+    exact = torch.autograd.grad(want, given, [dy.double(), dlast.double()])
+    results = [y, last, *(v for v, leaf in zip(gradients, leaves, strict=True) if leaf is not None)]
+    limit = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 4e-3}[case.dtype]
+    for i, (got, value) in enumerate(zip(results, (*want, *exact), strict=True)):
+        assert relative(got.detach().double().cpu(), value.detach().cpu()) < limit, i
+    return results
+
+
+RACING = [Case(530, 16, "bf16", 3), Case(70, 16, "fp32", 40), Case(40, 1, "fp16", 33), Case(530, 2, "fp16", 33)]
+RACING = [
+    (replace(case, strided=strided), (132, 1)[i % 2]) for i, case in enumerate(RACING) for strided in (False, True)
+]
+
+
+@pytest.mark.parametrize("case, processors", RACING, ids=str)
+def test_any_order_of_threads_and_blocks_gives_the_same_bits(case, processors, emulator):
+    emulator.processors, seen = processors, []
+    for emulator.order in ORDERS:
+        seen.append(direct(case, starts=case.d_state < 16))
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize("case", [Case(70, 16, "fp32", 9), Case(33, 8, "bf16", 5, merge=False)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"keep_decay": True}, {"polynomial": 5}, {"tile": 8, "segment": 24}, {"segment": 16}], ids=str
+)
+def test_plans_that_no_small_shape_is_given(options, case, emulator, monkeypatch):
+    plan = cuda.plan
+
+    def other(*args, backward, **kwargs):
+        chosen = plan(*args, backward=backward, **kwargs)
+        return chosen._replace(**{k: v for k, v in options.items() if backward or k != "keep_decay"})
+
+    monkeypatch.setattr(cuda, "plan", other)
+    direct(case)
+    assert (names(emulator) >= SEGMENTED) == ("segment" in options)
+
+
+@pytest.mark.parametrize("d_state", [1, 16])
+def test_architectures_without_such_products(d_state, emulator, monkeypatch):
+    """sm_75 sums dB and dC by shuffles."""
+    for cached in (cuda._kernel, cuda._layout):
+        cached.cache_clear()
+    emulator.architecture = 750
+    try:
+        direct(Case(40, d_state, "fp16", 9))
+    finally:
+        for cached in (cuda._kernel, cuda._layout):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("case", [Case(65, 16, "fp32", 5), Case(65, 16, "bf16", 5), Case(65, 2, "fp16", 5)], ids=str)
+def test_states_kept_for_the_backward(case, emulator):
+    """None are computed again; in float32 they are the same numbers."""
+    kept = direct(case, starts=True)
+    assert "scan_starts" not in names(emulator)
+    again = direct(case)
+    assert "scan_starts" in names(emulator)
+    if case.dtype != "bf16":
+        assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_inputs_of_size_1000(dtype, machine):
+    direct(Case(65, 4, dtype, 5), machine, change=lambda k, v: 1e3 * v / v.abs().max() if k == "x" else v)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-30, 0.0])
+def test_steps_near_zero(size, machine):
+    direct(Case(65, 4, "fp32", 5, options=False), machine, change=lambda k, v: size * v if k == "delta" else v)
+
+
+@pytest.mark.parametrize("name", ["x", "delta", "B", "C"])
+def test_nan_and_infinity_are_not_hidden(name, machine):
+    """One bad token spoils its channel from there on, or all channels from B and C, and nothing before it."""
+    for bad in (float("nan"), float("inf")):
+        args = make(Case(40, 16, "fp32", 17))
+        args[name][0, 20, ..., 3] = bad
+        x, *others = (args[k].to(machine) for k in ("x", "delta", "A", "B", "C"))
+        inputs = (x[:, :, None], *others, None, None, None, None)
+        y, last = cuda.scan(*inputs, True, False)
+        channel = slice(None) if name in "BC" else 3
+        assert not y[0, 20, :, channel].isfinite().any()
+        assert y[0, :20].isfinite().all() and y[1].isfinite().all() and last[1].isfinite().all()
+        if name != "C":
+            assert not last[0, :, channel].isfinite().all()

@@ -119,9 +119,10 @@ def test_opcheck(call, backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("call", CALLS)
-def test_opcheck_on_cuda(call):
-    check_operators(call, "triton", "cuda")
+def test_opcheck_on_cuda(call, backend):
+    check_operators(call, backend, "cuda")
 
 
 def test_plain_calls_go_straight_to_the_kernel_and_give_the_same_bits():
