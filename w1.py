@@ -105,3 +105,30 @@ for n in SHAPES:
         f = times(lambda: cuda.scan(*inp, True, True), 9); b = times(lambda: cuda.scan_backward(dy, None, *inp, True, True, starts=st), 9)
         p(n, f"forward {f:.3f} backward {b:.3f}")
     except Exception: traceback.print_exc()
+# gate: fused against torch's
+try:
+    from mambavision.ops import selective_scan
+    import torch.nn.functional as F
+    for Bb, D, L, N in ((64, 2304, 256, 16), (8, 2304, 4096, 16)):
+        r = lambda *s: torch.randn(s, device="cuda", dtype=torch.bfloat16)
+        u, d, z, Bm, C = r(Bb, D, L), r(Bb, D, L), r(Bb, D, L), r(Bb, 1, N, L), r(Bb, 1, N, L)
+        A, Dp = -torch.rand(D, N, device="cuda"), torch.rand(D, device="cuda")
+        with torch.no_grad():
+            fused = lambda: selective_scan(u, d, A, Bm, C, Dp, z, None, True)
+            bare = lambda: selective_scan(u, d, A, Bm, C, Dp, None, None, True)
+            apart = lambda: (lambda y: (y.float() * F.silu(z.float())).to(u.dtype))(bare())
+            p("gate", (Bb, D, L), f"fused {times(fused):.3f} apart {times(apart):.3f} none {times(bare):.3f} err {err(fused(), apart()):.1e}")
+        ls = [v.clone().requires_grad_() for v in (u, d, Bm, C, z)]
+        def step(fuse):
+            y = selective_scan(ls[0], ls[1], A, ls[2], ls[3], Dp, ls[4] if fuse else None, None, True)
+            if not fuse: y = (y.float() * F.silu(ls[4].float())).to(u.dtype)
+            return torch.autograd.grad(y, ls, u)
+        g1, g0 = step(True), step(False)
+        p("gate step", f"fused {times(lambda: step(True), 7):.3f} apart {times(lambda: step(False), 7):.3f}", [f"{err(a, b):.1e}" for a, b in zip(g1, g0)])
+        del ls, g1, g0
+    for Bb, L, K, R, D in ((64, 3136, 4, 6, 192), (16, 6400, 4, 16, 256), (8, 4096, 1, 72, 2304)):
+        low = torch.randn(Bb, L, K, R, device="cuda", dtype=torch.bfloat16); W = torch.randn(K, D, R, device="cuda", dtype=torch.bfloat16)
+        f = lambda: (low.transpose(1, 2) @ W.transpose(1, 2)).transpose(1, 2)
+        out = torch.empty(Bb, L, K, D, device="cuda", dtype=torch.bfloat16)
+        p("delta GEMM", (Bb, L, K, R, D), f"{times(f):.3f} writing delta alone {times(lambda: out.fill_(1)):.3f}")
+except Exception: traceback.print_exc()
