@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mambavision.kernels import nvrtc
 
-_HERE = pathlib.Path(__file__).parent
+_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "scan.cuh", "scan.cu"))
+_MERGING = (*_SOURCES[:2], pathlib.Path(__file__).with_name("scan_merged.cu"))
 _ENTRIES = {
     "scan_forward": "forward<false>",
     "scan_starts": "forward<true>",
@@ -143,9 +144,8 @@ def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], sha
     values |= {"TILE": 16, "THREADS": threads}
     values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "GATED", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
-    sources = ("intrinsics.cuh", "scan.cuh", "scan_merged.cu" if name == "scan_merged" else "scan.cu")
     options = tuple(f"{n}={v}" for n, v in (values | dict(defines)).items())
-    return nvrtc.kernel(tuple(_HERE / source for source in sources), name, options, device, shared)
+    return nvrtc.kernel(_MERGING if name == "scan_merged" else _SOURCES, name, options, device, shared)
 
 
 class _View(NamedTuple):
