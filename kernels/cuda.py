@@ -268,7 +268,7 @@ def _scan_layout(call: _Call) -> _Layout:
     chosen = plan(batch, length, K, channels, N, nvrtc.processors(device), backward=backward)
     segments, blocks = -(-length // chosen.segment), -(-channels // chosen.channels)
     kept = start_type is not None
-    every = _tile(N) if kept or backward else 0
+    every = chosen.tile if backward else _tile(N) if kept else 0
     defines = call.defines() | {"STATES": chosen.states, "SPLIT": chosen.split, "TILE": chosen.tile}
     defines |= {"RESIDENT": chosen.resident, "POLYNOMIAL": chosen.polynomial, "KEEP_DECAY": int(chosen.keep_decay)}
     if backward:
