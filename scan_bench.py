@@ -33,9 +33,9 @@ orig_plan, orig_merged = cuda.plan, cuda.merged_plan
 def plan(*a, backward):
     p = getattr(tl, "plan", None)
     return p if p is not None else orig_plan(*a, backward=backward)
-def merged_plan(*a):
-    m = getattr(tl, "merged", 0)
-    return orig_merged(*a) if m == 0 else m
+def merged_plan(*a, backward):
+    m = getattr(tl, "merged_back" if backward else "merged", 0)
+    return orig_merged(*a, backward=backward) if m == 0 else m
 cuda.plan, cuda.merged_plan = plan, merged_plan
 layout_cached = cuda._layout
 cuda._layout = cuda._layout.__wrapped__

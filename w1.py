@@ -34,6 +34,35 @@ for n in ("DiM1024", "DiM256", "P2", "P3"):
     s = SHAPES[n]; SHAPES[n] = (1, *s[1:]); small[n] = make(n); SHAPES[n] = s
 with ThreadPoolExecutor(16) as ex: list(ex.map(warm, [(n, v) for n, vs in V.items() for v in vs]))
 torch.cuda.synchronize(); p("compiled", round(time.time() - t0, 1)); del small; tl.__dict__.clear()
+VB = {"VMamba-T": [None, M(256,8,1), M(384,8,1), M(320,8,1), M(448,8,1)],
+ "stage2": [None, M(256,8,1), M(288,8,1), M(384,8,1), M(128,8,2), M(224,8,1)],
+ "stage3": [None, M(224,8,1), M(128,8,2), M(64,8,4), M(96,8,2)],
+ "stage4": [None, M(64,8,4), M(32,8,8), M(64,8,3)]}
+def back(inp, dy, st, v):
+    tl.plan, tl.merged, tl.merged_back = None, None, v
+    return cuda.scan_backward(dy, None, *inp, True, True, starts=st)
+def warm_back(job):
+    n, v = job
+    try:
+        i1 = tuple(t[:1] if t is not None and t.dim() == 4 else t for t in small[n])
+        k = cuda.kept_states(*i1[:3]); st = torch.zeros(k[0], dtype=k[1], device="cuda")
+        back(i1, torch.zeros_like(i1[0][:, :, 0]), st, v)
+    except Exception as e: p("compile", n, v, repr(e)[:200])
+small = {n: make(n) for n in VB}
+with ThreadPoolExecutor(16) as ex: list(ex.map(warm_back, [(n, v) for n, vs in VB.items() for v in vs]))
+del small
+for n in VB:
+    try:
+        inp = make(n); tl.__dict__.clear()
+        k = cuda.kept_states(*inp[:3]); st = torch.empty(k[0], dtype=k[1], device="cuda")
+        tl.merged = None
+        y, _ = cuda.scan(*inp, True, True, starts=st); dy = torch.randn_like(y)
+        base = back(inp, dy, st, None)
+        for v in VB[n]:
+            g = back(inp, dy, st, v); g2 = back(inp, dy, st, v)
+            p("back", n, v and tuple(v), f"{times(lambda: back(inp, dy, st, v)):.3f}", [f"{err(a, b):.1e}" for a, b in zip(g[:7], base)], all(torch.equal(a, b) for a, b in zip(g, g2)))
+    except Exception: traceback.print_exc()
+tl.__dict__.clear()
 # check merged
 for n in ("VMamba-T", "stage2", "stage3", "stage4"):
     try:

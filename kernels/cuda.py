@@ -1,9 +1,11 @@
 """The scan in CUDA C++ (scan.cu and scan_merged.cu behind intrinsics.cuh, scan.cuh), compiled at first use by NVRTC."""
 
 import functools
+import itertools
 import math
 import pathlib
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,8 @@ _ENTRIES = {
     "scan_carry_back": "carry<true>",
     "scan_backward": "backward<>",
     "scan_sum": "sums",
-    "scan_merged": "merged",
+    "scan_merged": "merged_forward",
+    "scan_merged_back": "merged_backward",
 }
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VIEWED = ("x", "delta", "B", "C", "dy", "z")
@@ -110,7 +113,9 @@ _GROUP = 16  # channels of a merging block
 
 
 @functools.lru_cache(4096)
-def merged_plan(batch: int, length: int, channels: int, processors: int, shared: int) -> Merged | None:
+def merged_plan(
+    batch: int, length: int, channels: int, processors: int, shared: int, *, backward: bool
+) -> Merged | None:
     """How to sum the scans of one state a channel on chip, or None where that does not fit or leave the GPU idle.
 
     ``shared``: bytes of shared memory a block may have.
@@ -120,16 +125,16 @@ def merged_plan(batch: int, length: int, channels: int, processors: int, shared:
         return None
     steps = 8
     spans = -(-length // (4 * steps))  # of a warp
-    most = 16 if length > 1600 else 8
+    most = 12 if backward else 16 if length > 1600 else 8
     warps = -(-spans // -(-spans // most))
     if _merged_shared(length, warps, steps) > shared:
         return None
-    return Merged(32 * warps, steps, 512 // (32 * warps))
+    return Merged(32 * warps, steps, max(1, (256 if backward else 512) // (32 * warps)))
 
 
 def _merged_shared(length: int, warps: int, steps: int) -> int:
     """Bytes of shared memory of a merging block: sums, and a span's B, C, rows and totals."""
-    return -(-length // 2) * 2 * _GROUP * 4 + warps * (4 * steps * 16 + 256) + 128
+    return -(-length // 2) * 2 * _GROUP * 4 + warps * (4 * steps * 20 + 640) + 128
 
 
 def unavailable() -> str | None:
@@ -145,7 +150,7 @@ def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], sha
     values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "GATED", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
     options = tuple(f"{n}={v}" for n, v in (values | dict(defines)).items())
-    return nvrtc.kernel(_MERGING if name == "scan_merged" else _SOURCES, name, options, device, shared)
+    return nvrtc.kernel(_MERGING if "merged" in name else _SOURCES, name, options, device, shared)
 
 
 class _View(NamedTuple):
@@ -305,37 +310,50 @@ def _scan_layout(call: _Call) -> _Layout:
     if merges:
         floats.append(-(-tokens * channels * x.itemsize // 4))  # y or dx
         jobs.append((batch * length, K, channels, x, x))
-    offsets = [0]
-    for count in floats:
-        offsets.append(offsets[-1] + -(-count // 64) * 256)
+    offsets = _offsets(floats)
     rest = _REST.pack(*call.bytes(), batch, length, K, channels, segments, chosen.segment, K * channels)
-    return _Layout(tuple(launches), rest, offsets[-1] // 4, tuple(offsets), _summing(device, jobs), merges)
+    return _Layout(tuple(launches), rest, offsets[-1] // 4, offsets, _summing(device, jobs), merges)
 
 
 def _merged(call: _Call) -> Merged | None:
     """The plan of scan_merged.cu where it can serve: merged, one state, channels side by side at addresses it reads."""
-    x, delta, B, C, _, _ = call.views
+    x, delta, B, C, dy, _ = call.views
     batch, length, K, channels = call.shape
-    if call.backward or not call.merge or not call.aligned or call.N > 1 or x[0][2] > 1 or K * length >= 2**31:
+    if not call.merge or not call.aligned or call.N > 1 or x[0][2] > 1 or K * length >= 2**31:
         return None
-    for view, unit in ((x, 16), (delta, 2 * delta[2].itemsize)):
-        *strides, inner = _View(*view).bytes()
-        if inner != view[2].itemsize or any(s % unit for s in strides):
+    if call.backward and (call.start_type is None or dy[0][2] > 1):
+        return None
+    for view, unit in ((x, 16), (delta, 2 * delta[2].itemsize), *(((dy, 16),) if dy else ())):
+        outer, _, token, inner = _View(*view).bytes()
+        if inner != view[2].itemsize or outer % unit or token % unit:
             return None
-    if max(_View(*view).bytes()[1] for view in (delta, B, C)) >= 2**31:
+    if max(_View(*view).bytes()[1] for view in (delta, B, C)) >= 2**31 or _View(*delta).bytes()[1] % 8:
         return None
-    return merged_plan(batch, length, channels, nvrtc.processors(call.device), nvrtc.shared_memory(call.device))
+    processors, shared = nvrtc.processors(call.device), nvrtc.shared_memory(call.device)
+    return merged_plan(batch, length, channels, processors, shared, backward=call.backward)
 
 
 def _merged_layout(call: _Call, chosen: Merged) -> _Layout:
     batch, length, K, channels = call.shape
+    groups, tokens, row, f32 = channels // _GROUP, batch * length * K, K * channels, torch.float32
     defines = call.defines() | {"STEPS": chosen.steps, "RESIDENT": chosen.resident}
     if call.start_type:
         defines |= {"EVERY": _tile(1), "START_TYPE": _TYPES[call.start_type]}
-    sums = -(-length // 2) * 2 * _GROUP * 4
-    kernel = _kernel("scan_merged", call.device, chosen.threads, *defines.items(), shared=sums)
-    rest = _REST.pack(*call.bytes(), batch, length, K, channels, 1, length, K * channels)
-    return _Layout(((kernel, batch * channels // _GROUP, chosen.threads),), rest)
+    name, sums = "scan_merged_back" if call.backward else "scan_merged", -(-length // 2) * 2 * _GROUP * 4
+    kernel = _kernel(name, call.device, chosen.threads, *defines.items(), shared=sums)
+    launches = ((kernel, batch * groups, chosen.threads),)
+    rest = _REST.pack(*call.bytes(), batch, length, K, channels, 1, length, row)
+    if not call.backward:
+        return _Layout(launches, rest)
+    floats = (0, 0, 0, groups * tokens, groups * tokens, *(batch * row,) * 3)  # as in _scan_layout
+    jobs = [(1, groups, tokens, f32, view[2]) for view in call.views[2:4]] + [(1, batch, row, f32, f32)] * 3
+    offsets = _offsets(floats)
+    return _Layout(launches, rest, offsets[-1] // 4, offsets, _summing(call.device, jobs))
+
+
+def _offsets(floats: Iterable[int]) -> tuple[int, ...]:
+    """Bytes where parts of a buffer begin, and its end."""
+    return tuple(itertools.accumulate((-(-count // 64) * 256 for count in floats), initial=0))
 
 
 def _summing(device: int, jobs: list[tuple]) -> tuple | None:
@@ -496,7 +514,8 @@ def scan_backward(
         dy = (batch, length, 1, channels), (outer, token, 0, inner), dtype
     views = (_signature(x), _signature(delta), _signature(B), _signature(C), dy, z if z is None else _signature(z))
     start_type = None if starts is None else starts.dtype
-    layout = _layout(device, True, x.shape[2] == 1, N, delta_softplus, start_type, False, views)
+    aligned = not (x.data_ptr() % 16 or delta.data_ptr() % 8 or grad_y.data_ptr() % 16)
+    layout = _layout(device, True, x.shape[2] == 1, N, delta_softplus, start_type, aligned, views)
     scratch = A.new_empty(layout.scratch)
     base = scratch.data_ptr()
     ends, sums, starts_at, *parts = (base + offset for offset in layout.offsets[:-1])

@@ -106,6 +106,13 @@ INLINE float softplus2(float v) {
     return e * log_over<true>(e) + fmaxf(v, 0.f);
 }
 
+// The same with its slope, times log2(e)
+INLINE float softplus2(float v, float &slope) {
+    const float e = exp2_fast(-fabsf(v)), r = reciprocal_fast(e * LN2 + LN2);
+    slope = v > 0.f ? r : e * r;
+    return e * log_over<true>(e) + fmaxf(v, 0.f);
+}
+
 INLINE float sigmoid(float v) {
     const float e = exp2_fast(-fabsf(v) * LOG2E);
     return (v > 0 ? 1.f : e) * reciprocal_fast(1.f + e);

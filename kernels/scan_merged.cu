@@ -1,17 +1,19 @@
-// The selective scan with one state a channel whose K scans add up in shared memory: x is read from memory once, y is
-// written once, and nothing in between.
+// The selective scan with one state a channel whose K scans add up in shared memory: x and dy are read from memory once,
+// y and dx written once, and nothing in between.
 //
 // A block takes GROUP channels of one image through its K scans, one after the other; `sum`, (length, GROUP) in dynamic
-// shared memory, collects y. Lanes are 8 pairs of channels x 4 stretches of STEPS steps, so a warp advances REACH steps
-// at once, a block SPAN. A lane walks its stretch from a zero state; stretches are chained by shuffles, warps through
-// shared memory, spans by `carry`; then every step adds what its stretch's true start contributes. The next span's
-// loads are in flight meanwhile. After scan.cuh; macros as there, and STEPS.
+// shared memory, collects y or dx. Lanes are 8 pairs of channels x 4 stretches of STEPS steps, so a warp advances REACH
+// steps at once, a block SPAN. A lane walks its stretch from a zero state; stretches are chained by shuffles, warps
+// through shared memory, spans by `carry`; then every step adds what its stretch's true start contributes. The next
+// span's loads are in flight meanwhile. The backward walks time backwards, and takes states from those kept by the
+// forward. After scan.cuh; macros as there, and STEPS.
 
 constexpr int PAIRS = 8, GROUP = 2 * PAIRS, REACH = 4 * STEPS, SPAN = WARPS * REACH, OWN_STEPS = REACH / 32;
 static_assert(N == 1 && REACH % 32 == 0 && (EVERY == 0 || STEPS % EVERY == 0), "a stretch begins at a kept state");
 
 template <int TYPE> struct Pair {
     unsigned bits;
+    INLINE void clear() { bits = 0; }
     INLINE void blank() { bits = TYPE == 1 ? 0xff80ff80 : 0xfc00fc00; }  // minus infinity, whose softplus is 0
     INLINE void fetch(const char *p) { bits = __ldg((const unsigned *)p); }
     INLINE float2 value() const {
@@ -21,6 +23,7 @@ template <int TYPE> struct Pair {
 };
 template <> struct Pair<0> {
     float2 bits;
+    INLINE void clear() { bits = make_float2(0.f, 0.f); }
     INLINE void blank() { bits.x = bits.y = -__int_as_float(0x7f800000); }
     INLINE void fetch(const char *p) { bits = __ldg((const float2 *)p); }
     INLINE float2 value() const { return bits; }
@@ -30,15 +33,47 @@ template <> struct Pair<0> {
 // stretches that advance side by side along rows or columns mostly take different ones.
 INLINE int place(int row) { return row / 2 * 128 + ((row ^ row >> 3 ^ row >> 6) & 1) * 64; }
 
-// A span of a scan
+// A span of a scan; backwards, from the last to the first
 struct Span {
     int k, i, spans;
     INLINE void advance() {
         if (++i == spans) i = 0, k++;
     }
+    INLINE void retreat() {
+        if (i-- == 0) i = spans - 1, k++;
+    }
 };
 
-INLINE void merged(const Call &c) {
+INLINE void clear_sums(char *sum, int length) {
+    for (int i = threadIdx.x; i < ROUND_UP(length, 2) * 8; i += THREADS)
+        ((float4 *)sum)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+}
+
+// Writes the sums, and with them `from`, x or dy, times D of all scans, 16 bytes a lane at a time
+template <int TYPE, int FROM_TYPE> INLINE void finish(const Call &c, const char *sum, const char *from, const View &view, char *to) {
+    typedef typename Element<TYPE>::bits bits;
+    constexpr int PIECE = 16 / sizeof(bits), PIECES = GROUP / PIECE;
+    const int channels = (int)c.channels, groups = channels / GROUP, b = blockIdx.x / groups;
+    const int d = blockIdx.x % groups * GROUP + threadIdx.x % PIECES * PIECE;
+    float skip[PIECE] = {};
+    for (int k = 0; c.D && k < c.scans; k++)
+#pragma unroll
+        for (int v = 0; v < PIECE; v++) skip[v] += c.D[k * channels + d + v];
+    from += b * view.batch + d * view.inner;
+    to += (b * c.length * channels + d) * sizeof(bits);
+#pragma unroll 4
+    for (int t = threadIdx.x / PIECES; t < c.length; t += THREADS / PIECES) {
+        const float *total = (const float *)(sum + place(t)) + threadIdx.x % PIECES * PIECE;
+        Pack<FROM_TYPE, PIECE> skipped = {};
+        if (c.D) skipped = *(const Pack<FROM_TYPE, PIECE> *)(from + offset(t, view.token));
+        Pack<TYPE, PIECE> pack;
+#pragma unroll
+        for (int v = 0; v < PIECE; v++) pack.v[v] = encode<TYPE>(total[v] + skip[v] * decode<FROM_TYPE>(skipped.v[v]));
+        *(Pack<TYPE, PIECE> *)(to + offset(t, channels * (int)sizeof(bits))) = pack;
+    }
+}
+
+INLINE void merged_forward(const Call &c) {
     __shared__ __align__(16) float shared_B[WARPS][REACH];
     __shared__ __align__(16) float2 shared_C[WARPS][REACH];  // with the token's place
     __shared__ __align__(16) int shared_rows[WARPS][REACH];  // of the next span
@@ -80,8 +115,7 @@ INLINE void merged(const Call &c) {
         next_A = __ldg((const float2 *)(c.A + at));
         next_bias = c.bias ? __ldg((const float2 *)(c.bias + at)) : make_float2(0.f, 0.f);
     };
-    for (int i = threadIdx.x; i < ROUND_UP(length, 2) * 8; i += THREADS)
-        ((float4 *)sum)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    clear_sums(sum, length);
 
     tokens(row, here);
     fetch_shared(row);
@@ -198,25 +232,236 @@ INLINE void merged(const Call &c) {
         here = next, next = after, after.advance();
     }
     __syncthreads();
+    finish<X_TYPE, X_TYPE>(c, sum, c.x, c.x_view, c.y);
+}
 
-    typedef typename Element<X_TYPE>::bits bits;
-    constexpr int PIECE = 16 / sizeof(bits), PIECES = GROUP / PIECE;  // of a token: 16 bytes of y
-    const int d0 = blockIdx.x % groups * GROUP + threadIdx.x % PIECES * PIECE;
-    float skip[PIECE] = {};
-    for (int k = 0; c.D && k < scans; k++)
+// Sums over the 8 pairs of a stretch: pair i gets that of v[i] in v[0]
+template <int HALF> INLINE void sum_pairs(float *v, int pair) {
+    if constexpr (HALF > 0) {
 #pragma unroll
-        for (int v = 0; v < PIECE; v++) skip[v] += c.D[k * channels + d0 + v];
-    const char *from = c.x + b * c.x_view.batch + d0 * c.x_view.inner;
-    char *to = c.y + (b * c.length * channels + d0) * sizeof(bits);
-#pragma unroll 4
-    for (int t = threadIdx.x / PIECES; t < length; t += THREADS / PIECES) {
-        const float *total = (const float *)(sum + place(t)) + threadIdx.x % PIECES * PIECE;
-        Pack<X_TYPE, PIECE> pack = {};
-        if (c.D) pack = *(const Pack<X_TYPE, PIECE> *)(from + offset(t, c.x_view.token));
-#pragma unroll
-        for (int v = 0; v < PIECE; v++) pack.v[v] = encode<X_TYPE>(total[v] + skip[v] * decode<X_TYPE>(pack.v[v]));
-        *(Pack<X_TYPE, PIECE> *)(to + offset(t, channels * (int)sizeof(bits))) = pack;
+        for (int i = 0; i < HALF; i++) {
+            const float keep = pair & HALF ? v[HALF + i] : v[i], give = pair & HALF ? v[i] : v[HALF + i];
+            v[i] = keep + __shfl_xor_sync(~0u, give, HALF);
+        }
+        sum_pairs<HALF / 2>(v, pair);
     }
+}
+
+// dA, dbias and dD of a pair of channels
+struct alignas(8) Gradients {
+    float2 A, bias, D;
+};
+
+INLINE void merged_backward(const Call &c) {
+    static_assert(STEPS == 8 && (EVERY == 0 || EVERY == 8), "a lane has a step of its own, and a stretch a kept state");
+    __shared__ __align__(16) float shared_B[WARPS][REACH];
+    __shared__ __align__(16) float2 shared_C[WARPS][REACH];  // with the token's place
+    __shared__ __align__(16) int shared_here[WARPS][REACH], shared_rows[WARPS][REACH];  // tokens of this span, of the next
+    __shared__ float4 totals[2][WARPS][PAIRS];  // of a warp's steps: decay and what they pass on to the step before
+    __shared__ float2 carry[2][PAIRS];
+    __shared__ Gradients gradients[2][WARPS][PAIRS];
+    char *sum = dynamic_shared();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % PAIRS, first = lane / PAIRS * STEPS;
+    const int length = (int)c.length, scans = (int)c.scans, channels = (int)c.channels, groups = channels / GROUP;
+    const int b = blockIdx.x / groups, group = blockIdx.x % groups, d = group * GROUP + pair * 2;
+    const char *x = whole(c.x + b * c.x_view.batch + d * c.x_view.inner);
+    const char *dy = whole(c.dy + b * c.dy_view.batch + d * c.dy_view.inner);
+    const char *delta = whole(c.delta + b * c.delta_view.batch + d * c.delta_view.inner);
+    const char *B = whole(c.B + b * c.B_view.batch), *C = whole(c.C + b * c.C_view.batch);
+    const float *B_t = shared_B[warp] + first;
+    const float2 *C_t = shared_C[warp] + first;
+    const int *rows = shared_rows[warp] + first, *here_rows = shared_here[warp] + first;
+    const i64 states_at = ((i64)group * c.batch + b) * length * scans;  // into dB and dC, of token 0
+    const int pieces = ROUND_UP(length, STEPS), spans = ROUND_UP(length, SPAN);
+
+    Pair<X_TYPE> raw_x[STEPS];
+    Pair<DY_TYPE> raw_dy[STEPS];
+    Pair<DELTA_TYPE> raw_delta[STEPS];
+    Pack<START_TYPE, 2> raw_start;
+    unsigned raw_B, raw_C;
+    int row, row_next, row_after;
+    float2 next_A, next_bias;
+    Span here = {0, spans - 1, spans}, next = here, after;
+    Gradients total = {};
+    int last = 0;
+
+    auto token = [&](const Span &at) {
+        const int t = min(at.i * SPAN + warp * REACH + lane, length - 1);
+        return c.order ? __ldg(c.order + min(at.k, scans - 1) * length + t) : t;
+    };
+    auto fetch_shared = [&](int row) {
+        const int k = min(next.k, scans - 1), at = k * channels + d;
+        raw_B = load<B_TYPE>(B + offset(k, (int)c.B_view.scan) + offset(row, c.B_view.token));
+        raw_C = load<C_TYPE>(C + offset(k, (int)c.C_view.scan) + offset(row, c.C_view.token));
+        next_A = __ldg((const float2 *)(c.A + at));
+        next_bias = c.bias ? __ldg((const float2 *)(c.bias + at)) : make_float2(0.f, 0.f);
+        const int piece = min((next.i * SPAN + warp * REACH + first) / STEPS, pieces - 1);
+        raw_start = ((const Pack<START_TYPE, 2> *)c.starts)[(((i64)(b * scans + k) * pieces + piece) * channels + d) / 2];
+    };
+    clear_sums(sum, length);
+
+    row = token(here);
+    fetch_shared(row);
+    shared_rows[warp][lane] = row;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) {
+        raw_x[j].fetch(x + offset(rows[j], c.x_view.token));
+        raw_dy[j].fetch(dy + offset(rows[j], c.dy_view.token));
+        raw_delta[j].fetch(delta + offset(rows[j], c.delta_view.token));
+    }
+    next.retreat();
+    row_next = token(next);
+    after = next;
+    after.retreat();
+
+    // what a scan's warps have summed, once all have
+    auto store_gradients = [&](int n, int k) {
+        if (threadIdx.x >= PAIRS) return;
+        Gradients all = {};
+        for (int w = 0; w < WARPS; w++) {
+            const Gradients &of = gradients[n][w][pair];
+            all.A.x += of.A.x, all.A.y += of.A.y, all.bias.x += of.bias.x, all.bias.y += of.bias.y;
+            all.D.x += of.D.x, all.D.y += of.D.y;
+        }
+        const i64 at = (i64)(b * scans + k) * channels + d;
+        *(float2 *)(c.dA + at) = make_float2(all.A.x * LN2, all.A.y * LN2);
+        *(float2 *)(c.dbias + at) = all.bias, *(float2 *)(c.dD + at) = all.D;
+    };
+
+    for (int n = 0; here.k < scans; n ^= 1) {
+        const int left = length - here.i * SPAN - warp * REACH - first;  // steps of the scan from the stretch on
+        const float2 A = next_A, bias = make_float2(next_bias.x * LOG2E, next_bias.y * LOG2E);
+        float2 h = make_float2(decode<START_TYPE>(raw_start.v[0]), decode<START_TYPE>(raw_start.v[1]));
+        __syncwarp();
+        shared_rows[warp][lane] = row_next, shared_here[warp][lane] = row;
+        shared_B[warp][lane] = decode<B_TYPE>(raw_B) * LN2;
+        shared_C[warp][lane] = make_float2(decode<C_TYPE>(raw_C), __int_as_float(place(row)));
+        __syncwarp();
+        fetch_shared(row_next);
+        row_after = token(after);
+        const char *next_delta = whole(delta + offset(min(next.k, scans - 1), (int)c.delta_view.scan));
+
+        if (left + first < REACH) {
+#pragma unroll
+            for (int j = 0; j < STEPS; j++)
+                if (j >= left) raw_delta[j].blank(), raw_dy[j].clear();
+        }
+        // dt log2(e), its slope log2(e), what the state before a step leaves, dy C, and then from a zero state after the
+        // stretch: g, and the decay down to it
+        float2 dt[STEPS], slope[STEPS], rest[STEPS], g[STEPS], p[STEPS], w[STEPS];
+        float dC[STEPS], dB[STEPS];
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) {
+            const float2 v = raw_delta[j].value(), q = raw_dy[j].value();
+            w[j] = raw_x[j].value();
+            raw_delta[j].fetch(next_delta + offset(rows[j], c.delta_view.token));
+            raw_dy[j].fetch(dy + offset(rows[j], c.dy_view.token));
+            raw_x[j].fetch(x + offset(rows[j], c.x_view.token));
+            dt[j] = make_float2(v.x * LOG2E + bias.x, v.y * LOG2E + bias.y);
+            if (SOFTPLUS) {
+                dt[j].x = softplus2(dt[j].x, slope[j].x);
+                dt[j].y = softplus2(dt[j].y, slope[j].y);
+            } else {
+                slope[j] = j < left ? make_float2(LOG2E, LOG2E) : make_float2(0.f, 0.f);
+                if (j >= left) dt[j] = make_float2(0.f, 0.f);
+            }
+            p[j] = make_float2(exp2_fast(dt[j].x * A.x), exp2_fast(dt[j].y * A.y));
+            rest[j] = make_float2(p[j].x * h.x, p[j].y * h.y);
+            h = make_float2(rest[j].x + w[j].x * B_t[j] * dt[j].x, rest[j].y + w[j].y * B_t[j] * dt[j].y);
+            dC[j] = q.x * h.x + q.y * h.y;
+            total.D.x += q.x * w[j].x, total.D.y += q.y * w[j].y;
+            g[j] = make_float2(q.x * C_t[j].x, q.y * C_t[j].x);
+        }
+        float2 to_p = make_float2(1.f, 1.f), to_g = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int j = STEPS - 1; j >= 0; j--) {
+            const float2 a = p[j];
+            g[j].x += to_g.x, g[j].y += to_g.y;
+            p[j] = to_p;
+            to_g = make_float2(a.x * g[j].x, a.y * g[j].y);
+            to_p.x *= a.x, to_p.y *= a.y;
+        }
+#pragma unroll
+        for (int by = PAIRS; by < 32; by *= 2) {
+            const float2 q = make_float2(__shfl_down_sync(~0u, to_p.x, by), __shfl_down_sync(~0u, to_p.y, by));
+            const float2 r = make_float2(__shfl_down_sync(~0u, to_g.x, by), __shfl_down_sync(~0u, to_g.y, by));
+            if (lane + by < 32) {
+                to_g = make_float2(to_p.x * r.x + to_g.x, to_p.y * r.y + to_g.y);
+                to_p.x *= q.x, to_p.y *= q.y;
+            }
+        }
+        if (lane < PAIRS) totals[n][warp][pair] = make_float4(to_p.x, to_g.x, to_p.y, to_g.y);
+        sum_pairs<STEPS / 2>(dC, pair);
+        const bool own = here.i * SPAN + warp * REACH + lane < length;
+        float *to_C = c.dC + states_at + (i64)row * scans + here.k, *to_B = c.dB + states_at + (i64)row * scans + here.k;
+        if (own) *to_C = dC[0];
+        __syncthreads();
+
+        if (here.i == spans - 1 && here.k) store_gradients(n ^ 1, here.k - 1);
+        float2 s = carry[n ^ 1][pair];  // what comes from after the warp's steps, then from after the stretch
+        const i64 state = (i64)(b * scans + here.k) * channels + d;
+        if (here.i == spans - 1) s = c.gradient ? *(const float2 *)(c.gradient + state) : make_float2(0.f, 0.f);
+#pragma unroll 4
+        for (int v = WARPS - 1; v > warp; v--) {
+            const float4 all = totals[n][v][pair];
+            s = make_float2(all.x * s.x + all.y, all.z * s.y + all.w);
+        }
+        if (warp == 0 && lane < PAIRS) {
+            const float2 end = make_float2(to_p.x * s.x + to_g.x, to_p.y * s.y + to_g.y);
+            carry[n][pair] = end;
+            if (here.i == 0) *(float2 *)(c.last + state) = end;
+        }
+        to_p = make_float2(__shfl_down_sync(~0u, to_p.x, PAIRS), __shfl_down_sync(~0u, to_p.y, PAIRS));
+        to_g = make_float2(__shfl_down_sync(~0u, to_g.x, PAIRS), __shfl_down_sync(~0u, to_g.y, PAIRS));
+        if (lane < 24) s = make_float2(to_p.x * s.x + to_g.x, to_p.y * s.y + to_g.y);
+
+        typedef typename Element<DELTA_TYPE>::bits bits;
+        char *ddelta = whole(c.ddelta + (((i64)b * length * scans + here.k) * channels + d) * sizeof(bits));
+        const float2 A_ln2 = make_float2(A.x * LN2, A.y * LN2);
+        auto apply = [&](int j, bool inside) {
+            const float2 g_j = make_float2(p[j].x * s.x + g[j].x, p[j].y * s.y + g[j].y);
+            const float2 input = make_float2(g_j.x * B_t[j], g_j.y * B_t[j]);  // gradient of dt x, ln(2)
+            const float2 r = make_float2(g_j.x * rest[j].x, g_j.y * rest[j].y);
+            const float2 v = make_float2((w[j].x * input.x + A_ln2.x * r.x) * slope[j].x,
+                                         (w[j].y * input.y + A_ln2.y * r.y) * slope[j].y);
+            total.A.x += r.x * dt[j].x, total.A.y += r.y * dt[j].y;
+            total.bias.x += v.x, total.bias.y += v.y;
+            dB[j] = g_j.x * dt[j].x * w[j].x + g_j.y * dt[j].y * w[j].y;
+            if (inside) {
+                float2 *to = (float2 *)(sum + __float_as_int(C_t[j].y) + pair * 8);
+                *to = make_float2(input.x * dt[j].x + to->x, input.y * dt[j].y + to->y);
+                Pack<DELTA_TYPE, 2> pack;
+                pack.v[0] = encode<DELTA_TYPE>(v.x), pack.v[1] = encode<DELTA_TYPE>(v.y);
+                *(Pack<DELTA_TYPE, 2> *)(ddelta + offset(here_rows[j], (int)sizeof(bits) * scans * channels)) = pack;
+            }
+        };
+        if (left + first >= REACH) {
+#pragma unroll
+            for (int j = 0; j < STEPS; j++) apply(j, true);
+        } else {
+#pragma unroll
+            for (int j = 0; j < STEPS; j++) apply(j, j < left);
+        }
+        sum_pairs<STEPS / 2>(dB, pair);
+        if (own) *to_B = dB[0] * LN2;
+        if (here.i == 0) {
+#pragma unroll
+            for (int by = PAIRS; by < 32; by *= 2) {
+                total.A.x += __shfl_xor_sync(~0u, total.A.x, by), total.A.y += __shfl_xor_sync(~0u, total.A.y, by);
+                total.bias.x += __shfl_xor_sync(~0u, total.bias.x, by);
+                total.bias.y += __shfl_xor_sync(~0u, total.bias.y, by);
+                total.D.x += __shfl_xor_sync(~0u, total.D.x, by), total.D.y += __shfl_xor_sync(~0u, total.D.y, by);
+            }
+            if (lane < PAIRS) gradients[n][warp][pair] = total;
+            total = {};
+        }
+        last = n, row = row_next, row_next = row_after;
+        here = next, next = after, after.retreat();
+    }
+    __syncthreads();
+    store_gradients(last, scans - 1);
+    finish<X_TYPE, DY_TYPE>(c, sum, c.dy, c.dy_view, c.dx);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) KERNEL(const ARGUMENT argument) { ENTRY(argument); }
