@@ -25,7 +25,7 @@ _ENTRIES = {
     "scan_backward": "backward<>",
     "scan_sum": "sums",
     "scan_merged": "merged_forward",
-    "scan_merged_back": "merged_backward",
+    "scan_merged_back": "merged_backward<>",
 }
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VIEWED = ("x", "delta", "B", "C", "dy", "z")

@@ -252,8 +252,8 @@ struct alignas(8) Gradients {
     float2 A, bias, D;
 };
 
-INLINE void merged_backward(const Call &c) {
-    static_assert(STEPS == 8 && (EVERY == 0 || EVERY == 8), "a lane has a step of its own, and a stretch a kept state");
+template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
+    static_assert(OWN == PAIRS && (EVERY == 0 || EVERY == OWN), "a lane has a step of its own, and a stretch a kept state");
     __shared__ __align__(16) float shared_B[WARPS][REACH];
     __shared__ __align__(16) float2 shared_C[WARPS][REACH];  // with the token's place
     __shared__ __align__(16) int shared_here[WARPS][REACH], shared_rows[WARPS][REACH];  // tokens of this span, of the next
