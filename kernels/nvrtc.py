@@ -62,10 +62,17 @@ def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a CUdevice_attribute
+
+
 @functools.cache
 def shared_memory(device: int) -> int:
     """Bytes of shared memory that a block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    driver, handle, size = _driver(), ctypes.c_int(), ctypes.c_int()
+    _check(driver.cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+    asking = (driver.cuDeviceGetAttribute, ctypes.byref(size), _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, handle)
+    _call(device, f"asking device {device} for its shared memory", *asking)
+    return size.value
 
 
 @functools.cache
