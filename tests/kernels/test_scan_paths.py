@@ -1,0 +1,134 @@
+"""Paths of the CUDA scan that size and layout of a call choose: scans merged on chip, a team for each scan, gates."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambavision.kernels import cuda, nvrtc, reference
+from tests.kernels.test_backends import Case, relative
+from tests.kernels.test_emulated import ORDERS, by_token, direct, names
+
+CROSS = ("row", "col", "row_reverse", "col_reverse")
+MERGED = {"scan_merged", "scan_merged_back"}
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture
+def small_machine(machine, monkeypatch):
+    """A machine that a few blocks fill."""
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 1)
+    cuda._layout.cache_clear()
+    yield machine
+    cuda._layout.cache_clear()
+
+
+MERGING = [
+    Case(70, 1, "fp32", 16),
+    Case(133, 1, "bf16", 32, orders=CROSS),
+    Case(400, 1, "fp16", 16, orders=CROSS),  # two spans
+    Case(1, 1, "fp32", 48),
+    Case(65, 1, "bf16", 16, options=False, orders=CROSS),
+    Case(33, 1, "fp16", 16, orders=("row",)),
+]
+
+
+@pytest.mark.parametrize("case", MERGING, ids=str)
+def test_scans_merged_on_chip(case, small_machine, monkeypatch):
+    built = []
+    kernel = cuda._kernel
+    monkeypatch.setattr(
+        cuda, "_kernel", lambda name, *args, **kwargs: built.append(name) or kernel(name, *args, **kwargs)
+    )
+    direct(case, small_machine, starts=True)
+    assert set(built) == MERGED | {"scan_sum"}
+
+
+@pytest.mark.parametrize("case", [MERGING[0], MERGING[2]], ids=str)
+def test_merged_scans_give_the_same_bits_in_any_order_of_threads(case, emulator):
+    seen = []
+    for emulator.order in ORDERS:
+        seen.append(direct(case, starts=True))
+    assert names(emulator) >= MERGED
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [replace(MERGING[0], **v) for v in ({"dim": 24}, {"d_state": 2}, {"strided": True}, {"merge": False})],
+    ids=str,
+)
+def test_what_cannot_be_merged_on_chip_is_merged_in_memory(case, emulator):
+    direct(case, starts=True)
+    assert not names(emulator) & MERGED
+
+
+def test_sums_that_do_not_fit_are_merged_in_memory(emulator):
+    emulator.shared = 16 << 10
+    direct(Case(400, 1, "fp32", 16), starts=True)
+    assert not names(emulator) & MERGED
+    direct(Case(40, 1, "fp32", 16), starts=True)
+    assert names(emulator) >= MERGED
+
+
+def test_a_backward_without_kept_states_is_merged_in_memory(emulator):
+    direct(MERGING[0])
+    assert names(emulator) & MERGED == {"scan_merged"}
+
+
+def gated(length: int, dim: int, N: int, dtype: torch.dtype, machine: str, change) -> list[Tensor]:
+    """`scan` and `scan_backward` with a gate, once they agree with the reference; ``change`` gives z and dy a layout."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(shape, generator=g).to(machine, dtype)
+
+    batch, K = 2, 2
+    x, delta, z = normal(batch, length, 1, dim), 0.5 * normal(batch, length, K, dim), normal(batch, length, K, dim)
+    A = -(0.1 + normal(K, dim, N, dtype=torch.float32).abs())
+    B, C = normal(batch, length, K, N), normal(batch, length, K, N)
+    D, bias = normal(K, dim, dtype=torch.float32), normal(K, dim, dtype=torch.float32)
+    order = torch.stack([torch.randperm(length, generator=g) for _ in range(K)]).to(machine)
+    inputs, z = (x, delta, A, B, C, D, bias, None), change(z)
+    y, last = cuda.scan(*inputs, order, True, False, z=z)
+    dy = change(normal(*y.shape))
+    gradients = cuda.scan_backward(dy, None, *inputs, order, True, False, z=z)
+    leaves = [v.double().requires_grad_() for v in (*inputs[:-1], z)]
+    want = reference.scan(*leaves[:-1], None, order, True, False, z=leaves[-1])
+    exact = torch.autograd.grad(want[0], leaves, dy.double())
+    results = [y, last, *gradients[:7], gradients[8]]
+    for i, (got, value) in enumerate(zip(results, (*want, *exact), strict=True)):
+        assert relative(got.double().cpu(), value.detach().cpu()) < LIMIT[dtype], i
+    return results
+
+
+@pytest.mark.parametrize("change", [by_token, lambda v: v], ids=["by_token", "by_channel"])
+@pytest.mark.parametrize(
+    "length, dim, N, dtype, processors",
+    [(70, 5, 16, torch.float32, 1), (530, 3, 4, torch.bfloat16, 132), (33, 40, 1, torch.float16, 1)],
+)
+def test_a_gate_multiplies_outputs_and_has_a_gradient(length, dim, N, dtype, processors, change, machine, monkeypatch):
+    monkeypatch.setattr(nvrtc, "processors", lambda device: processors)
+    cuda._layout.cache_clear()
+    results = gated(length, dim, N, dtype, machine, change)
+    assert all(torch.equal(a, b) for a, b in zip(results, gated(length, dim, N, dtype, machine, change), strict=True))
+
+
+def test_gates_give_the_same_bits_in_any_order_of_threads(emulator):
+    seen = []
+    for emulator.order in ORDERS:
+        seen.append(gated(40, 9, 16, torch.float32, "cpu", by_token))
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize("case", [MERGING[0], Case(40, 16, "fp32", 5)], ids=str)
+def test_a_last_state_that_nobody_wants_is_not_made(case, small_machine):
+    g = torch.Generator().manual_seed(0)
+    K = len(case.orders)
+    shapes = [(2, case.length, 1, case.dim), (2, case.length, K, case.dim), (K, case.dim, case.d_state)]
+    shapes += [(2, case.length, K, case.d_state)] * 2
+    inputs = [-torch.rand(s, generator=g).to(small_machine) for s in shapes]
+    y, last = cuda.scan(*inputs, None, None, None, None, True, True)
+    again, nothing = cuda.scan(*inputs, None, None, None, None, True, True, want_state=False)
+    assert torch.equal(y, again) and nothing is None and last.isfinite().all()
