@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mambavision.kernels import cuda, nvrtc, reference
-from tests.kernels.emulated import ASCENDING, DESCENDING, RANDOM
+from tests.kernels.emulated import ASCENDING, DESCENDING, RANDOM, guarded
 from tests.kernels.test_backends import COVERING, EXTREME, Case, check, make, relative
 
 ORDERS = (ASCENDING, DESCENDING, RANDOM, RANDOM + 1)
@@ -76,12 +76,13 @@ def test_approximate_functions(machine):
         ("lonely_barrier", "wait for ever"),
         ("beyond_shared", "outside its 4096 bytes"),
         ("crooked_row", "not a multiple of 16"),
+        ("beyond_tensor", "thread 40: touches"),
     ],
 )
 def test_what_a_gpu_would_hang_or_go_wrong_on_is_refused(entry, what, emulator):
-    v = torch.zeros(1024)
+    v = guarded(torch.zeros(1024), at_end=True)
     with pytest.raises(RuntimeError, match=what):
-        primitive(entry, v, v, v, threads=64)
+        primitive(entry, v, v, v, rows=1024, threads=64)
         pytest.fail(f"{entry} passed")
 
 
@@ -119,22 +120,26 @@ def by_token(v: Tensor) -> Tensor:
     return v.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def direct(case: Case, device: str = "cpu", starts: bool = False, change=lambda name, v: v) -> list[Tensor]:
+def direct(
+    case: Case, device: str = "cpu", starts: bool = False, change=lambda name, v: v, place=lambda v: v
+) -> list[Tensor]:
     """`scan` and `scan_backward` of the case, called as the operator calls them, once they agree with the reference."""
     args = {k: change(k, v).to(device) for k, v in make(case).items()}
     if case.strided:
         args |= {k: by_token(args[k]) for k in ("x", "delta", "B", "C")}
+    args = {k: place(v) for k, v in args.items()}
     g = torch.Generator().manual_seed(1)
-    order = torch.stack([torch.randperm(case.length, generator=g) for _ in case.orders]).to(device)
+    order = torch.stack([torch.randperm(case.length, generator=g) for _ in case.orders])
+    order = place(order.int().to(device))
     x = args["x"][:, :, None]
     inputs = (x, *(args.get(k) for k in ("delta", "A", "B", "C", "D", "delta_bias", "initial_state")), order)
     kept = None
     if starts:
         shape, dtype = cuda.kept_states(x, args["delta"], args["A"])
-        kept = torch.empty(shape, dtype=dtype, device=device)
+        kept = place(torch.empty(shape, dtype=dtype, device=device))
     y, last = cuda.scan(*inputs, case.options, case.merge, starts=kept)
     dy, dlast = (torch.randn(v.shape, generator=g).to(v) for v in (y, last))
-    dy = by_token(dy) if case.strided else dy
+    dy, dlast = place(by_token(dy) if case.strided else dy), place(dlast)
     gradients = cuda.scan_backward(dy, dlast, *inputs, case.options, case.merge, starts=kept)
     leaves = [v.double().requires_grad_() if v is not None else None for v in inputs[:-1]]
     want = reference.scan(*leaves, order, case.options, case.merge)
@@ -161,11 +166,33 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(case, processors, e
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
 
 
-@pytest.mark.parametrize("case", [Case(70, 16, "fp32", 9), Case(33, 8, "bf16", 5, merge=False)], ids=str)
+OUTSIDE = [*(case for case, _ in RACING), Case(33, 17, "fp32", 7, merge=False), Case(1, 64, "bf16", 1)]
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("case, processors", [(c, (132, 1)[i % 2]) for i, c in enumerate(OUTSIDE)], ids=str)
+def test_nothing_outside_of_tensors_is_touched(case, processors, at_end, emulator, monkeypatch):
+    allocate = Tensor.new_empty
+
+    def place(v):
+        return guarded(v, at_end)
+
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: place(allocate(*args, **kwargs)))
+    emulator.processors = processors
+    direct(case, starts=case.d_state < 16, place=place)
+
+
 @pytest.mark.parametrize(
-    "options", [{"keep_decay": True}, {"polynomial": 5}, {"tile": 8, "segment": 24}, {"segment": 16}], ids=str
+    "case, options",
+    [
+        (Case(70, 16, "fp32", 9), {"keep_decay": True}),
+        (Case(33, 8, "bf16", 5, merge=False), {"polynomial": 5}),
+        (Case(70, 16, "fp32", 9), {"tile": 8, "segment": 24}),
+        (Case(33, 8, "bf16", 5, merge=False), {"segment": 16}),
+    ],
+    ids=str,
 )
-def test_plans_that_no_small_shape_is_given(options, case, emulator, monkeypatch):
+def test_plans_that_no_small_shape_is_given(case, options, emulator, monkeypatch):
     plan = cuda.plan
 
     def other(*args, backward, **kwargs):

@@ -1,5 +1,7 @@
 """Compiling, caching and loading kernels: what needs no GPU. The driver here keeps one thread's context and no more."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ class Driver:
     """Modules load where a context is current and the image is a whole ELF file of ours."""
 
     def __init__(self, context: int | None, result: int = 0):
-        self.context, self.result, self.images = context, result, []
+        self.context, self.result, self.images, self.asked, self.launched = context, result, [], [], []
 
     def cuDeviceGet(self, out, device):
         out._obj.value = 10 * device
@@ -40,6 +42,14 @@ class Driver:
     def cuModuleGetFunction(self, out, module, name):
         out._obj.value = 5
         return 0 if name == NAME.encode() else 500
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        self.asked.append((function.value, attribute, value))
+        return 0
+
+    def cuLaunchKernel(self, function, *sizes):
+        self.launched.append((function.value, *sizes[:8]))
+        return 0
 
     def cuGetErrorName(self, result, out):
         out._obj.value = b"ERROR_%d" % result
@@ -98,6 +108,29 @@ def test_a_cached_cubin_is_not_compiled_again(driver, monkeypatch):
     nvrtc._built(SOURCE, NAME, OPTIONS, DEVICE)
     monkeypatch.setattr(nvrtc, "_nvrtc", None)
     assert nvrtc._built(SOURCE, NAME, OPTIONS, DEVICE).value == 5
+
+
+@pytest.mark.parametrize("shared", [0, 70_000])
+def test_a_kernel_gets_the_shared_memory_it_asked_for(driver, monkeypatch, shared):
+    used = driver(1)
+    kernel = nvrtc._load(b"\x7fELF", NAME, DEVICE, shared)
+    assert used.asked == ([(5, 8, shared)] if shared else [])
+    monkeypatch.setattr(nvrtc, "_launcher", lambda: used.cuLaunchKernel)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 11 * device)
+    nvrtc.launch(kernel, 12, 64, b"argument", DEVICE)
+    assert used.launched == [(5, 12, 1, 1, 64, 1, 1, shared, 11 * DEVICE)]
+
+
+def test_an_error_is_found_in_the_source_it_is_in(driver, monkeypatch, tmp_path):
+    driver(1)
+    sources = tmp_path / "first.cuh", tmp_path / "second.cu"
+    sources[0].write_text("#define TWO 2\n")
+    sources[1].write_text(f"{SOURCE}\n__device__ int f() {{ return TWO; }}\n__device__ int g() {{ return THREE; }}\n")
+    monkeypatch.setattr(nvrtc, "_architecture", lambda device: 90)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with pytest.raises(RuntimeError, match=r"second\.cu\(3\)(.|\n)*1 error"):
+        nvrtc.kernel(sources, NAME, (), DEVICE)
 
 
 def test_a_source_that_does_not_compile_is_reported_with_the_log():

@@ -4,18 +4,20 @@
 // takes place once every lane named by the mask is there, at the same line and with the same mask, and fails where one
 // cannot come. Fibers run in an order of the caller's choice: a block without races gives the same bits in all of them.
 // Shared memory is NaN (bytes of 0xff) when a block begins, and static shared memory is all that is thread_local here.
+// A segmentation fault ends the grid with a message: memory from emulated.guarded has pages on both sides that fault.
 
-#include <cmath>
-#include <csetjmp>
-#include <cstdarg>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // C's math.h alone: libstdc++'s takes longer to read than a kernel to compile
 #include <link.h>
+#include <math.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
-#include <vector>
 
 #define __global__
 #define __device__
@@ -80,7 +82,7 @@ constexpr unsigned MOST_THREADS = 1024;
 enum Order { ASCENDING, DESCENDING, RANDOM };  // RANDOM and above: seeds
 enum State { READY, IN_WARP, AT_BARRIER, DONE };
 
-struct Copy { char *to; const char *from; bool inside; };
+struct Copy { char *to; const char *from; bool inside; unsigned group; };
 
 struct Fiber {
     jmp_buf here;
@@ -89,7 +91,8 @@ struct Fiber {
     unsigned mask;
     int line;
     void *data;
-    std::vector<std::vector<Copy>> groups;  // of asynchronous copies, the last one still open
+    Copy *copies;  // asynchronous ones on their way, from the oldest
+    unsigned under_way, room, group;  // group: the one still open
 };
 
 inline Fiber fibers[MOST_THREADS];
@@ -173,6 +176,25 @@ inline void land(const Copy &copy) {
     else memset(copy.to, 0, 16);
 }
 
+inline void send(char *to, const char *from, bool inside) {
+    Fiber &me = fibers[current];
+    const Copy copy{to, from, inside, me.group};
+    if (order == DESCENDING) return land(copy);
+    if (me.under_way == me.room) {
+        me.room = 2 * me.room + 16;
+        me.copies = (Copy *)realloc(me.copies, me.room * sizeof copy);
+    }
+    me.copies[me.under_way++] = copy;
+}
+
+inline void receive(unsigned youngest) {  // all closed groups but so many
+    Fiber &me = fibers[current];
+    unsigned landed = 0;
+    while (landed < me.under_way && me.copies[landed].group + youngest < me.group) land(me.copies[landed++]);
+    me.under_way -= landed;
+    memmove(me.copies, me.copies + landed, me.under_way * sizeof(Copy));
+}
+
 inline void fiber_main() {
     for (;;) {
         kernel(argument);
@@ -218,7 +240,7 @@ inline bool run_block() {
     if (static_size) memset(static_begin, 0xff, static_size);
     memset(dynamic_begin - 4096, 0xff, dynamic_size + 8192);
     alive = threads, waiting = 0, barrier_all = 1, barrier_any = barrier_count = 0;
-    for (unsigned i = 0; i < threads; i++) fibers[i].state = READY, fibers[i].groups.assign(1, {});
+    for (unsigned i = 0; i < threads; i++) fibers[i].state = READY, fibers[i].under_way = fibers[i].group = 0;
     while (alive) {
         any = false;
         arrange(warps, (threads + 31) / 32);
@@ -263,6 +285,11 @@ inline int find_static(dl_phdr_info *info, size_t, void *) {
     return 0;
 }
 
+inline void fault(int, siginfo_t *info, void *) {
+    fail("touches %p, which is not its own%s", info->si_addr,
+         (char *)info->si_addr >= stacks && (char *)info->si_addr < stacks + STACK * threads ? ": its stack is full" : "");
+}
+
 inline const char *run(void (*what)(const void *), unsigned blocks, unsigned count, unsigned shared, int in_order,
                        const void *with) {
     static char dynamic[ALL_SHARED + 16384] __attribute__((aligned(1024)));
@@ -282,11 +309,20 @@ inline const char *run(void (*what)(const void *), unsigned blocks, unsigned cou
     kernel = what, argument = with, threads = count, order = in_order, random_state = in_order;
     blockDim = {count, 1, 1}, gridDim = {blocks, 1, 1}, threadIdx = blockIdx = {0, 0, 0};
     for (unsigned i = 0; i < count; i++) fibers[i].begun = false;
+    static char for_faults[65536];
+    stack_t apart = {}, usual_stack;
+    apart.ss_sp = for_faults, apart.ss_size = sizeof for_faults;
+    sigaltstack(&apart, &usual_stack);
+    struct sigaction on_fault = {}, usual[2];
+    on_fault.sa_sigaction = fault, on_fault.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &on_fault, &usual[0]), sigaction(SIGBUS, &on_fault, &usual[1]);
     bool right = true;
     for (unsigned i = 0; i < blocks && right; i++) {
         blockIdx.x = order == DESCENDING ? blocks - 1 - i : i;
         right = run_block();
     }
+    sigaction(SIGSEGV, &usual[0], 0), sigaction(SIGBUS, &usual[1], 0);
+    sigaltstack(&usual_stack, 0);
     munmap(stacks, STACK * count);
     return right ? 0 : message;
 }

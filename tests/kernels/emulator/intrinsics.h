@@ -124,17 +124,8 @@ inline void ldmatrix_x2_trans(unsigned r[2], const void *row, AT) { emulator::lo
 inline void copy_async_16(void *shared, const void *global, bool inside, AT) {
     emulator::check_shared(shared, 16, line);
     if ((uintptr_t)global % 16) emulator::fail("line %d: copies from %p, not a multiple of 16", line, global);
-    const emulator::Copy copy{(char *)shared, (const char *)global, inside};
-    if (emulator::order == emulator::DESCENDING) emulator::land(copy);
-    else emulator::fibers[emulator::current].groups.back().push_back(copy);
+    emulator::send((char *)shared, (const char *)global, inside);
 }
 
-inline void copy_async_commit() { emulator::fibers[emulator::current].groups.emplace_back(); }
-
-template <int YOUNGEST> inline void copy_async_wait() {
-    auto &groups = emulator::fibers[emulator::current].groups;  // the last one is open: not waited for
-    while (groups.size() > YOUNGEST + 1) {
-        for (const emulator::Copy &copy : groups.front()) emulator::land(copy);
-        groups.erase(groups.begin());
-    }
-}
+inline void copy_async_commit() { emulator::fibers[emulator::current].group++; }
+template <int YOUNGEST> inline void copy_async_wait() { emulator::receive(YOUNGEST); }

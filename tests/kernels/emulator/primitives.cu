@@ -93,6 +93,10 @@ INLINE void no_wait(const Argument &argument) {
 
 INLINE void beyond_shared(const Argument &) { dynamic_shared()[4080 + threadIdx.x] = 0; }
 
+INLINE void beyond_tensor(const Argument &argument) {
+    if (threadIdx.x == 40) ((float *)argument.c)[argument.rows] = 0.f;
+}
+
 INLINE void crooked_row(const Argument &) {
     unsigned r[4];
     ldmatrix_x4(r, dynamic_shared() + threadIdx.x * 8);
