@@ -20,6 +20,9 @@ template <int TYPE> struct Pair {
         return make_float2(decode<TYPE>(TYPE == 1 ? bits : bits & 0xffff),
                            TYPE == 1 ? __uint_as_float(bits & 0xffff0000) : decode<TYPE>(bits >> 16));
     }
+    static INLINE void store(char *p, float2 v) {
+        __stwb((unsigned *)p, encode<TYPE>(v.x) | (unsigned)encode<TYPE>(v.y) << 16);
+    }
 };
 template <> struct Pair<0> {
     float2 bits;
@@ -27,6 +30,7 @@ template <> struct Pair<0> {
     INLINE void blank() { bits.x = bits.y = -__int_as_float(0x7f800000); }
     INLINE void fetch(const char *p) { bits = __ldg((const float2 *)p); }
     INLINE float2 value() const { return bits; }
+    static INLINE void store(char *p, float2 v) { __stwb((float2 *)p, v); }
 };
 
 // Where a token's sums begin. Two tokens share the 32 banks; which half a token takes is mixed from its bits, so that
@@ -47,6 +51,21 @@ struct Span {
 INLINE void clear_sums(char *sum, int length) {
     for (int i = threadIdx.x; i < ROUND_UP(length, 2) * 8; i += THREADS)
         ((float4 *)sum)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+}
+
+// Adds a stretch's terms to the sums of their tokens, at the places that `shared` holds; loads first, that they overlap
+template <int COUNT, class Term> INLINE void add(char *sum, const float2 *shared, int left, bool whole, Term term) {
+    float2 *to[COUNT], v[COUNT];
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) {
+        to[j] = (float2 *)(sum + __float_as_int(shared[j].y));
+        if (whole || j < left) v[j] = *to[j];
+    }
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) {
+        const float2 more = term(j);
+        if (whole || j < left) *to[j] = make_float2(v[j].x + more.x, v[j].y + more.y);
+    }
 }
 
 // Writes the sums, and with them `from`, x or dy, times D of all scans, 16 bytes a lane at a time
@@ -104,7 +123,7 @@ INLINE void merged_forward(const Call &c) {
             row[o] = c.order ? __ldg(c.order + min(at.k, scans - 1) * length + t) : t;
         }
     };
-    auto fetch_shared = [&](const int *row) {
+    auto fetch = [&](const int *row) {  // next span
         const int k = min(next.k, scans - 1), at = k * channels + d;
         const char *B_k = B + offset(k, (int)c.B_view.scan), *C_k = C + offset(k, (int)c.C_view.scan);
 #pragma unroll
@@ -114,19 +133,20 @@ INLINE void merged_forward(const Call &c) {
         }
         next_A = __ldg((const float2 *)(c.A + at));
         next_bias = c.bias ? __ldg((const float2 *)(c.bias + at)) : make_float2(0.f, 0.f);
+        const char *delta_k = whole(delta + offset(k, (int)c.delta_view.scan));
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) {
+            raw_delta[j].fetch(delta_k + offset(rows[j], c.delta_view.token));
+            raw_x[j].fetch(x + offset(rows[j], c.x_view.token));
+        }
     };
     clear_sums(sum, length);
 
     tokens(row, here);
-    fetch_shared(row);
 #pragma unroll
     for (int o = 0; o < OWN_STEPS; o++) shared_rows[warp][o * 32 + lane] = row[o];
     __syncwarp();
-#pragma unroll
-    for (int j = 0; j < STEPS; j++) {
-        raw_x[j].fetch(x + offset(rows[j], c.x_view.token));
-        raw_delta[j].fetch(delta + offset(rows[j], c.delta_view.token));
-    }
+    fetch(row);
     next.advance();
     tokens(row_next, next);
     after = next;
@@ -144,10 +164,6 @@ INLINE void merged_forward(const Call &c) {
             shared_C[warp][at] = make_float2(decode<C_TYPE>(raw_C[o]), __int_as_float(place(row[o])));
         }
         __syncwarp();
-        fetch_shared(row_next);
-        tokens(row_after, after);
-        const char *next_delta = whole(delta + offset(min(next.k, scans - 1), (int)c.delta_view.scan));
-
         if (SOFTPLUS && left + first < REACH) {
 #pragma unroll
             for (int j = 0; j < STEPS; j++)
@@ -158,8 +174,6 @@ INLINE void merged_forward(const Call &c) {
 #pragma unroll
         for (int j = 0; j < STEPS; j++) {
             const float2 v = raw_delta[j].value(), w = raw_x[j].value();
-            raw_delta[j].fetch(next_delta + offset(rows[j], c.delta_view.token));
-            raw_x[j].fetch(x + offset(rows[j], c.x_view.token));
             float2 dt = make_float2(v.x * LOG2E + bias.x, v.y * LOG2E + bias.y);  // delta log2(e)
             if (SOFTPLUS) dt = make_float2(softplus2(dt.x), softplus2(dt.y));
             if (!SOFTPLUS && j >= left) dt = make_float2(0.f, 0.f);
@@ -183,6 +197,8 @@ INLINE void merged_forward(const Call &c) {
         }
         if (lane >= 24) totals[n][warp][pair] = make_float4(to_p.x, to_h.x, to_p.y, to_h.y);
         __syncthreads();
+        fetch(row_next);
+        tokens(row_after, after);
 
         float2 s = carry[n ^ 1][pair];  // state before the warp's steps, then before the stretch
         const i64 state = (i64)(b * scans + here.k) * channels + d;
@@ -209,24 +225,14 @@ INLINE void merged_forward(const Call &c) {
             const i64 at = ((i64)(b * scans + here.k) * ROUND_UP(length, PERIOD) + t) * channels + d;
 #pragma unroll
             for (int j = 0; j < STEPS; j += PERIOD) {
-                Pack<START_TYPE, 2> kept;
-                kept.v[0] = encode<START_TYPE>(state_before(j).x), kept.v[1] = encode<START_TYPE>(state_before(j).y);
-                if (j < left) ((Pack<START_TYPE, 2> *)c.starts)[(at + j / PERIOD * channels) / 2] = kept;
+                constexpr int SIZE = sizeof(typename Element<START_TYPE>::bits);
+                if (j < left) Pair<START_TYPE>::store(c.starts + (at + j / PERIOD * channels) * SIZE, state_before(j));
             }
         }
-        auto add = [&](int j) {
+        add<STEPS>(sum + pair * 8, C_t, left, left + first >= REACH, [&](int j) {
             const float2 h = state_before(j + 1);
-            float2 *to = (float2 *)(sum + __float_as_int(C_t[j].y) + pair * 8);
-            *to = make_float2(C_t[j].x * h.x + to->x, C_t[j].x * h.y + to->y);
-        };
-        if (left + first >= REACH) {
-#pragma unroll
-            for (int j = 0; j < STEPS; j++) add(j);
-        } else {
-#pragma unroll
-            for (int j = 0; j < STEPS; j++)
-                if (j < left) add(j);
-        }
+            return make_float2(C_t[j].x * h.x, C_t[j].x * h.y);
+        });
 #pragma unroll
         for (int o = 0; o < OWN_STEPS; o++) row[o] = row_next[o], row_next[o] = row_after[o];
         here = next, next = after, after.advance();
@@ -277,7 +283,7 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
     Pair<X_TYPE> raw_x[STEPS];
     Pair<DY_TYPE> raw_dy[STEPS];
     Pair<DELTA_TYPE> raw_delta[STEPS];
-    Pack<START_TYPE, 2> raw_start;
+    Pair<START_TYPE> raw_start;
     unsigned raw_B, raw_C;
     int row, row_next, row_after;
     float2 next_A, next_bias;
@@ -285,33 +291,35 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
     Gradients total = {};
     int last = 0;
 
-    auto token = [&](const Span &at) {
+    auto visited = [&](const Span &at) {
         const int t = min(at.i * SPAN + warp * REACH + lane, length - 1);
         return c.order ? __ldg(c.order + min(at.k, scans - 1) * length + t) : t;
     };
-    auto fetch_shared = [&](int row) {
+    auto fetch = [&](int row) {  // next span
         const int k = min(next.k, scans - 1), at = k * channels + d;
         raw_B = load<B_TYPE>(B + offset(k, (int)c.B_view.scan) + offset(row, c.B_view.token));
         raw_C = load<C_TYPE>(C + offset(k, (int)c.C_view.scan) + offset(row, c.C_view.token));
         next_A = __ldg((const float2 *)(c.A + at));
         next_bias = c.bias ? __ldg((const float2 *)(c.bias + at)) : make_float2(0.f, 0.f);
         const int piece = min((next.i * SPAN + warp * REACH + first) / STEPS, pieces - 1);
-        raw_start = ((const Pack<START_TYPE, 2> *)c.starts)[(((i64)(b * scans + k) * pieces + piece) * channels + d) / 2];
+        const i64 kept = ((i64)(b * scans + k) * pieces + piece) * channels + d;
+        raw_start.fetch(c.starts + kept * sizeof(typename Element<START_TYPE>::bits));
+        const char *delta_k = whole(delta + offset(k, (int)c.delta_view.scan));
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) {
+            raw_delta[j].fetch(delta_k + offset(rows[j], c.delta_view.token));
+            raw_x[j].fetch(x + offset(rows[j], c.x_view.token));
+            raw_dy[j].fetch(dy + offset(rows[j], c.dy_view.token));
+        }
     };
     clear_sums(sum, length);
 
-    row = token(here);
-    fetch_shared(row);
+    row = visited(here);
     shared_rows[warp][lane] = row;
     __syncwarp();
-#pragma unroll
-    for (int j = 0; j < STEPS; j++) {
-        raw_x[j].fetch(x + offset(rows[j], c.x_view.token));
-        raw_dy[j].fetch(dy + offset(rows[j], c.dy_view.token));
-        raw_delta[j].fetch(delta + offset(rows[j], c.delta_view.token));
-    }
+    fetch(row);
     next.retreat();
-    row_next = token(next);
+    row_next = visited(next);
     after = next;
     after.retreat();
 
@@ -332,16 +340,12 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
     for (int n = 0; here.k < scans; n ^= 1) {
         const int left = length - here.i * SPAN - warp * REACH - first;  // steps of the scan from the stretch on
         const float2 A = next_A, bias = make_float2(next_bias.x * LOG2E, next_bias.y * LOG2E);
-        float2 h = make_float2(decode<START_TYPE>(raw_start.v[0]), decode<START_TYPE>(raw_start.v[1]));
+        float2 h = raw_start.value();
         __syncwarp();
         shared_rows[warp][lane] = row_next, shared_here[warp][lane] = row;
         shared_B[warp][lane] = decode<B_TYPE>(raw_B) * LN2;
         shared_C[warp][lane] = make_float2(decode<C_TYPE>(raw_C), __int_as_float(place(row)));
         __syncwarp();
-        fetch_shared(row_next);
-        row_after = token(after);
-        const char *next_delta = whole(delta + offset(min(next.k, scans - 1), (int)c.delta_view.scan));
-
         if (left + first < REACH) {
 #pragma unroll
             for (int j = 0; j < STEPS; j++)
@@ -355,9 +359,6 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
         for (int j = 0; j < STEPS; j++) {
             const float2 v = raw_delta[j].value(), q = raw_dy[j].value();
             w[j] = raw_x[j].value();
-            raw_delta[j].fetch(next_delta + offset(rows[j], c.delta_view.token));
-            raw_dy[j].fetch(dy + offset(rows[j], c.dy_view.token));
-            raw_x[j].fetch(x + offset(rows[j], c.x_view.token));
             dt[j] = make_float2(v.x * LOG2E + bias.x, v.y * LOG2E + bias.y);
             if (SOFTPLUS) {
                 dt[j].x = softplus2(dt[j].x, slope[j].x);
@@ -397,6 +398,8 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
         float *to_C = c.dC + states_at + (i64)row * scans + here.k, *to_B = c.dB + states_at + (i64)row * scans + here.k;
         if (own) *to_C = dC[0];
         __syncthreads();
+        fetch(row_next);
+        row_after = visited(after);
 
         if (here.i == spans - 1 && here.k) store_gradients(n ^ 1, here.k - 1);
         float2 s = carry[n ^ 1][pair];  // what comes from after the warp's steps, then from after the stretch
@@ -418,8 +421,9 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
 
         typedef typename Element<DELTA_TYPE>::bits bits;
         char *ddelta = whole(c.ddelta + (((i64)b * length * scans + here.k) * channels + d) * sizeof(bits));
+        const int token = (int)sizeof(bits) * scans * channels;
         const float2 A_ln2 = make_float2(A.x * LN2, A.y * LN2);
-        auto apply = [&](int j, bool inside) {
+        add<STEPS>(sum + pair * 8, C_t, left, left + first >= REACH, [&](int j) {
             const float2 g_j = make_float2(p[j].x * s.x + g[j].x, p[j].y * s.y + g[j].y);
             const float2 input = make_float2(g_j.x * B_t[j], g_j.y * B_t[j]);  // gradient of dt x, ln(2)
             const float2 r = make_float2(g_j.x * rest[j].x, g_j.y * rest[j].y);
@@ -428,21 +432,9 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
             total.A.x += r.x * dt[j].x, total.A.y += r.y * dt[j].y;
             total.bias.x += v.x, total.bias.y += v.y;
             dB[j] = g_j.x * dt[j].x * w[j].x + g_j.y * dt[j].y * w[j].y;
-            if (inside) {
-                float2 *to = (float2 *)(sum + __float_as_int(C_t[j].y) + pair * 8);
-                *to = make_float2(input.x * dt[j].x + to->x, input.y * dt[j].y + to->y);
-                Pack<DELTA_TYPE, 2> pack;
-                pack.v[0] = encode<DELTA_TYPE>(v.x), pack.v[1] = encode<DELTA_TYPE>(v.y);
-                *(Pack<DELTA_TYPE, 2> *)(ddelta + offset(here_rows[j], (int)sizeof(bits) * scans * channels)) = pack;
-            }
-        };
-        if (left + first >= REACH) {
-#pragma unroll
-            for (int j = 0; j < STEPS; j++) apply(j, true);
-        } else {
-#pragma unroll
-            for (int j = 0; j < STEPS; j++) apply(j, j < left);
-        }
+            if (j < left) Pair<DELTA_TYPE>::store(ddelta + offset(here_rows[j], token), v);
+            return make_float2(input.x * dt[j].x, input.y * dt[j].y);
+        });
         sum_pairs<STEPS / 2>(dB, pair);
         if (own) *to_B = dB[0] * LN2;
         if (here.i == 0) {
