@@ -46,11 +46,12 @@ class Plan(NamedTuple):
     keep_decay: bool = False
     resident: int = 1
     scans: int = 1
+    each: int = 1
 
     @property
     def channels(self) -> int:
         """Channels of a block."""
-        return self.threads // (self.split * self.scans)
+        return self.threads // (self.split * self.scans) * self.each
 
 
 def _power_of_two(n: int) -> int:
@@ -145,7 +146,7 @@ def unavailable() -> str | None:
 @functools.lru_cache(4096)
 def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], shared: int = 0) -> nvrtc.Kernel:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
-    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS"), 1)
+    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS", "EACH"), 1)
     values |= {"TILE": 16, "THREADS": threads}
     values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "GATED", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
@@ -275,6 +276,7 @@ def _scan_layout(call: _Call) -> _Layout:
     kept = start_type is not None
     every = chosen.tile if backward else _tile(N) if kept else 0
     defines = call.defines() | {"STATES": chosen.states, "SPLIT": chosen.split, "TILE": chosen.tile}
+    defines |= {"EACH": chosen.each}
     defines |= {"RESIDENT": chosen.resident, "POLYNOMIAL": chosen.polynomial, "KEEP_DECAY": int(chosen.keep_decay)}
     if backward:
         names = ("scan_reach_back", "scan_carry_back", "scan_backward")
