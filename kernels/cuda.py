@@ -102,6 +102,25 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
     return Plan(states, split, tile, threads, segment, keep_decay=keep, resident=resident)
 
 
+@functools.lru_cache(4096)
+def team_plan(batch: int, length: int, scans: int, channels: int, N: int, processors: int, shared: int) -> Plan | None:
+    """A warp for each scan in a block, whose outputs add up on chip: one launch for a small call. None for others.
+
+    ``shared``: bytes of shared memory a block may have.
+    """
+    padded = _power_of_two(N)
+    split = max(1, min(padded, 16) // 2)
+    blocks = batch * -(-channels * split // 32)
+    sums = scans * length * 32 // split * 4
+    few = 1 < scans <= 8 and scans * padded <= 128 and blocks <= 3 / 2 * processors
+    if not few or length >= 512 or sums > shared - _STATIC:
+        return None
+    return Plan(padded // split, split, 16, 32 * scans, -(-length // 16) * 16, scans=scans)
+
+
+_STATIC = 48 << 10  # bytes of shared memory that a kernel declares, at most
+
+
 class Merged(NamedTuple):
     """How scan_merged.cu is laid over the GPU: blocks of 16 channels, lanes of ``steps`` steps."""
 
@@ -271,7 +290,10 @@ def _layout(*fields) -> _Layout:
 def _scan_layout(call: _Call) -> _Layout:
     device, backward, merge, N, _, start_type, _, views = call
     batch, length, K, channels = call.shape
-    chosen = plan(batch, length, K, channels, N, nvrtc.processors(device), backward=backward)
+    processors, chosen = nvrtc.processors(device), None
+    if merge and not backward:
+        chosen = team_plan(batch, length, K, channels, N, processors, nvrtc.shared_memory(device))
+    chosen = chosen or plan(batch, length, K, channels, N, processors, backward=backward)
     segments, blocks = -(-length // chosen.segment), -(-channels // chosen.channels)
     kept = start_type is not None
     every = chosen.tile if backward else _tile(N) if kept else 0

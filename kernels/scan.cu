@@ -52,6 +52,7 @@ struct Place {
 // neighbours in memory a lane keeps to its own channel and takes steps j * SPLIT + part; else it keeps to one step.
 // Loads are unconditional, so that all are in flight together, and stay undecoded until they are wanted.
 template <int TYPE, bool BY_TOKEN> struct Channels {
+    static constexpr bool BY_TOKENS = BY_TOKEN;
     const char *from;
     int token, inner, lane, channels;
     unsigned raw[OWN];
@@ -70,9 +71,10 @@ template <int TYPE, bool BY_TOKEN> struct Channels {
         for (int j = 0; j < OWN; j++)
             raw[j] = load<TYPE>(from + offset(rows[t(j)], token) + (BY_TOKEN ? offset(allowed(j), inner) : 0));
     }
+    INLINE int at(int j) const { return t(j) * PITCH + c(j); }
     template <class STEP> INLINE void publish(STEP *tile, float STEP::*field) const {
 #pragma unroll
-        for (int j = 0; j < OWN; j++) tile[t(j) * PITCH + c(j)].*field = value(j);
+        for (int j = 0; j < OWN; j++) tile[at(j)].*field = value(j);
     }
 };
 
@@ -85,13 +87,17 @@ struct Delta : Channels<DELTA_TYPE, DELTA_BY_TOKEN> {
 #pragma unroll
         for (int j = 0; j < (DELTA_BY_TOKEN ? OWN : 1); j++) bias[j] = call.bias ? call.bias[first + allowed(j)] : 0.f;
     }
+    INLINE float dt(int j, float &slope) const {
+        const float v = value(j) + bias[DELTA_BY_TOKEN ? j : 0];
+        slope = 1.f;
+        return SOFTPLUS ? softplus(v, slope) : v;
+    }
     template <class STEP> INLINE void publish(STEP *tile) const {
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
-            STEP &step = tile[t(j) * PITCH + c(j)];
-            const float v = value(j) + bias[DELTA_BY_TOKEN ? j : 0];
-            step.dt = SOFTPLUS ? softplus(v) : v;
-            if constexpr (STEP::HAS_SLOPE) step.slope = SOFTPLUS ? sigmoid(v) : 1.f;
+            float slope;
+            tile[at(j)].dt = dt(j, slope);
+            if constexpr (STEP::HAS_SLOPE) tile[at(j)].slope = slope;
         }
     }
 };
@@ -323,6 +329,22 @@ struct alignas(8) ForwardStep {
     float dt, x;
 };
 
+// x and delta; a lane that holds both of a step stores them together
+template <class X> INLINE void publish(ForwardStep *tile, const Delta &delta, const X &x) {
+    if constexpr (X::BY_TOKENS == Delta::BY_TOKENS) {
+#pragma unroll
+        for (int j = 0; j < OWN; j++) {
+            ForwardStep step;
+            float slope;
+            step.dt = delta.dt(j, slope), step.x = x.value(j);
+            tile[delta.at(j)] = step;
+        }
+    } else {
+        delta.publish(tile);
+        x.publish(tile, &ForwardStep::x);
+    }
+}
+
 // One barrier a tile: what is shared by the team has a second buffer, rows are staged two tiles ahead in a ring of 4.
 // With a team for each scan their outputs meet in dynamic shared memory, (SCANS, length, CHANNELS).
 template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
@@ -366,8 +388,7 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
         const int count = at.steps(i), *here = rows[i % 4];
         const float *B_t = shared_B[at.team][i % 2] + at.part * STATES, *C_t = shared_C[at.team][i % 2] + at.part * STATES;
         __syncwarp();
-        delta.publish(tile);
-        x.publish(tile, &ForwardStep::x);
+        publish(tile, delta, x);
         if (GATED && !ONLY_STARTS) z.publish(gates[at.warp]);
         blank_outside(tile, at, count);
         B.publish(shared_B[at.team][i % 2]);
@@ -464,8 +485,7 @@ template <bool ADJOINT> INLINE void reach(const Call &c) {
         const int *next = rows[(i + 1) % 4];
         const float *B_t = shared_B[i % 2] + at.part * STATES;
         __syncwarp();
-        delta.publish(tile);
-        x.publish(tile, &ForwardStep::x);
+        publish(tile, delta, x);
         if (GATES) {
             float slopes[OWN];
             z.publish(gates[at.warp]);
@@ -538,6 +558,21 @@ struct alignas(16) BackwardStep {
     float dt, x, dy, slope;
 };
 
+template <class X, class DY> INLINE void publish(BackwardStep *tile, const Delta &delta, const X &x, const DY &dy) {
+    if constexpr (X::BY_TOKENS == Delta::BY_TOKENS && DY::BY_TOKENS == Delta::BY_TOKENS) {
+#pragma unroll
+        for (int j = 0; j < OWN; j++) {
+            BackwardStep step;
+            step.dt = delta.dt(j, step.slope), step.x = x.value(j), step.dy = dy.value(j);
+            tile[delta.at(j)] = step;
+        }
+    } else {
+        delta.publish(tile);
+        x.publish(tile, &BackwardStep::x);
+        dy.publish(tile, &BackwardStep::dy);
+    }
+}
+
 // With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. Tiles from the last to the first; a tile's states are
 // recomputed from its start and stay in registers.
 template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
@@ -583,9 +618,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
     fetch(0, rows[0]);
     for (int i = 0; i < at.tiles; i++) {
         const int count = at.steps(i), *here = rows[i % 4];
-        delta.publish(tile);
-        x.publish(tile, &BackwardStep::x);
-        dy.publish(tile, &BackwardStep::dy);
+        publish(tile, delta, x, dy);
         float slopes[OWN];  // of dz, but for y
         if (GATED) {
             z.publish(gates[at.warp]);

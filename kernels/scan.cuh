@@ -95,9 +95,10 @@ template <bool BINARY> INLINE float log_over(float e) {
     return p * e + S * 9.999915985e-1f;
 }
 
-// log(1 + exp(v)) = max(v, 0) + log(1 + e), e = exp(-|v|) at most 1; and the same to the base of 2
-INLINE float softplus(float v) {
-    const float e = exp2_fast(-fabsf(v) * LOG2E);
+// log(1 + exp(v)) = max(v, 0) + log(1 + e), e = exp(-|v|) at most 1, and its slope; and the same to the base of 2
+INLINE float softplus(float v, float &slope) {
+    const float e = exp2_fast(-fabsf(v) * LOG2E), r = reciprocal_fast(1.f + e);
+    slope = v > 0.f ? r : e * r;
     return e * log_over<false>(e) + fmaxf(v, 0.f);
 }
 
@@ -106,7 +107,7 @@ INLINE float softplus2(float v) {
     return e * log_over<true>(e) + fmaxf(v, 0.f);
 }
 
-// The same with its slope, times log2(e)
+// Its slope too, times log2(e)
 INLINE float softplus2(float v, float &slope) {
     const float e = exp2_fast(-fabsf(v)), r = reciprocal_fast(e * LN2 + LN2);
     slope = v > 0.f ? r : e * r;
