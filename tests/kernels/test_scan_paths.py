@@ -15,13 +15,19 @@ MERGED = {"scan_merged", "scan_merged_back"}
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
+@pytest.fixture(autouse=True)
+def _fresh_layouts():
+    """Tests here change what plans depend on."""
+    cuda._layout.cache_clear()
+    yield
+    cuda._layout.cache_clear()
+
+
 @pytest.fixture
 def small_machine(machine, monkeypatch):
     """A machine that a few blocks fill."""
     monkeypatch.setattr(nvrtc, "processors", lambda device: 1)
-    cuda._layout.cache_clear()
-    yield machine
-    cuda._layout.cache_clear()
+    return machine
 
 
 MERGING = [
@@ -77,6 +83,52 @@ def test_a_backward_without_kept_states_is_merged_in_memory(emulator):
     assert names(emulator) & MERGED == {"scan_merged"}
 
 
+@pytest.mark.parametrize("states, split, each, tile", [(8, 2, 2, 8), (4, 4, 2, 16), (4, 4, 4, 8)])
+@pytest.mark.parametrize(
+    "case, segments",
+    [
+        (Case(70, 16, "fp32", 40), 1),
+        (Case(70, 13, "bf16", 9, strided=True), 1),
+        (Case(300, 16, "fp32", 33), 3),
+        (Case(40, 16, "fp16", 70, merge=False), 1),
+    ],
+    ids=str,
+)
+def test_lanes_of_several_channels(case, segments, states, split, each, tile, machine, monkeypatch):
+    plan = cuda.plan
+
+    def other(*args, backward, **kwargs):
+        chosen = plan(*args, backward=backward, **kwargs)
+        segment = -(-case.length // (segments * 16)) * 16
+        return chosen if backward else cuda.Plan(states, split, tile, 64, segment, each=each)
+
+    monkeypatch.setattr(cuda, "plan", other)
+    monkeypatch.setattr(cuda, "team_plan", lambda *args: None)
+    direct(case, machine, starts=case.dtype != "bf16" and case.merge)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(49, 16, "bf16", 9, orders=CROSS), Case(35, 5, "fp32", 6), Case(20, 1, "fp16", 70, orders=CROSS[:3])],
+    ids=str,
+)
+def test_a_team_for_each_scan(case, machine, monkeypatch):
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 132)
+    blocks = []
+    launch = nvrtc.launch
+    monkeypatch.setattr(nvrtc, "launch", lambda *args: blocks.append(args[1:3]) or launch(*args))
+    direct(case, machine)
+    batch, lanes = 2, 32 // max(1, 1 << (case.d_state - 1).bit_length() >> 1)
+    assert blocks[0] == (batch * -(-case.dim // lanes), 32 * len(case.orders))
+
+
+def test_teams_give_the_same_bits_in_any_order_of_threads(emulator):
+    emulator.processors, seen = 132, []
+    for emulator.order in ORDERS:
+        seen.append(direct(Case(35, 16, "fp32", 6)))
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
 def gated(length: int, dim: int, N: int, dtype: torch.dtype, machine: str, change) -> list[Tensor]:
     """`scan` and `scan_backward` with a gate, once they agree with the reference; ``change`` gives z and dy a layout."""
     g = torch.Generator().manual_seed(0)
@@ -110,7 +162,6 @@ def gated(length: int, dim: int, N: int, dtype: torch.dtype, machine: str, chang
 )
 def test_a_gate_multiplies_outputs_and_has_a_gradient(length, dim, N, dtype, processors, change, machine, monkeypatch):
     monkeypatch.setattr(nvrtc, "processors", lambda device: processors)
-    cuda._layout.cache_clear()
     results = gated(length, dim, N, dtype, machine, change)
     assert all(torch.equal(a, b) for a, b in zip(results, gated(length, dim, N, dtype, machine, change), strict=True))
 
