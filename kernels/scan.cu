@@ -679,14 +679,21 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
             }
         }
         __syncthreads();
+        constexpr int RUN = N == PADDED && N % 4 == 0 ? 4 : 1;  // neighbours that a lane sums
 #pragma unroll
-        for (int j = 0; j < ROUND_UP(TILE * 2 * PADDED, THREADS); j++) {
-            const unsigned v = threadIdx.x + j * THREADS, t = v / (2 * PADDED), is_C = v / PADDED % 2, n = v % PADDED;
+        for (int j = 0; j < ROUND_UP(TILE * 2 * PADDED, THREADS * RUN); j++) {
+            const unsigned v = (threadIdx.x + j * THREADS) * RUN, t = v / (2 * PADDED), is_C = v / PADDED % 2;
+            const unsigned n = v % PADDED;
             if (t >= count || n >= N) continue;
-            float sum = 0.f;
+            Pack<0, RUN> sum = {};
 #pragma unroll
-            for (int w = 0; w < SUBSETS; w++) sum += partial[w * Totals::PER_SUBSET + v + t * 4];
-            *(float *)((char *)((is_C ? c.dC : c.dB) + states_at + n) + offset(here[t], states_row)) = sum;
+            for (int w = 0; w < SUBSETS; w++) {
+                const Pack<0, RUN> part = *(const Pack<0, RUN> *)(partial + w * Totals::PER_SUBSET + v + t * 4);
+#pragma unroll
+                for (int r = 0; r < RUN; r++)
+                    sum.v[r] = __float_as_uint(__uint_as_float(sum.v[r]) + __uint_as_float(part.v[r]));
+            }
+            *(Pack<0, RUN> *)((char *)((is_C ? c.dC : c.dB) + states_at + n) + offset(here[t], states_row)) = sum;
         }
     }
     const i64 piece = ((at.b * c.segments + at.s) * c.scans + at.k) * c.channels + at.d();
