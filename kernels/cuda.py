@@ -345,7 +345,7 @@ def _merged(call: _Call) -> Merged | None:
     batch, length, K, channels = call.shape
     if not call.merge or not call.aligned or call.N > 1 or x[0][2] > 1 or K * length >= 2**31:
         return None
-    if call.backward and (call.start_type is None or dy[0][2] > 1):
+    if call.backward and (call.start_type is None or dy[0][2] > 1 or dy[2] is not x[2]):
         return None
     for view, unit in ((x, 16), (delta, 2 * delta[2].itemsize), *(((dy, 16),) if dy else ())):
         outer, _, token, inner = _View(*view).bytes()

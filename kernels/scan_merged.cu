@@ -69,8 +69,9 @@ template <int COUNT, class Term> INLINE void add(char *sum, const float2 *shared
 }
 
 // Writes the sums, and with them `from`, x or dy, times D of all scans, 16 bytes a lane at a time
-template <int TYPE, int FROM_TYPE> INLINE void finish(const Call &c, const char *sum, const char *from, const View &view, char *to) {
-    typedef typename Element<TYPE>::bits bits;
+INLINE void finish(const Call &c, const char *sum, const char *from, const View &view, char *to) {
+    typedef typename Element<X_TYPE>::bits bits;
+    typedef Pack<X_TYPE, 16 / sizeof(bits)> Piece;
     constexpr int PIECE = 16 / sizeof(bits), PIECES = GROUP / PIECE;
     const int channels = (int)c.channels, groups = channels / GROUP, b = blockIdx.x / groups;
     const int d = blockIdx.x % groups * GROUP + threadIdx.x % PIECES * PIECE;
@@ -83,12 +84,11 @@ template <int TYPE, int FROM_TYPE> INLINE void finish(const Call &c, const char 
 #pragma unroll 4
     for (int t = threadIdx.x / PIECES; t < c.length; t += THREADS / PIECES) {
         const float *total = (const float *)(sum + place(t)) + threadIdx.x % PIECES * PIECE;
-        Pack<FROM_TYPE, PIECE> skipped = {};
-        if (c.D) skipped = *(const Pack<FROM_TYPE, PIECE> *)(from + offset(t, view.token));
-        Pack<TYPE, PIECE> pack;
+        Piece piece = {};
+        if (c.D) piece = *(const Piece *)(from + offset(t, view.token));
 #pragma unroll
-        for (int v = 0; v < PIECE; v++) pack.v[v] = encode<TYPE>(total[v] + skip[v] * decode<FROM_TYPE>(skipped.v[v]));
-        *(Pack<TYPE, PIECE> *)(to + offset(t, channels * (int)sizeof(bits))) = pack;
+        for (int v = 0; v < PIECE; v++) piece.v[v] = encode<X_TYPE>(total[v] + skip[v] * decode<X_TYPE>(piece.v[v]));
+        *(Piece *)(to + offset(t, channels * (int)sizeof(bits))) = piece;
     }
 }
 
@@ -238,7 +238,7 @@ INLINE void merged_forward(const Call &c) {
         here = next, next = after, after.advance();
     }
     __syncthreads();
-    finish<X_TYPE, X_TYPE>(c, sum, c.x, c.x_view, c.y);
+    finish(c, sum, c.x, c.x_view, c.y);
 }
 
 // Sums over the 8 pairs of a stretch: pair i gets that of v[i] in v[0]
@@ -259,7 +259,7 @@ struct alignas(8) Gradients {
 };
 
 template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
-    static_assert(OWN == PAIRS && (EVERY == 0 || EVERY == OWN), "a lane has a step of its own, and a stretch a kept state");
+    static_assert(DY_TYPE == X_TYPE && OWN == PAIRS && (EVERY == 0 || EVERY == OWN), "a lane has a step of its own, and a stretch a kept state");
     __shared__ __align__(16) float shared_B[WARPS][REACH];
     __shared__ __align__(16) float2 shared_C[WARPS][REACH];  // with the token's place
     __shared__ __align__(16) int shared_here[WARPS][REACH], shared_rows[WARPS][REACH];  // tokens of this span, of the next
@@ -453,7 +453,7 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
     }
     __syncthreads();
     store_gradients(last, scans - 1);
-    finish<X_TYPE, DY_TYPE>(c, sum, c.dy, c.dy_view, c.dx);
+    finish(c, sum, c.dy, c.dy_view, c.dx);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) KERNEL(const ARGUMENT argument) { ENTRY(argument); }
