@@ -53,6 +53,12 @@ class Plan(NamedTuple):
         """Channels of a block."""
         return self.threads // (self.split * self.scans) * self.each
 
+    @property
+    def partials(self) -> int:
+        """Bytes of a backward's two buffers of a tile's dB and dC, of four channels at a time."""
+        subsets = self.threads // 32 * max(1, 8 // self.split)
+        return 2 * 4 * subsets * (self.tile * (2 * self.states * self.split + 4) + 16)
+
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
@@ -317,6 +323,8 @@ def _scan_layout(call: _Call) -> _Layout:
             keeps = {"EVERY": every, "START_TYPE": _TYPES[start_type or torch.float32]}
         if chosen.scans > 1:
             keeps["SCANS"], whole, shared = K, blocks * batch, K * length * chosen.channels * 4
+        if name == "scan_backward":
+            shared = chosen.partials
         kernel = _kernel(name, device, chosen.threads, *(defines | keeps).items(), shared=shared)
         launches.append((kernel, whole, chosen.threads))
 

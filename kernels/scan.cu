@@ -574,14 +574,15 @@ template <class X, class DY> INLINE void publish(BackwardStep *tile, const Delta
 }
 
 // With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. Tiles from the last to the first; a tile's states are
-// recomputed from its start and stay in registers.
+// recomputed from its start and stay in registers. One barrier a tile, as in `forward`; dB and dC of the tile before are
+// summed behind it.
 template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
     static_assert(EACH == 1 && PERIOD == TILE && TILE % Totals::GROUP == 0, "a tile begins at a kept state and holds whole groups");
     constexpr int SUBSETS = WARPS * Totals::SUBSETS;
     __shared__ int rows[4][TILE];
     __shared__ __align__(16) BackwardStep steps[WARPS][TILE * PITCH];
-    __shared__ __align__(16) float shared_B[TILE * PADDED], shared_C[TILE * PADDED];
-    __shared__ __align__(16) float partial[SUBSETS * Totals::PER_SUBSET];  // dB and dC of a tile
+    __shared__ __align__(16) float shared_B[2][TILE * PADDED], shared_C[2][TILE * PADDED];
+    float *partials = (float *)dynamic_shared();  // (2, SUBSETS, PER_SUBSET): dB and dC of a tile
     __shared__ float2 gates[GATED ? WARPS : 1][TILE * PITCH];
     const Place at(c, true);
     Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x, c.x_view);
@@ -593,7 +594,6 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
     const Output<X_TYPE> dx(c, at, c.dx);
     const Output<DELTA_TYPE> ddelta(c, at, c.ddelta);
     const Output<Z_TYPE> dz(c, at, c.dz);
-    const float *B_t = shared_B + at.part * STATES, *C_t = shared_C + at.part * STATES;
     BackwardStep *tile = steps[at.warp];
     Totals totals(at);
     Start start;
@@ -612,12 +612,33 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
         if (GATED) z.fetch(from);
         start.fetch(c.starts, (first_start + max(at.tiles - 1 - i, 0)) * c.channels + at.d(), at.part, at.alive);
     };
+    auto sum_partials = [&](int i) {  // of the i-th tile, once all warps have left it
+        const float *partial = partials + i % 2 * (SUBSETS * Totals::PER_SUBSET);
+        const int count = at.steps(i), *here = rows[i % 4];
+        constexpr int RUN = N == PADDED && N % 4 == 0 ? 4 : 1;  // neighbours that a lane sums
+#pragma unroll
+        for (int j = 0; j < ROUND_UP(TILE * 2 * PADDED, THREADS * RUN); j++) {
+            const unsigned v = (threadIdx.x + j * THREADS) * RUN, t = v / (2 * PADDED), is_C = v / PADDED % 2;
+            const unsigned n = v % PADDED;
+            if (t >= count || n >= N) continue;
+            Pack<0, RUN> sum = {};
+#pragma unroll
+            for (int w = 0; w < SUBSETS; w++) {
+                const Pack<0, RUN> part = *(const Pack<0, RUN> *)(partial + w * Totals::PER_SUBSET + v + t * 4);
+#pragma unroll
+                for (int r = 0; r < RUN; r++)
+                    sum.v[r] = __float_as_uint(__uint_as_float(sum.v[r]) + __uint_as_float(part.v[r]));
+            }
+            *(Pack<0, RUN> *)((char *)((is_C ? c.dC : c.dB) + states_at + n) + offset(here[t], states_row)) = sum;
+        }
+    };
     int ahead = 0;
     if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
     __syncthreads();
     fetch(0, rows[0]);
     for (int i = 0; i < at.tiles; i++) {
         const int count = at.steps(i), *here = rows[i % 4];
+        __syncwarp();
         publish(tile, delta, x, dy);
         float slopes[OWN];  // of dz, but for y
         if (GATED) {
@@ -625,7 +646,9 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
             Gate::apply(tile, &BackwardStep::dy, gates[at.warp], at, slopes);
         }
         blank_outside(tile, at, count);
-        B.publish(shared_B), C.publish(shared_C);
+        B.publish(shared_B[i % 2]), C.publish(shared_C[i % 2]);
+        const float *B_t = shared_B[i % 2] + at.part * STATES, *C_t = shared_C[i % 2] + at.part * STATES;
+        float *partial = partials + i % 2 * (SUBSETS * Totals::PER_SUBSET);
         if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
         float h[TILE + 1][STATES], a[KEEP_DECAY ? TILE : 1][STATES];  // h[t]: state before step t
 #pragma unroll
@@ -633,6 +656,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
         __syncthreads();
         fetch(i + 1, rows[(i + 1) % 4]);
         if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
+        if (i) sum_partials(i - 1);
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             const BackwardStep step = tile[t * PITCH + at.c];
@@ -678,24 +702,9 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
                 }
             }
         }
-        __syncthreads();
-        constexpr int RUN = N == PADDED && N % 4 == 0 ? 4 : 1;  // neighbours that a lane sums
-#pragma unroll
-        for (int j = 0; j < ROUND_UP(TILE * 2 * PADDED, THREADS * RUN); j++) {
-            const unsigned v = (threadIdx.x + j * THREADS) * RUN, t = v / (2 * PADDED), is_C = v / PADDED % 2;
-            const unsigned n = v % PADDED;
-            if (t >= count || n >= N) continue;
-            Pack<0, RUN> sum = {};
-#pragma unroll
-            for (int w = 0; w < SUBSETS; w++) {
-                const Pack<0, RUN> part = *(const Pack<0, RUN> *)(partial + w * Totals::PER_SUBSET + v + t * 4);
-#pragma unroll
-                for (int r = 0; r < RUN; r++)
-                    sum.v[r] = __float_as_uint(__uint_as_float(sum.v[r]) + __uint_as_float(part.v[r]));
-            }
-            *(Pack<0, RUN> *)((char *)((is_C ? c.dC : c.dB) + states_at + n) + offset(here[t], states_row)) = sum;
-        }
     }
+    __syncthreads();
+    sum_partials(at.tiles - 1);
     const i64 piece = ((at.b * c.segments + at.s) * c.scans + at.k) * c.channels + at.d();
     store_states(dA, c.dA, piece, at.part, at.alive);
     if (at.s == 0) store_states(g, c.last, at.in_scan(c), at.part, at.alive);
