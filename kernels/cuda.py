@@ -25,7 +25,7 @@ _ENTRIES = {
     "scan_backward": "backward<>",
     "scan_sum": "sums",
     "scan_merged": "merged_forward",
-    "scan_merged_back": "merged_backward<>",
+    "scan_merged_back": "merged_backward",
 }
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VIEWED = ("x", "delta", "B", "C", "dy", "z")
@@ -128,10 +128,9 @@ _STATIC = 48 << 10  # bytes of shared memory that a kernel declares, at most
 
 
 class Merged(NamedTuple):
-    """How scan_merged.cu is laid over the GPU: blocks of 16 channels, lanes of ``steps`` steps."""
+    """How scan_merged.cu is laid over the GPU, in blocks of 16 channels."""
 
     threads: int
-    steps: int
     resident: int
 
 
@@ -140,27 +139,30 @@ _GROUP = 16  # channels of a merging block
 
 @functools.lru_cache(4096)
 def merged_plan(
-    batch: int, length: int, channels: int, processors: int, shared: int, *, backward: bool
+    batch: int, length: int, channels: int, row: int, processors: int, shared: int, *, backward: bool
 ) -> Merged | None:
     """How to sum the scans of one state a channel on chip, or None where that does not fit or leave the GPU idle.
 
-    ``shared``: bytes of shared memory a block may have.
+    ``row``: bytes of a token's 16 channels in all that is copied; ``shared``: bytes of shared memory a block may have.
     """
     blocks = batch * channels // _GROUP
-    if channels % _GROUP or length >= 2**24 or blocks < 7 / 8 * processors:
+    if channels % _GROUP or length >= 2**24 or blocks < 7 / 8 * processors or shared < _SHARED_OF_SM80:
         return None
-    steps = 8
-    spans = -(-length // (4 * steps))  # of a warp
-    most = 12 if backward else 16 if length > 1600 else 8
+    spans = -(-length // 32)  # of a warp
+    each = 32 * row + (1152 if backward else 640)
+    most = min(12 if backward or length > 1600 else 8, (shared - _sums(length) - 128) // each)
+    if most < min(spans, 4):
+        return None
     warps = -(-spans // -(-spans // most))
-    if _merged_shared(length, warps, steps) > shared:
-        return None
-    return Merged(32 * warps, steps, max(1, (256 if backward else 512) // (32 * warps)))
+    return Merged(32 * warps, max(1, (256 if backward else 512) // (32 * warps)))
 
 
-def _merged_shared(length: int, warps: int, steps: int) -> int:
-    """Bytes of shared memory of a merging block: sums, and a span's B, C, rows and totals."""
-    return -(-length // 2) * 2 * _GROUP * 4 + warps * (4 * steps * 20 + 640) + 128
+_SHARED_OF_SM80 = 96 << 10  # older GPUs have less, and no asynchronous copies
+
+
+def _sums(length: int) -> int:
+    """Bytes of a merging block's sums."""
+    return -(-length // 2) * 2 * _GROUP * 4
 
 
 def unavailable() -> str | None:
@@ -355,24 +357,28 @@ def _merged(call: _Call) -> Merged | None:
         return None
     if call.backward and (call.start_type is None or dy[0][2] > 1 or dy[2] is not x[2]):
         return None
-    for view, unit in ((x, 16), (delta, 2 * delta[2].itemsize), *(((dy, 16),) if dy else ())):
-        outer, _, token, inner = _View(*view).bytes()
-        if inner != view[2].itemsize or outer % unit or token % unit:
+    copied = (x, delta, dy) if call.backward else (x, delta)
+    for view in copied:
+        *strides, inner = _View(*view).bytes()
+        if inner != view[2].itemsize or any(s % 16 for s in strides):
             return None
-    if max(_View(*view).bytes()[1] for view in (delta, B, C)) >= 2**31 or _View(*delta).bytes()[1] % 8:
+    if max(_View(*view).bytes()[1] for view in (delta, B, C)) >= 2**31:
         return None
-    processors, shared = nvrtc.processors(call.device), nvrtc.shared_memory(call.device)
-    return merged_plan(batch, length, channels, processors, shared, backward=call.backward)
+    row, processors = sum(_GROUP * view[2].itemsize for view in copied), nvrtc.processors(call.device)
+    shared = nvrtc.shared_memory(call.device)
+    return merged_plan(batch, length, channels, row, processors, shared, backward=call.backward)
 
 
 def _merged_layout(call: _Call, chosen: Merged) -> _Layout:
     batch, length, K, channels = call.shape
     groups, tokens, row, f32 = channels // _GROUP, batch * length * K, K * channels, torch.float32
-    defines = call.defines() | {"STEPS": chosen.steps, "RESIDENT": chosen.resident}
+    defines = call.defines() | {"RESIDENT": chosen.resident}
     if call.start_type:
         defines |= {"EVERY": _tile(1), "START_TYPE": _TYPES[call.start_type]}
-    name, sums = "scan_merged_back" if call.backward else "scan_merged", -(-length // 2) * 2 * _GROUP * 4
-    kernel = _kernel(name, call.device, chosen.threads, *defines.items(), shared=sums)
+    name = "scan_merged_back" if call.backward else "scan_merged"
+    copied = sum(view[2].itemsize for i, view in enumerate(call.views) if i in (0, 1, 4) and view)
+    shared = _sums(length) + chosen.threads * _GROUP * copied  # a stage of 32 steps a warp
+    kernel = _kernel(name, call.device, chosen.threads, *defines.items(), shared=shared)
     launches = ((kernel, batch * groups, chosen.threads),)
     rest = _REST.pack(*call.bytes(), batch, length, K, channels, 1, length, row)
     if not call.backward:
@@ -479,7 +485,7 @@ def scan(
         return y, last
     to_x, to_delta, to_y = x.data_ptr(), delta.data_ptr(), y.data_ptr()
     views = (_signature(x), _signature(delta), _signature(B), _signature(C), None, z if z is None else _signature(z))
-    aligned, start_type = not (to_x % 16 or to_delta % 8), None if starts is None else starts.dtype
+    aligned, start_type = not (to_x % 16 or to_delta % 16), None if starts is None else starts.dtype
     layout = _layout(device, False, merge, N, delta_softplus, start_type, aligned, views)
     scratch = A.new_empty(layout.scratch) if layout.scratch else None
     base, offsets = _address(scratch), layout.offsets
@@ -546,7 +552,7 @@ def scan_backward(
         dy = (batch, length, 1, channels), (outer, token, 0, inner), dtype
     views = (_signature(x), _signature(delta), _signature(B), _signature(C), dy, z if z is None else _signature(z))
     start_type = None if starts is None else starts.dtype
-    aligned = not (x.data_ptr() % 16 or delta.data_ptr() % 8 or grad_y.data_ptr() % 16)
+    aligned = not (x.data_ptr() % 16 or delta.data_ptr() % 16 or grad_y.data_ptr() % 16)
     layout = _layout(device, True, x.shape[2] == 1, N, delta_softplus, start_type, aligned, views)
     scratch = A.new_empty(layout.scratch)
     base = scratch.data_ptr()

@@ -3,19 +3,22 @@
 //
 // A block takes GROUP channels of one image through its K scans, one after the other; `sum`, (length, GROUP) in dynamic
 // shared memory, collects y or dx. Lanes are 8 pairs of channels x 4 stretches of STEPS steps, so a warp advances REACH
-// steps at once, a block SPAN. A lane walks its stretch from a zero state; stretches are chained by shuffles, warps
-// through shared memory, spans by `carry`; then every step adds what its stretch's true start contributes. The next
-// span's loads are in flight meanwhile. The backward walks time backwards, and takes states from those kept by the
-// forward. After scan.cuh; macros as there, and STEPS.
+// steps at once, one for each lane, a block SPAN. A lane walks its stretch from a zero state; stretches are chained by
+// shuffles, warps through shared memory, spans by `carry`; then every step adds what its stretch's true start
+// contributes. The backward walks time backwards, and takes states from those kept by the forward.
+//
+// While a span is worked on, the next one's rows are copied to a stage of each warp behind the sums, past the L1 cache:
+// what shared memory leaves of it has lines for a few rows only. After scan.cuh; macros as there.
 
-constexpr int PAIRS = 8, GROUP = 2 * PAIRS, REACH = 4 * STEPS, SPAN = WARPS * REACH, OWN_STEPS = REACH / 32;
-static_assert(N == 1 && REACH % 32 == 0 && (EVERY == 0 || STEPS % EVERY == 0), "a stretch begins at a kept state");
+constexpr int PAIRS = 8, GROUP = 2 * PAIRS, STEPS = 8, REACH = 4 * STEPS, SPAN = WARPS * REACH;
+static_assert(N == 1 && (EVERY == 0 || EVERY == STEPS), "a stretch begins at a kept state");
 
 template <int TYPE> struct Pair {
     unsigned bits;
     INLINE void clear() { bits = 0; }
     INLINE void blank() { bits = TYPE == 1 ? 0xff80ff80 : 0xfc00fc00; }  // minus infinity, whose softplus is 0
     INLINE void fetch(const char *p) { bits = __ldg((const unsigned *)p); }
+    INLINE void read(const char *shared) { bits = *(const unsigned *)shared; }
     INLINE float2 value() const {
         return make_float2(decode<TYPE>(TYPE == 1 ? bits : bits & 0xffff),
                            TYPE == 1 ? __uint_as_float(bits & 0xffff0000) : decode<TYPE>(bits >> 16));
@@ -29,8 +32,32 @@ template <> struct Pair<0> {
     INLINE void clear() { bits = make_float2(0.f, 0.f); }
     INLINE void blank() { bits.x = bits.y = -__int_as_float(0x7f800000); }
     INLINE void fetch(const char *p) { bits = __ldg((const float2 *)p); }
+    INLINE void read(const char *shared) { bits = *(const float2 *)shared; }
     INLINE float2 value() const { return bits; }
     static INLINE void store(char *p, float2 v) { __stwb((float2 *)p, v); }
+};
+
+// A warp's rows of GROUP channels on their way: step j of stretch i lies at 4 j + i, so that lanes read without conflict
+template <int TYPE> struct Stage {
+    static constexpr int ROW = GROUP * sizeof(typename Element<TYPE>::bits), BYTES = REACH * ROW, PIECES = ROW / 16;
+    char *stage;
+
+    // row: of the lane's own step
+    INLINE void copy(const char *from, int token, int row) {
+        const int lane = threadIdx.x % 32, piece = lane % PIECES * 16;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            const int step = i * (32 / PIECES) + lane / PIECES, at = step % STEPS * 4 + step / STEPS;
+            const int of = __shfl_sync(~0u, row, step);
+            copy_async_16(stage + at * ROW + piece, from + offset(of, token) + piece, true);
+        }
+    }
+    INLINE void read(Pair<TYPE> *pairs) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int j = 0; j < STEPS; j++)
+            pairs[j].read(stage + (j * 4 + lane / PAIRS) * ROW + lane % PAIRS * (ROW / PAIRS));
+    }
 };
 
 // Where a token's sums begin. Two tokens share the 32 banks; which half a token takes is mixed from its bits, so that
@@ -95,60 +122,42 @@ INLINE void finish(const Call &c, const char *sum, const char *from, const View 
 INLINE void merged_forward(const Call &c) {
     __shared__ __align__(16) float shared_B[WARPS][REACH];
     __shared__ __align__(16) float2 shared_C[WARPS][REACH];  // with the token's place
-    __shared__ __align__(16) int shared_rows[WARPS][REACH];  // of the next span
     __shared__ float4 totals[2][WARPS][PAIRS];  // of a warp's steps: decay and end state of each channel
     __shared__ float2 carry[2][PAIRS];
-    char *sum = dynamic_shared();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % PAIRS, first = lane / PAIRS * STEPS;
     const int length = (int)c.length, scans = (int)c.scans, channels = (int)c.channels, groups = channels / GROUP;
-    const int b = blockIdx.x / groups, d = blockIdx.x % groups * GROUP + pair * 2;
-    const char *x = whole(c.x + b * c.x_view.batch + d * c.x_view.inner);
-    const char *delta = whole(c.delta + b * c.delta_view.batch + d * c.delta_view.inner);
+    const int b = blockIdx.x / groups, d0 = blockIdx.x % groups * GROUP, d = d0 + pair * 2;
+    const char *x = whole(c.x + b * c.x_view.batch + d0 * c.x_view.inner);
+    const char *delta = whole(c.delta + b * c.delta_view.batch + d0 * c.delta_view.inner);
     const char *B = whole(c.B + b * c.B_view.batch), *C = whole(c.C + b * c.C_view.batch);
     const float *B_t = shared_B[warp] + first;
     const float2 *C_t = shared_C[warp] + first;
-    const int *rows = shared_rows[warp] + first;
+    char *sum = dynamic_shared(), *stages = sum + ROUND_UP(length, 2) * 128;
+    Stage<DELTA_TYPE> stage_delta = {stages + warp * (Stage<DELTA_TYPE>::BYTES + Stage<X_TYPE>::BYTES)};
+    Stage<X_TYPE> stage_x = {stage_delta.stage + Stage<DELTA_TYPE>::BYTES};
 
-    Pair<X_TYPE> raw_x[STEPS];
-    Pair<DELTA_TYPE> raw_delta[STEPS];
-    unsigned raw_B[OWN_STEPS], raw_C[OWN_STEPS];  // of the steps lane, lane + 32 of the warp
-    int row[OWN_STEPS], row_next[OWN_STEPS], row_after[OWN_STEPS];
-    float2 next_A, next_bias;
     Span here = {0, 0, ROUND_UP(length, SPAN)}, next = here, after;
-
-    auto tokens = [&](int *row, const Span &at) {
-#pragma unroll
-        for (int o = 0; o < OWN_STEPS; o++) {
-            const int t = min(at.i * SPAN + warp * REACH + o * 32 + lane, length - 1);
-            row[o] = c.order ? __ldg(c.order + min(at.k, scans - 1) * length + t) : t;
-        }
+    unsigned raw_B, raw_C;  // of the lane's own step
+    float2 next_A, next_bias;
+    auto visited = [&](const Span &at) {
+        const int t = min(at.i * SPAN + warp * REACH + lane, length - 1);
+        return c.order ? __ldg(c.order + min(at.k, scans - 1) * length + t) : t;
     };
-    auto fetch = [&](const int *row) {  // next span
+    auto fetch = [&](int row) {  // for the next span
         const int k = min(next.k, scans - 1), at = k * channels + d;
-        const char *B_k = B + offset(k, (int)c.B_view.scan), *C_k = C + offset(k, (int)c.C_view.scan);
-#pragma unroll
-        for (int o = 0; o < OWN_STEPS; o++) {
-            raw_B[o] = load<B_TYPE>(B_k + offset(row[o], c.B_view.token));
-            raw_C[o] = load<C_TYPE>(C_k + offset(row[o], c.C_view.token));
-        }
+        stage_delta.copy(delta + offset(k, (int)c.delta_view.scan), c.delta_view.token, row);
+        stage_x.copy(x, c.x_view.token, row);
+        copy_async_commit();
+        raw_B = load<B_TYPE>(B + offset(k, (int)c.B_view.scan) + offset(row, c.B_view.token));
+        raw_C = load<C_TYPE>(C + offset(k, (int)c.C_view.scan) + offset(row, c.C_view.token));
         next_A = __ldg((const float2 *)(c.A + at));
         next_bias = c.bias ? __ldg((const float2 *)(c.bias + at)) : make_float2(0.f, 0.f);
-        const char *delta_k = whole(delta + offset(k, (int)c.delta_view.scan));
-#pragma unroll
-        for (int j = 0; j < STEPS; j++) {
-            raw_delta[j].fetch(delta_k + offset(rows[j], c.delta_view.token));
-            raw_x[j].fetch(x + offset(rows[j], c.x_view.token));
-        }
     };
     clear_sums(sum, length);
-
-    tokens(row, here);
-#pragma unroll
-    for (int o = 0; o < OWN_STEPS; o++) shared_rows[warp][o * 32 + lane] = row[o];
-    __syncwarp();
+    int row = visited(here);
     fetch(row);
     next.advance();
-    tokens(row_next, next);
+    int row_next = visited(next);
     after = next;
     after.advance();
 
@@ -156,14 +165,17 @@ INLINE void merged_forward(const Call &c) {
         const int left = length - here.i * SPAN - warp * REACH - first;  // steps of the scan from the stretch on
         const float2 A = next_A, bias = make_float2(next_bias.x * LOG2E, next_bias.y * LOG2E);
         __syncwarp();
-#pragma unroll
-        for (int o = 0; o < OWN_STEPS; o++) {
-            const int at = o * 32 + lane;
-            shared_rows[warp][at] = row_next[o];
-            shared_B[warp][at] = decode<B_TYPE>(raw_B[o]) * LN2;
-            shared_C[warp][at] = make_float2(decode<C_TYPE>(raw_C[o]), __int_as_float(place(row[o])));
-        }
+        shared_B[warp][lane] = decode<B_TYPE>(raw_B) * LN2;
+        shared_C[warp][lane] = make_float2(decode<C_TYPE>(raw_C), __int_as_float(place(row)));
+        copy_async_wait<0>();
         __syncwarp();
+        Pair<X_TYPE> raw_x[STEPS];
+        Pair<DELTA_TYPE> raw_delta[STEPS];
+        stage_delta.read(raw_delta), stage_x.read(raw_x);
+        __syncwarp();
+        fetch(row_next);
+        const int row_after = visited(after);
+
         if (SOFTPLUS && left + first < REACH) {
 #pragma unroll
             for (int j = 0; j < STEPS; j++)
@@ -197,8 +209,6 @@ INLINE void merged_forward(const Call &c) {
         }
         if (lane >= 24) totals[n][warp][pair] = make_float4(to_p.x, to_h.x, to_p.y, to_h.y);
         __syncthreads();
-        fetch(row_next);
-        tokens(row_after, after);
 
         float2 s = carry[n ^ 1][pair];  // state before the warp's steps, then before the stretch
         const i64 state = (i64)(b * scans + here.k) * channels + d;
@@ -216,27 +226,18 @@ INLINE void merged_forward(const Call &c) {
         to_p = make_float2(__shfl_up_sync(~0u, to_p.x, PAIRS), __shfl_up_sync(~0u, to_p.y, PAIRS));
         to_h = make_float2(__shfl_up_sync(~0u, to_h.x, PAIRS), __shfl_up_sync(~0u, to_h.y, PAIRS));
         if (first) s = make_float2(to_p.x * s.x + to_h.x, to_p.y * s.y + to_h.y);
-        auto state_before = [&](int j) {
-            return j ? make_float2(p[j - 1].x * s.x + h[j - 1].x, p[j - 1].y * s.y + h[j - 1].y) : s;
-        };
-        if (EVERY) {
-            constexpr int PERIOD = EVERY ? EVERY : 1;
-            const int t = (here.i * SPAN + warp * REACH + first) / PERIOD;
-            const i64 at = ((i64)(b * scans + here.k) * ROUND_UP(length, PERIOD) + t) * channels + d;
-#pragma unroll
-            for (int j = 0; j < STEPS; j += PERIOD) {
-                constexpr int SIZE = sizeof(typename Element<START_TYPE>::bits);
-                if (j < left) Pair<START_TYPE>::store(c.starts + (at + j / PERIOD * channels) * SIZE, state_before(j));
-            }
+        if (EVERY && 0 < left) {
+            const int t = (here.i * SPAN + warp * REACH + first) / STEPS;
+            const i64 at = ((i64)(b * scans + here.k) * ROUND_UP(length, STEPS) + t) * channels + d;
+            Pair<START_TYPE>::store(c.starts + at * sizeof(typename Element<START_TYPE>::bits), s);
         }
         add<STEPS>(sum + pair * 8, C_t, left, left + first >= REACH, [&](int j) {
-            const float2 h = state_before(j + 1);
-            return make_float2(C_t[j].x * h.x, C_t[j].x * h.y);
+            return make_float2(C_t[j].x * (p[j].x * s.x + h[j].x), C_t[j].x * (p[j].y * s.y + h[j].y));
         });
-#pragma unroll
-        for (int o = 0; o < OWN_STEPS; o++) row[o] = row_next[o], row_next[o] = row_after[o];
+        row = row_next, row_next = row_after;
         here = next, next = after, after.advance();
     }
+    copy_async_wait<0>();
     __syncthreads();
     finish(c, sum, c.x, c.x_view, c.y);
 }
@@ -258,45 +259,45 @@ struct alignas(8) Gradients {
     float2 A, bias, D;
 };
 
-template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
-    static_assert(DY_TYPE == X_TYPE && OWN == PAIRS && (EVERY == 0 || EVERY == OWN), "a lane has a step of its own, and a stretch a kept state");
+INLINE void merged_backward(const Call &c) {
     __shared__ __align__(16) float shared_B[WARPS][REACH];
     __shared__ __align__(16) float2 shared_C[WARPS][REACH];  // with the token's place
-    __shared__ __align__(16) int shared_here[WARPS][REACH], shared_rows[WARPS][REACH];  // tokens of this span, of the next
+    __shared__ __align__(16) int shared_rows[WARPS][REACH];
     __shared__ float4 totals[2][WARPS][PAIRS];  // of a warp's steps: decay and what they pass on to the step before
     __shared__ float2 carry[2][PAIRS];
     __shared__ Gradients gradients[2][WARPS][PAIRS];
-    char *sum = dynamic_shared();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % PAIRS, first = lane / PAIRS * STEPS;
     const int length = (int)c.length, scans = (int)c.scans, channels = (int)c.channels, groups = channels / GROUP;
-    const int b = blockIdx.x / groups, group = blockIdx.x % groups, d = group * GROUP + pair * 2;
-    const char *x = whole(c.x + b * c.x_view.batch + d * c.x_view.inner);
-    const char *dy = whole(c.dy + b * c.dy_view.batch + d * c.dy_view.inner);
-    const char *delta = whole(c.delta + b * c.delta_view.batch + d * c.delta_view.inner);
+    const int b = blockIdx.x / groups, group = blockIdx.x % groups, d0 = group * GROUP, d = d0 + pair * 2;
+    const char *x = whole(c.x + b * c.x_view.batch + d0 * c.x_view.inner);
+    const char *dy = whole(c.dy + b * c.dy_view.batch + d0 * c.dy_view.inner);
+    const char *delta = whole(c.delta + b * c.delta_view.batch + d0 * c.delta_view.inner);
     const char *B = whole(c.B + b * c.B_view.batch), *C = whole(c.C + b * c.C_view.batch);
     const float *B_t = shared_B[warp] + first;
     const float2 *C_t = shared_C[warp] + first;
-    const int *rows = shared_rows[warp] + first, *here_rows = shared_here[warp] + first;
+    const int *rows = shared_rows[warp] + first;
     const i64 states_at = ((i64)group * c.batch + b) * length * scans;  // into dB and dC, of token 0
     const int pieces = ROUND_UP(length, STEPS), spans = ROUND_UP(length, SPAN);
+    char *sum = dynamic_shared(), *stages = sum + ROUND_UP(length, 2) * 128;
+    Stage<DELTA_TYPE> stage_delta = {stages + warp * (Stage<DELTA_TYPE>::BYTES + 2 * Stage<X_TYPE>::BYTES)};
+    Stage<X_TYPE> stage_x = {stage_delta.stage + Stage<DELTA_TYPE>::BYTES}, stage_dy = {stage_x.stage + stage_x.BYTES};
 
-    Pair<X_TYPE> raw_x[STEPS];
-    Pair<DY_TYPE> raw_dy[STEPS];
-    Pair<DELTA_TYPE> raw_delta[STEPS];
-    Pair<START_TYPE> raw_start;
-    unsigned raw_B, raw_C;
-    int row, row_next, row_after;
-    float2 next_A, next_bias;
     Span here = {0, spans - 1, spans}, next = here, after;
+    unsigned raw_B, raw_C;  // of the lane's own step
+    Pair<START_TYPE> raw_start;
+    float2 next_A, next_bias;
     Gradients total = {};
     int last = 0;
-
     auto visited = [&](const Span &at) {
         const int t = min(at.i * SPAN + warp * REACH + lane, length - 1);
         return c.order ? __ldg(c.order + min(at.k, scans - 1) * length + t) : t;
     };
-    auto fetch = [&](int row) {  // next span
+    auto fetch = [&](int row) {  // for the next span
         const int k = min(next.k, scans - 1), at = k * channels + d;
+        stage_delta.copy(delta + offset(k, (int)c.delta_view.scan), c.delta_view.token, row);
+        stage_x.copy(x, c.x_view.token, row);
+        stage_dy.copy(dy, c.dy_view.token, row);
+        copy_async_commit();
         raw_B = load<B_TYPE>(B + offset(k, (int)c.B_view.scan) + offset(row, c.B_view.token));
         raw_C = load<C_TYPE>(C + offset(k, (int)c.C_view.scan) + offset(row, c.C_view.token));
         next_A = __ldg((const float2 *)(c.A + at));
@@ -304,22 +305,12 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
         const int piece = min((next.i * SPAN + warp * REACH + first) / STEPS, pieces - 1);
         const i64 kept = ((i64)(b * scans + k) * pieces + piece) * channels + d;
         raw_start.fetch(c.starts + kept * sizeof(typename Element<START_TYPE>::bits));
-        const char *delta_k = whole(delta + offset(k, (int)c.delta_view.scan));
-#pragma unroll
-        for (int j = 0; j < STEPS; j++) {
-            raw_delta[j].fetch(delta_k + offset(rows[j], c.delta_view.token));
-            raw_x[j].fetch(x + offset(rows[j], c.x_view.token));
-            raw_dy[j].fetch(dy + offset(rows[j], c.dy_view.token));
-        }
     };
     clear_sums(sum, length);
-
-    row = visited(here);
-    shared_rows[warp][lane] = row;
-    __syncwarp();
+    int row = visited(here);
     fetch(row);
     next.retreat();
-    row_next = visited(next);
+    int row_next = visited(next);
     after = next;
     after.retreat();
 
@@ -342,10 +333,17 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
         const float2 A = next_A, bias = make_float2(next_bias.x * LOG2E, next_bias.y * LOG2E);
         float2 h = raw_start.value();
         __syncwarp();
-        shared_rows[warp][lane] = row_next, shared_here[warp][lane] = row;
+        shared_rows[warp][lane] = row;
         shared_B[warp][lane] = decode<B_TYPE>(raw_B) * LN2;
         shared_C[warp][lane] = make_float2(decode<C_TYPE>(raw_C), __int_as_float(place(row)));
+        copy_async_wait<0>();
         __syncwarp();
+        Pair<X_TYPE> raw_x[STEPS], raw_dy[STEPS];
+        Pair<DELTA_TYPE> raw_delta[STEPS];
+        stage_delta.read(raw_delta), stage_x.read(raw_x), stage_dy.read(raw_dy);
+        __syncwarp();
+        fetch(row_next);
+        const int row_after = visited(after);
         if (left + first < REACH) {
 #pragma unroll
             for (int j = 0; j < STEPS; j++)
@@ -398,8 +396,6 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
         float *to_C = c.dC + states_at + (i64)row * scans + here.k, *to_B = c.dB + states_at + (i64)row * scans + here.k;
         if (own) *to_C = dC[0];
         __syncthreads();
-        fetch(row_next);
-        row_after = visited(after);
 
         if (here.i == spans - 1 && here.k) store_gradients(n ^ 1, here.k - 1);
         float2 s = carry[n ^ 1][pair];  // what comes from after the warp's steps, then from after the stretch
@@ -432,7 +428,7 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
             total.A.x += r.x * dt[j].x, total.A.y += r.y * dt[j].y;
             total.bias.x += v.x, total.bias.y += v.y;
             dB[j] = g_j.x * dt[j].x * w[j].x + g_j.y * dt[j].y * w[j].y;
-            if (j < left) Pair<DELTA_TYPE>::store(ddelta + offset(here_rows[j], token), v);
+            if (j < left) Pair<DELTA_TYPE>::store(ddelta + offset(rows[j], token), v);
             return make_float2(input.x * dt[j].x, input.y * dt[j].y);
         });
         sum_pairs<STEPS / 2>(dB, pair);
@@ -451,6 +447,7 @@ template <int OWN = STEPS> INLINE void merged_backward(const Call &c) {
         last = n, row = row_next, row_next = row_after;
         here = next, next = after, after.retreat();
     }
+    copy_async_wait<0>();
     __syncthreads();
     store_gradients(last, scans - 1);
     finish(c, sum, c.dy, c.dy_view, c.dx);

@@ -71,8 +71,8 @@ def test_what_cannot_be_merged_on_chip_is_merged_in_memory(case, emulator):
 
 
 def test_sums_that_do_not_fit_are_merged_in_memory(emulator):
-    emulator.shared = 16 << 10
-    direct(Case(400, 1, "fp32", 16), starts=True)
+    emulator.shared = 99 << 10
+    direct(Case(1600, 1, "fp32", 16), starts=True)
     assert not names(emulator) & MERGED
     direct(Case(40, 1, "fp32", 16), starts=True)
     assert names(emulator) >= MERGED
