@@ -46,12 +46,11 @@ class Plan(NamedTuple):
     keep_decay: bool = False
     resident: int = 1
     scans: int = 1
-    each: int = 1
 
     @property
     def channels(self) -> int:
         """Channels of a block."""
-        return self.threads // (self.split * self.scans) * self.each
+        return self.threads // (self.split * self.scans)
 
     @property
     def partials(self) -> int:
@@ -86,7 +85,6 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
         if warps(split) >= wanted or (padded // split == 8 and warps(split) * (2 if length >= 1024 else 1) >= enough):
             break
         split *= 2
-    # with two blocks a processor the 16 steps x 4 states of decays of a backward's tile fit into a lane's registers
     roomy = backward and padded == 16 and length >= 1024
     segments = math.ceil(wanted / warps(split) - 1 / 8)
     if roomy and segments > 1:
@@ -100,10 +98,8 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
     threads = -(-channels * split // (32 * blocks)) * 32
     segment = -(-length // (segments * tile)) * tile
     lone = backward and N == 1
-    keep = lone
-    if roomy and states == 4:  # pays unless a last, emptier wave of blocks eats it up
-        waves = batch * scans * blocks * -(-length // segment) / (256 // threads * processors)
-        keep = waves >= 0.9 * math.ceil(waves)
+    # with two blocks a processor the 16 steps x 4 states of decays of a tile fit into a lane's registers
+    keep = lone or (backward and padded == 16 and states == 4)
     resident = (480 if lone else 256 if keep else 384 if backward else 512) // threads
     return Plan(states, split, tile, threads, segment, keep_decay=keep, resident=resident)
 
@@ -173,7 +169,7 @@ def unavailable() -> str | None:
 @functools.lru_cache(4096)
 def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], shared: int = 0) -> nvrtc.Kernel:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
-    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS", "EACH"), 1)
+    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS"), 1)
     values |= {"TILE": 16, "THREADS": threads}
     values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "GATED", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
@@ -306,7 +302,6 @@ def _scan_layout(call: _Call) -> _Layout:
     kept = start_type is not None
     every = chosen.tile if backward else _tile(N) if kept else 0
     defines = call.defines() | {"STATES": chosen.states, "SPLIT": chosen.split, "TILE": chosen.tile}
-    defines |= {"EACH": chosen.each}
     defines |= {"RESIDENT": chosen.resident, "POLYNOMIAL": chosen.polynomial, "KEEP_DECAY": int(chosen.keep_decay)}
     if backward:
         names = ("scan_reach_back", "scan_carry_back", "scan_backward")

@@ -7,8 +7,8 @@
 // cut into segments that run side by side: `reach` sums what each passes on, `carry` chains them, then all start right. Macros:
 // scan.cuh.
 
-constexpr int LANES = 32 / SPLIT, WIDTH = LANES * EACH, TEAM = THREADS / SCANS, CHANNELS = TEAM / 32 * WIDTH;
-constexpr int PADDED = STATES * SPLIT, OWN = TILE * WIDTH / 32, PER_STATE = ROUND_UP(TILE * PADDED, TEAM);
+constexpr int TEAM = THREADS / SCANS, WIDTH = 32 / SPLIT, CHANNELS = TEAM / SPLIT, PADDED = STATES * SPLIT;
+constexpr int OWN = TILE / SPLIT, PER_STATE = ROUND_UP(TILE * PADDED, TEAM);
 constexpr int PITCH = WIDTH + 1;  // of a warp's tile in shared memory: both ways of filling it miss bank conflicts
 
 // What a block and a lane work on: a channel of one scan in one segment of time, walked forwards or backwards.
@@ -16,13 +16,13 @@ struct Place {
     i64 b, k, s, d0, begin, end;  // d0: the warp's first channel
     int thread, team;             // within its team; SCANS teams a block, one for each scan, or one team
     int warp, lane, c, part, channels, tiles;  // c: channel within the warp, which has so many
-    bool backwards, alive;                     // of a lane's EACH channels c, c + LANES, ... the first, as alive, d
+    bool backwards, alive;
     const int *order;
 
     INLINE Place(const Call &call, bool backwards) : backwards(backwards) {
         const i64 blocks = ROUND_UP(call.channels, CHANNELS);
         thread = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
-        warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % LANES, part = lane / LANES;
+        warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % WIDTH, part = lane / WIDTH;
         i64 i = blockIdx.x;
         d0 = i % blocks * CHANNELS + thread / 32 * WIDTH, i /= blocks;
         if (SCANS == 1) k = i % call.scans, i /= call.scans;
@@ -32,8 +32,7 @@ struct Place {
         channels = (int)min(max(call.channels - d0, 0LL), (i64)WIDTH), alive = c < channels;
         order = call.order ? call.order + k * call.length : 0;
     }
-    INLINE i64 d(int e = 0) const { return d0 + c + e * LANES; }
-    INLINE bool lives(int e) const { return c + e * LANES < channels; }
+    INLINE i64 d() const { return d0 + c; }
     INLINE i64 t0(int i) const { return begin + (i64)(backwards ? tiles - 1 - i : i) * TILE; }
     INLINE int steps(int i) const { return (int)min(end - t0(i), (i64)TILE); }  // of the i-th tile
     // token visited at step `thread` of the i-th tile, for the threads that stage the rows of tiles
@@ -41,7 +40,7 @@ struct Place {
         const i64 t = min(max(t0(i) + thread, 0LL), call.length - 1);
         return order ? order[t] : (int)t;
     }
-    INLINE i64 channel(const Call &call, int e = 0) const { return k * call.channels + min(d(e), call.channels - 1); }
+    INLINE i64 channel(const Call &call) const { return k * call.channels + min(d(), call.channels - 1); }
     INLINE i64 in_scan(const Call &call) const { return (b * call.scans + k) * call.channels + d(); }
     INLINE i64 in_segment(const Call &call, i64 segment) const {  // index into (batch, scans, segments, channels)
         return ((b * call.scans + k) * call.segments + segment) * call.channels + d();
@@ -62,7 +61,7 @@ template <int TYPE, bool BY_TOKEN> struct Channels {
         from = data + at.b * a.batch + at.k * a.scan + min(at.d0, call.channels - 1) * inner;
         from = whole(BY_TOKEN ? from : from + (i64)allowed(0) * inner);
     }
-    INLINE int t(int j) const { return BY_TOKEN ? lane % TILE : j * (32 / WIDTH) + lane / WIDTH; }
+    INLINE int t(int j) const { return BY_TOKEN ? lane % TILE : j * SPLIT + lane / WIDTH; }
     INLINE int c(int j) const { return BY_TOKEN ? j * (32 / TILE) + lane / TILE : lane % WIDTH; }
     INLINE int allowed(int j) const { return min(c(j), max(channels - 1, 0)); }
     INLINE float value(int j) const { return decode<TYPE>(raw[j]); }
@@ -130,9 +129,7 @@ template <class STEP> INLINE void blank_outside(STEP *tile, const Place &at, int
     if (steps == TILE && at.channels == WIDTH) return;
     __syncwarp();
     for (int t = at.part; t < TILE; t += SPLIT)
-#pragma unroll
-        for (int e = 0; e < EACH; e++)
-            if (t >= steps || !at.lives(e)) tile[t * PITCH + at.c + e * LANES] = STEP();
+        if (t >= steps || !at.alive) tile[t * PITCH + at.c] = STEP();
 }
 
 // A tile of B or C, shared by the team
@@ -216,8 +213,8 @@ struct Start {
     }
 };
 
-INLINE void load_decays(float *A, const Call &call, const Place &at, int e = 0) {
-    load_states(A, call.A, at.channel(call, e), at.part, true);
+INLINE void load_decays(float *A, const Call &call, const Place &at) {
+    load_states(A, call.A, at.channel(call), at.part, true);
 #pragma unroll
     for (int n = 0; n < STATES; n++) A[n] *= LOG2E;
 }
@@ -230,9 +227,7 @@ template <int TYPE> struct Output {
     INLINE Output(const Call &call, const Place &at, char *data) : token(call.row * (int)sizeof(bits)) {
         to = whole(data + ((at.b * call.length * call.scans + at.k) * call.channels + at.d()) * sizeof(bits));
     }
-    INLINE void store(int row, float v, int e = 0) const {
-        __stwb((bits *)(to + offset(row, token)) + e * LANES, encode<TYPE>(v));
-    }
+    INLINE void store(int row, float v) const { __stwb((bits *)(to + offset(row, token)), encode<TYPE>(v)); }
     typedef typename Element<TYPE>::bits bits;
 };
 
@@ -248,7 +243,7 @@ template <int HALF> INLINE void exchange(float *v, bool upper, int mask) {
 // Sums v over the lanes of a channel: lane `part` gets the total of v[part] in v[0]
 template <int HALF> INLINE void sum_parts(float *v, const Place &at) {
     if constexpr (HALF > 0) {
-        exchange<HALF>(v, at.part & HALF, HALF * LANES);
+        exchange<HALF>(v, at.part & HALF, HALF * WIDTH);
         sum_parts<HALF / 2>(v, at);
     }
 }
@@ -364,14 +359,11 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
     float *all_parts = (float *)dynamic_shared(), *parts = all_parts + at.team * (int)c.length * CHANNELS;
     parts += at.thread / 32 * WIDTH + at.c;
     ForwardStep *tile = steps[at.warp];
-    float A[EACH][STATES], h[EACH][STATES] = {}, skip[EACH];
-#pragma unroll
-    for (int e = 0; e < EACH; e++) {
-        load_decays(A[e], c, at, e);
-        if (c.segments > 1) load_states(h[e], c.ends, at.in_segment(c, at.s) + e * LANES, at.part, at.lives(e));
-        else if (c.initial) load_states(h[e], c.initial, at.in_scan(c) + e * LANES, at.part, at.lives(e));
-        skip[e] = c.D ? c.D[at.channel(c, e)] : 0.f;
-    }
+    float A[STATES], h[STATES] = {};
+    load_decays(A, c, at);
+    if (c.segments > 1) load_states(h, c.ends, at.in_segment(c, at.s), at.part, at.alive);
+    else if (c.initial) load_states(h, c.initial, at.in_scan(c), at.part, at.alive);
+    const float skip = c.D ? c.D[at.channel(c)] : 0.f;
     constexpr int PERIOD = EVERY ? EVERY : 1;
     const i64 first_start = (at.b * c.scans + at.k) * ROUND_UP(c.length, PERIOD);
 
@@ -398,39 +390,33 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
         fetch(rows[(i + 1) % 4]);
         if (at.thread < TILE) ahead = at.row(c, i + 2);
         const i64 t0 = at.t0(i);
-        float y[EACH][SPLIT];
+        float y[SPLIT];
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
+            if (EVERY && t % PERIOD == 0 && (PERIOD <= TILE || t0 % PERIOD == 0))
+                Start::store(h, c.starts, (first_start + (t0 + t) / PERIOD) * c.channels + at.d(), at.part,
+                             at.alive && t < count);
+            const ForwardStep step = tile[t * PITCH + at.c];
+            const float input = step.dt * step.x;
+            y[t % SPLIT] = 0.f;
 #pragma unroll
-            for (int e = 0; e < EACH; e++) {
-                if (EVERY && t % PERIOD == 0 && (PERIOD <= TILE || t0 % PERIOD == 0))
-                    Start::store(h[e], c.starts, (first_start + (t0 + t) / PERIOD) * c.channels + at.d(e), at.part,
-                                 at.lives(e) && t < count);
-                const ForwardStep step = tile[t * PITCH + at.c + e * LANES];
-                const float input = step.dt * step.x;
-                y[e][t % SPLIT] = 0.f;
-#pragma unroll
-                for (int n = 0; n < STATES; n++) {
-                    h[e][n] = decay(step.dt * A[e][n], t * STATES + n) * h[e][n] + input * B_t[t * PADDED + n];
-                    if (!ONLY_STARTS) y[e][t % SPLIT] += h[e][n] * C_t[t * PADDED + n];
-                }
-                if (!ONLY_STARTS && t % SPLIT == SPLIT - 1) {
-                    const int own = t - (SPLIT - 1) + at.part, i = own * PITCH + at.c + e * LANES;
-                    sum_parts<SPLIT / 2>(y[e], at);
-                    float v = y[e][0] + skip[e] * tile[i].x;
-                    if (GATED) v *= gates[at.warp][i].x;
-                    if (at.lives(e) && own < count) {
-                        if (SCANS == 1) out.store(here[own], v, e);
-                        else parts[here[own] * CHANNELS + e * LANES] = v;
-                    }
+            for (int n = 0; n < STATES; n++) {
+                h[n] = decay(step.dt * A[n], t * STATES + n) * h[n] + input * B_t[t * PADDED + n];
+                if (!ONLY_STARTS) y[t % SPLIT] += h[n] * C_t[t * PADDED + n];
+            }
+            if (!ONLY_STARTS && t % SPLIT == SPLIT - 1) {
+                const int own = t - (SPLIT - 1) + at.part;
+                sum_parts<SPLIT / 2>(y, at);
+                float v = y[0] + skip * tile[own * PITCH + at.c].x;
+                if (GATED) v *= gates[at.warp][own * PITCH + at.c].x;
+                if (at.alive && own < count) {
+                    if (SCANS == 1) out.store(here[own], v);
+                    else parts[here[own] * CHANNELS] = v;
                 }
             }
         }
     }
-    if (!ONLY_STARTS && c.last && at.s == c.segments - 1)
-#pragma unroll
-        for (int e = 0; e < EACH; e++)
-            store_states(h[e], c.last, at.in_scan(c) + e * LANES, at.part, at.lives(e));
+    if (!ONLY_STARTS && c.last && at.s == c.segments - 1) store_states(h, c.last, at.in_scan(c), at.part, at.alive);
     if constexpr (SCANS > 1 && !ONLY_STARTS) {
         __syncthreads();
         const int count = (int)c.length * CHANNELS;
@@ -466,15 +452,11 @@ template <bool ADJOINT> INLINE void reach(const Call &c) {
     States<ADJOINT ? C_TYPE : B_TYPE, ADJOINT ? C_BY_TOKEN : B_BY_TOKEN> B(
         at, ADJOINT ? c.C : c.B, ADJOINT ? c.C_view : c.B_view);
     ForwardStep *tile = steps[at.warp];
-    float A[EACH][STATES], ends[EACH][STATES] = {}, sum[EACH] = {}, slowest[EACH];
+    float A[STATES], ends[STATES] = {}, sum = 0.f, slowest = -__int_as_float(0x7f800000);
+    load_decays(A, c, at);
 #pragma unroll
-    for (int e = 0; e < EACH; e++) {
-        load_decays(A[e], c, at, e);
-        slowest[e] = -__int_as_float(0x7f800000);
-#pragma unroll
-        for (int n = 0; n < STATES; n++)
-            if (at.part * STATES + n < N) slowest[e] = fmaxf(slowest[e], A[e][n]);
-    }
+    for (int n = 0; n < STATES; n++)
+        if (at.part * STATES + n < N) slowest = fmaxf(slowest, A[n]);
 
     int ahead = 0;
     if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
@@ -494,38 +476,27 @@ template <bool ADJOINT> INLINE void reach(const Call &c) {
         blank_outside(tile, at, at.steps(i));
         B.publish(shared_B[i % 2]);
         if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
-        bool passed = true;
-#pragma unroll
-        for (int e = 0; e < EACH; e++)  // without softplus later steps may be negative
-            passed = passed && ((SOFTPLUS && slowest[e] * sum[e] < -127.f) || !at.lives(e));
-        if (__syncthreads_and(passed)) break;
+        const bool passed = SOFTPLUS && slowest * sum < -127.f;  // without softplus later steps may be negative
+        if (__syncthreads_and(passed || !at.alive)) break;
         x.fetch(next), delta.fetch(next), B.fetch(next);
         if (GATES) z.fetch(next);
         if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
-        float within[EACH] = {};
+        float within = 0.f;
 #pragma unroll
         for (int j = 0; j < TILE; j++) {
             const int t = ADJOINT ? j : TILE - 1 - j;
+            const ForwardStep step = tile[t * PITCH + at.c];
+            const float input = ADJOINT ? step.x : step.dt * step.x;
+            if (ADJOINT) within += step.dt;
 #pragma unroll
-            for (int e = 0; e < EACH; e++) {
-                const ForwardStep step = tile[t * PITCH + at.c + e * LANES];
-                const float input = ADJOINT ? step.x : step.dt * step.x;
-                if (ADJOINT) within[e] += step.dt;
-#pragma unroll
-                for (int n = 0; n < STATES; n++)
-                    ends[e][n] += decay((sum[e] + within[e]) * A[e][n], t * STATES + n) * (input * B_t[t * PADDED + n]);
-                if (!ADJOINT) within[e] += step.dt;
-            }
+            for (int n = 0; n < STATES; n++)
+                ends[n] += decay((sum + within) * A[n], t * STATES + n) * (input * B_t[t * PADDED + n]);
+            if (!ADJOINT) within += step.dt;
         }
-#pragma unroll
-        for (int e = 0; e < EACH; e++) sum[e] += within[e];
+        sum += within;
     }
-    const i64 to = at.in_segment(c, receiver);
-#pragma unroll
-    for (int e = 0; e < EACH; e++) {
-        store_states(ends[e], c.ends, to + e * LANES, at.part, at.lives(e));
-        if (at.lives(e) && at.part == 0) c.sums[to + e * LANES] = sum[e];
-    }
+    store_states(ends, c.ends, at.in_segment(c, receiver), at.part, at.alive);
+    if (at.alive && at.part == 0) c.sums[at.in_segment(c, receiver)] = sum;
 }
 
 // ends[s] becomes the state before segment s (ADJOINT: the gradient after it); one thread a state
@@ -577,7 +548,7 @@ template <class X, class DY> INLINE void publish(BackwardStep *tile, const Delta
 // recomputed from its start and stay in registers. One barrier a tile, as in `forward`; dB and dC of the tile before are
 // summed behind it.
 template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
-    static_assert(EACH == 1 && PERIOD == TILE && TILE % Totals::GROUP == 0, "a tile begins at a kept state and holds whole groups");
+    static_assert(PERIOD == TILE && TILE % Totals::GROUP == 0, "a tile begins at a kept state and holds whole groups");
     constexpr int SUBSETS = WARPS * Totals::SUBSETS;
     __shared__ int rows[4][TILE];
     __shared__ __align__(16) BackwardStep steps[WARPS][TILE * PITCH];

@@ -18,8 +18,8 @@ SERPENT, NEXT = (1, 262144, 4, 96, 16), (1, 65536, 4, 192, 16)
 FASTEST = {
     P2: (8, 2, 2, 1, True),
     P3: (8, 2, 1, 1, True),
-    DIM256: (16, 1, 1, 1, False),
-    DIM1024: (8, 2, 1, 1, False),
+    DIM256: (16, 1, 1, 1, True),
+    DIM1024: (8, 2, 1, 1, True),
     SERPENT: (4, 4, 22, 64, True),
     NEXT: (4, 4, 11, 32, True),
 }

@@ -83,30 +83,6 @@ def test_a_backward_without_kept_states_is_merged_in_memory(emulator):
     assert names(emulator) & MERGED == {"scan_merged"}
 
 
-@pytest.mark.parametrize("states, split, each, tile", [(8, 2, 2, 8), (4, 4, 2, 16), (4, 4, 4, 8)])
-@pytest.mark.parametrize(
-    "case, segments",
-    [
-        (Case(70, 16, "fp32", 40), 1),
-        (Case(70, 13, "bf16", 9, strided=True), 1),
-        (Case(300, 16, "fp32", 33), 3),
-        (Case(40, 16, "fp16", 70, merge=False), 1),
-    ],
-    ids=str,
-)
-def test_lanes_of_several_channels(case, segments, states, split, each, tile, machine, monkeypatch):
-    plan = cuda.plan
-
-    def other(*args, backward, **kwargs):
-        chosen = plan(*args, backward=backward, **kwargs)
-        segment = -(-case.length // (segments * 16)) * 16
-        return chosen if backward else cuda.Plan(states, split, tile, 64, segment, each=each)
-
-    monkeypatch.setattr(cuda, "plan", other)
-    monkeypatch.setattr(cuda, "team_plan", lambda *args: None)
-    direct(case, machine, starts=case.dtype != "bf16" and case.merge)
-
-
 @pytest.mark.parametrize(
     "case",
     [Case(49, 16, "bf16", 9, orders=CROSS), Case(35, 5, "fp32", 6), Case(20, 1, "fp16", 70, orders=CROSS[:3])],
