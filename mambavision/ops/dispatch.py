@@ -193,7 +193,10 @@ def _nothing_listens(tensors: tuple[Tensor | None, ...]) -> bool:
     if torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
         return False
     grad = torch.is_grad_enabled()
-    return all(v is None or (type(v) in PLAIN and not (grad and v.requires_grad)) for v in tensors)
+    for v in tensors:
+        if v is not None and (type(v) not in PLAIN or (grad and v.requires_grad)):
+            return False
+    return True
 
 
 @torch.library.custom_op("mambavision::scan", mutates_args=())
