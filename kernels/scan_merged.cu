@@ -95,26 +95,31 @@ template <int COUNT, class Term> INLINE void add(char *sum, const float2 *shared
     }
 }
 
-// Writes the sums, and with them `from`, x or dy, times D of all scans, 16 bytes a lane at a time
-INLINE void finish(const Call &c, const char *sum, const char *from, const View &view, char *to) {
+// A lane's pair of D of all scans: what x (backward: dy) adds to y, in the first scan
+INLINE float2 all_skips(const Call &c, int d) {
+    float2 skip = make_float2(0.f, 0.f);
+#pragma unroll 4
+    for (int k = 0; c.D && k < c.scans; k++) {
+        const float2 D = __ldg((const float2 *)(c.D + k * c.channels + d));
+        skip.x += D.x, skip.y += D.y;
+    }
+    return skip;
+}
+
+// Writes the sums, 16 bytes a lane at a time
+INLINE void finish(const Call &c, const char *sum, char *to) {
     typedef typename Element<X_TYPE>::bits bits;
     typedef Pack<X_TYPE, 16 / sizeof(bits)> Piece;
     constexpr int PIECE = 16 / sizeof(bits), PIECES = GROUP / PIECE;
     const int channels = (int)c.channels, groups = channels / GROUP, b = blockIdx.x / groups;
     const int d = blockIdx.x % groups * GROUP + threadIdx.x % PIECES * PIECE;
-    float skip[PIECE] = {};
-    for (int k = 0; c.D && k < c.scans; k++)
-#pragma unroll
-        for (int v = 0; v < PIECE; v++) skip[v] += c.D[k * channels + d + v];
-    from += b * view.batch + d * view.inner;
     to += (b * c.length * channels + d) * sizeof(bits);
 #pragma unroll 4
     for (int t = threadIdx.x / PIECES; t < c.length; t += THREADS / PIECES) {
         const float *total = (const float *)(sum + place(t)) + threadIdx.x % PIECES * PIECE;
-        Piece piece = {};
-        if (c.D) piece = *(const Piece *)(from + offset(t, view.token));
+        Piece piece;
 #pragma unroll
-        for (int v = 0; v < PIECE; v++) piece.v[v] = encode<X_TYPE>(total[v] + skip[v] * decode<X_TYPE>(piece.v[v]));
+        for (int v = 0; v < PIECE; v++) piece.v[v] = encode<X_TYPE>(total[v]);
         *(Piece *)(to + offset(t, channels * (int)sizeof(bits))) = piece;
     }
 }
@@ -154,6 +159,7 @@ INLINE void merged_forward(const Call &c) {
         next_bias = c.bias ? __ldg((const float2 *)(c.bias + at)) : make_float2(0.f, 0.f);
     };
     clear_sums(sum, length);
+    const float2 skip = all_skips(c, d);
     int row = visited(here);
     fetch(row);
     next.advance();
@@ -231,15 +237,24 @@ INLINE void merged_forward(const Call &c) {
             const i64 at = ((i64)(b * scans + here.k) * ROUND_UP(length, STEPS) + t) * channels + d;
             Pair<START_TYPE>::store(c.starts + at * sizeof(typename Element<START_TYPE>::bits), s);
         }
-        add<STEPS>(sum + pair * 8, C_t, left, left + first >= REACH, [&](int j) {
+        const bool all = left + first >= REACH;
+        auto y = [&](int j) {
             return make_float2(C_t[j].x * (p[j].x * s.x + h[j].x), C_t[j].x * (p[j].y * s.y + h[j].y));
-        });
+        };
+        if (here.k) {
+            add<STEPS>(sum + pair * 8, C_t, left, all, y);
+        } else {
+            add<STEPS>(sum + pair * 8, C_t, left, all, [&](int j) {
+                const float2 y_j = y(j), w = raw_x[j].value();
+                return make_float2(y_j.x + skip.x * w.x, y_j.y + skip.y * w.y);
+            });
+        }
         row = row_next, row_next = row_after;
         here = next, next = after, after.advance();
     }
     copy_async_wait<0>();
     __syncthreads();
-    finish(c, sum, c.x, c.x_view, c.y);
+    finish(c, sum, c.y);
 }
 
 // Sums over the 8 pairs of a stretch: pair i gets that of v[i] in v[0]
@@ -307,6 +322,7 @@ INLINE void merged_backward(const Call &c) {
         raw_start.fetch(c.starts + kept * sizeof(typename Element<START_TYPE>::bits));
     };
     clear_sums(sum, length);
+    const float2 skip = all_skips(c, d);
     int row = visited(here);
     fetch(row);
     next.retreat();
@@ -419,7 +435,9 @@ INLINE void merged_backward(const Call &c) {
         char *ddelta = whole(c.ddelta + (((i64)b * length * scans + here.k) * channels + d) * sizeof(bits));
         const int token = (int)sizeof(bits) * scans * channels;
         const float2 A_ln2 = make_float2(A.x * LN2, A.y * LN2);
+        const float2 skip_now = here.k ? make_float2(0.f, 0.f) : skip;
         add<STEPS>(sum + pair * 8, C_t, left, left + first >= REACH, [&](int j) {
+            const float2 q = raw_dy[j].value();
             const float2 g_j = make_float2(p[j].x * s.x + g[j].x, p[j].y * s.y + g[j].y);
             const float2 input = make_float2(g_j.x * B_t[j], g_j.y * B_t[j]);  // gradient of dt x, ln(2)
             const float2 r = make_float2(g_j.x * rest[j].x, g_j.y * rest[j].y);
@@ -429,7 +447,7 @@ INLINE void merged_backward(const Call &c) {
             total.bias.x += v.x, total.bias.y += v.y;
             dB[j] = g_j.x * dt[j].x * w[j].x + g_j.y * dt[j].y * w[j].y;
             if (j < left) Pair<DELTA_TYPE>::store(ddelta + offset(rows[j], token), v);
-            return make_float2(input.x * dt[j].x, input.y * dt[j].y);
+            return make_float2(input.x * dt[j].x + skip_now.x * q.x, input.y * dt[j].y + skip_now.y * q.y);
         });
         sum_pairs<STEPS / 2>(dB, pair);
         if (own) *to_B = dB[0] * LN2;
@@ -450,7 +468,7 @@ INLINE void merged_backward(const Call &c) {
     copy_async_wait<0>();
     __syncthreads();
     store_gradients(last, scans - 1);
-    finish(c, sum, c.dy, c.dy_view, c.dx);
+    finish(c, sum, c.dx);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) KERNEL(const ARGUMENT argument) { ENTRY(argument); }
