@@ -24,6 +24,7 @@ _ENTRIES = {
     "scan_carry_back": "carry<true>",
     "scan_backward": "backward<>",
     "scan_sum": "sums",
+    "scan_merged_states": "ordered_states",
     "scan_merged": "merged_forward",
     "scan_merged_back": "merged_backward",
 }
@@ -156,6 +157,9 @@ def merged_plan(
 _SHARED_OF_SM80 = 96 << 10  # older GPUs have less, and no asynchronous copies
 
 
+_ORDERED = 1024  # steps from which B and C are ordered first: sums leave the L1 cache little
+
+
 def _sums(length: int) -> int:
     """Bytes of a merging block's sums."""
     return -(-length // 2) * 2 * _GROUP * 4
@@ -171,7 +175,7 @@ def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], sha
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
     values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS"), 1)
     values |= {"TILE": 16, "THREADS": threads}
-    values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "GATED", "EVERY", "START_TYPE"), 0)
+    values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "GATED", "ORDERED", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
     options = tuple(f"{n}={v}" for n, v in (values | dict(defines)).items())
     return nvrtc.kernel(_MERGING if "merged" in name else _SOURCES, name, options, device, shared)
@@ -373,12 +377,20 @@ def _merged_layout(call: _Call, chosen: Merged) -> _Layout:
     name = "scan_merged_back" if call.backward else "scan_merged"
     copied = sum(view[2].itemsize for i, view in enumerate(call.views) if i in (0, 1, 4) and view)
     shared = _sums(length) + chosen.threads * _GROUP * copied  # a stage of 32 steps a warp
+    ordered = length >= _ORDERED
+    launches = []
+    if ordered:
+        kernel = _kernel("scan_merged_states", call.device, _SUM_THREADS, *call.defines().items())
+        launches.append((kernel, -(-tokens // _SUM_THREADS), _SUM_THREADS))
+        defines |= {"ORDERED": 1}
     kernel = _kernel(name, call.device, chosen.threads, *defines.items(), shared=shared)
-    launches = ((kernel, batch * groups, chosen.threads),)
+    launches = (*launches, (kernel, batch * groups, chosen.threads))
     rest = _REST.pack(*call.bytes(), batch, length, K, channels, 1, length, row)
+    floats = (2 * tokens * ordered, 0)  # B and C, which c.ends points to
     if not call.backward:
-        return _Layout(launches, rest)
-    floats = (0, 0, 0, groups * tokens, groups * tokens, *(batch * row,) * 3)  # as in _scan_layout
+        offsets = _offsets(floats)
+        return _Layout(launches, rest, offsets[-1] // 4, offsets)
+    floats = (*floats, 0, groups * tokens, groups * tokens, *(batch * row,) * 3)  # as in _scan_layout
     jobs = [(1, groups, tokens, f32, view[2]) for view in call.views[2:4]] + [(1, batch, row, f32, f32)] * 3
     offsets = _offsets(floats)
     return _Layout(launches, rest, offsets[-1] // 4, offsets, _summing(call.device, jobs))

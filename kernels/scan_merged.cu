@@ -8,7 +8,8 @@
 // contributes. The backward walks time backwards, and takes states from those kept by the forward.
 //
 // While a span is worked on, the next one's rows are copied to a stage of each warp behind the sums, past the L1 cache:
-// what shared memory leaves of it has lines for a few rows only. After scan.cuh; macros as there.
+// what shared memory leaves of it has lines for a few rows only. After scan.cuh; macros as there, and
+// ORDERED: `ordered_states` has run.
 
 constexpr int PAIRS = 8, GROUP = 2 * PAIRS, STEPS = 8, REACH = 4 * STEPS, SPAN = WARPS * REACH;
 static_assert(N == 1 && (EVERY == 0 || EVERY == STEPS), "a stretch begins at a kept state");
@@ -124,6 +125,35 @@ INLINE void finish(const Call &c, const char *sum, char *to) {
     }
 }
 
+// B, times ln(2), and C of each step, in the order of its scan, (batch, scans, length): along columns a warp of every
+// group would else fetch a line of the L1 cache for each
+INLINE void ordered_states(const Call &c) {
+    const i64 i = (i64)blockIdx.x * THREADS + threadIdx.x, k = i / c.length % c.scans, b = i / (c.length * c.scans);
+    if (b >= c.batch) return;
+    const int t = (int)(i % c.length), row = c.order ? c.order[k * c.length + t] : t;
+    const unsigned B = load<B_TYPE>(c.B + b * c.B_view.batch + k * c.B_view.scan + offset(row, c.B_view.token));
+    const unsigned C = load<C_TYPE>(c.C + b * c.C_view.batch + k * c.C_view.scan + offset(row, c.C_view.token));
+    ((float2 *)c.ends)[i] = make_float2(decode<B_TYPE>(B) * LN2, decode<C_TYPE>(C));
+}
+
+// A lane's step of B, times ln(2), and C
+struct States {
+    float2 ordered;
+    unsigned B, C;
+
+    INLINE void fetch(const Call &c, i64 b, int k, int t, int row) {
+        if (ORDERED) {
+            ordered = __ldg((const float2 *)c.ends + (b * c.scans + k) * c.length + t);
+        } else {
+            B = load<B_TYPE>(c.B + b * c.B_view.batch + k * c.B_view.scan + offset(row, c.B_view.token));
+            C = load<C_TYPE>(c.C + b * c.C_view.batch + k * c.C_view.scan + offset(row, c.C_view.token));
+        }
+    }
+    INLINE float2 value() const {
+        return ORDERED ? ordered : make_float2(decode<B_TYPE>(B) * LN2, decode<C_TYPE>(C));
+    }
+};
+
 INLINE void merged_forward(const Call &c) {
     __shared__ __align__(16) float shared_B[WARPS][REACH];
     __shared__ __align__(16) float2 shared_C[WARPS][REACH];  // with the token's place
@@ -134,7 +164,6 @@ INLINE void merged_forward(const Call &c) {
     const int b = blockIdx.x / groups, d0 = blockIdx.x % groups * GROUP, d = d0 + pair * 2;
     const char *x = whole(c.x + b * c.x_view.batch + d0 * c.x_view.inner);
     const char *delta = whole(c.delta + b * c.delta_view.batch + d0 * c.delta_view.inner);
-    const char *B = whole(c.B + b * c.B_view.batch), *C = whole(c.C + b * c.C_view.batch);
     const float *B_t = shared_B[warp] + first;
     const float2 *C_t = shared_C[warp] + first;
     char *sum = dynamic_shared(), *stages = sum + ROUND_UP(length, 2) * 128;
@@ -142,7 +171,7 @@ INLINE void merged_forward(const Call &c) {
     Stage<X_TYPE> stage_x = {stage_delta.stage + Stage<DELTA_TYPE>::BYTES};
 
     Span here = {0, 0, ROUND_UP(length, SPAN)}, next = here, after;
-    unsigned raw_B, raw_C;  // of the lane's own step
+    States states;
     float2 next_A, next_bias;
     auto visited = [&](const Span &at) {
         const int t = min(at.i * SPAN + warp * REACH + lane, length - 1);
@@ -153,8 +182,7 @@ INLINE void merged_forward(const Call &c) {
         stage_delta.copy(delta + offset(k, (int)c.delta_view.scan), c.delta_view.token, row);
         stage_x.copy(x, c.x_view.token, row);
         copy_async_commit();
-        raw_B = load<B_TYPE>(B + offset(k, (int)c.B_view.scan) + offset(row, c.B_view.token));
-        raw_C = load<C_TYPE>(C + offset(k, (int)c.C_view.scan) + offset(row, c.C_view.token));
+        states.fetch(c, b, k, min(next.i * SPAN + warp * REACH + lane, length - 1), row);
         next_A = __ldg((const float2 *)(c.A + at));
         next_bias = c.bias ? __ldg((const float2 *)(c.bias + at)) : make_float2(0.f, 0.f);
     };
@@ -171,8 +199,8 @@ INLINE void merged_forward(const Call &c) {
         const int left = length - here.i * SPAN - warp * REACH - first;  // steps of the scan from the stretch on
         const float2 A = next_A, bias = make_float2(next_bias.x * LOG2E, next_bias.y * LOG2E);
         __syncwarp();
-        shared_B[warp][lane] = decode<B_TYPE>(raw_B) * LN2;
-        shared_C[warp][lane] = make_float2(decode<C_TYPE>(raw_C), __int_as_float(place(row)));
+        const float2 BC = states.value();
+        shared_B[warp][lane] = BC.x, shared_C[warp][lane] = make_float2(BC.y, __int_as_float(place(row)));
         copy_async_wait<0>();
         __syncwarp();
         Pair<X_TYPE> raw_x[STEPS];
@@ -287,7 +315,6 @@ INLINE void merged_backward(const Call &c) {
     const char *x = whole(c.x + b * c.x_view.batch + d0 * c.x_view.inner);
     const char *dy = whole(c.dy + b * c.dy_view.batch + d0 * c.dy_view.inner);
     const char *delta = whole(c.delta + b * c.delta_view.batch + d0 * c.delta_view.inner);
-    const char *B = whole(c.B + b * c.B_view.batch), *C = whole(c.C + b * c.C_view.batch);
     const float *B_t = shared_B[warp] + first;
     const float2 *C_t = shared_C[warp] + first;
     const int *rows = shared_rows[warp] + first;
@@ -298,7 +325,7 @@ INLINE void merged_backward(const Call &c) {
     Stage<X_TYPE> stage_x = {stage_delta.stage + Stage<DELTA_TYPE>::BYTES}, stage_dy = {stage_x.stage + stage_x.BYTES};
 
     Span here = {0, spans - 1, spans}, next = here, after;
-    unsigned raw_B, raw_C;  // of the lane's own step
+    States states;
     Pair<START_TYPE> raw_start;
     float2 next_A, next_bias;
     Gradients total = {};
@@ -313,8 +340,7 @@ INLINE void merged_backward(const Call &c) {
         stage_x.copy(x, c.x_view.token, row);
         stage_dy.copy(dy, c.dy_view.token, row);
         copy_async_commit();
-        raw_B = load<B_TYPE>(B + offset(k, (int)c.B_view.scan) + offset(row, c.B_view.token));
-        raw_C = load<C_TYPE>(C + offset(k, (int)c.C_view.scan) + offset(row, c.C_view.token));
+        states.fetch(c, b, k, min(next.i * SPAN + warp * REACH + lane, length - 1), row);
         next_A = __ldg((const float2 *)(c.A + at));
         next_bias = c.bias ? __ldg((const float2 *)(c.bias + at)) : make_float2(0.f, 0.f);
         const int piece = min((next.i * SPAN + warp * REACH + first) / STEPS, pieces - 1);
@@ -350,8 +376,8 @@ INLINE void merged_backward(const Call &c) {
         float2 h = raw_start.value();
         __syncwarp();
         shared_rows[warp][lane] = row;
-        shared_B[warp][lane] = decode<B_TYPE>(raw_B) * LN2;
-        shared_C[warp][lane] = make_float2(decode<C_TYPE>(raw_C), __int_as_float(place(row)));
+        const float2 BC = states.value();
+        shared_B[warp][lane] = BC.x, shared_C[warp][lane] = make_float2(BC.y, __int_as_float(place(row)));
         copy_async_wait<0>();
         __syncwarp();
         Pair<X_TYPE> raw_x[STEPS], raw_dy[STEPS];
