@@ -83,7 +83,9 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
 
     split = min(most, max(fewest, padded // (4 if backward and padded > 4 else 2 if backward else 16)))
     while split < most and padded // split > 4:
-        if warps(split) >= wanted or (padded // split == 8 and warps(split) * (2 if length >= 1024 else 1) >= enough):
+        each = padded // split
+        cuts = 4 if each == 16 and length >= 16384 and not backward else 2 if each == 8 and length >= 1024 else 1
+        if warps(split) >= wanted or (warps(split) * cuts >= enough and (each == 8 or cuts == 4)):
             break
         split *= 2
     roomy = backward and padded == 16 and length >= 1024
@@ -94,14 +96,14 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
     while split < most and segments == 1 and warps(split) < enough:
         split *= 2
     states = padded // split
-    tile = _tile(N) if backward else 8 if states == 16 else 16
+    tile = _tile(N) if backward else 16
     blocks = -(-channels * split // (32 if backward and padded > 64 else 128))  # 48 KB of shared memory hold them
     threads = -(-channels * split // (32 * blocks)) * 32
     segment = -(-length // (segments * tile)) * tile
     lone = backward and N == 1
     # with two blocks a processor the 16 steps x 4 states of decays of a tile fit into a lane's registers
     keep = lone or (backward and padded == 16 and states == 4)
-    resident = (480 if lone else 256 if keep else 384 if backward else 512) // threads
+    resident = (480 if lone else 256 if keep else 384 if backward or states == 16 else 512) // threads
     return Plan(states, split, tile, threads, segment, keep_decay=keep, resident=resident)
 
 
@@ -145,10 +147,13 @@ def merged_plan(
     blocks = batch * channels // _GROUP
     if channels % _GROUP or length >= 2**24 or blocks < 7 / 8 * processors or shared < _SHARED_OF_SM80:
         return None
+    if backward and length > 1600:
+        return None
     spans = -(-length // 32)  # of a warp
     each = 32 * row + (1152 if backward else 640)
-    most = min(12 if backward or length > 1600 else 8, (shared - _sums(length) - 128) // each)
-    if most < min(spans, 4):
+    wanted = 2 if backward and spans <= 8 else 4 if backward else max(2, 16 // max(1, shared // _sums(length)))
+    most = min(wanted, (shared - _sums(length) - 128) // each)
+    if most < min(spans, wanted, 4):
         return None
     warps = -(-spans // -(-spans // most))
     return Merged(32 * warps, max(1, (256 if backward else 512) // (32 * warps)))

@@ -28,8 +28,8 @@ def scan(
 
     Shapes: x (batch, L, K or 1, D), delta (batch, L, K, D), A (K, D, N), B and C (batch, L, K, N), D and delta_bias
     (K, D), initial_state (batch, K, D, N), order (K, L) of token indices, z (batch, L, K, D), whose silu multiplies y_i
-    scan by scan. Returns y in x's dtype, in token order: (batch, L, D) summed over scans if ``merge`` else (batch, L, K,
-    D), and the last state (batch, K, D, N).
+    scan by scan. Returns y in x's dtype, in token order: (batch, L, D) summed over scans if ``merge`` else
+    (batch, L, K, D), and the last state (batch, K, D, N).
     Arithmetic is float32, or float64 for float64 inputs.
 
     Source: Gu and Dao, "Mamba", arXiv 2312.00752, algorithm 2 (with B-bar = delta B).

@@ -111,7 +111,7 @@ def test_teams_give_the_same_bits_in_any_order_of_threads(emulator):
 
 
 def gated(length: int, dim: int, N: int, dtype: torch.dtype, machine: str, change) -> list[Tensor]:
-    """`scan` and `scan_backward` with a gate, once they agree with the reference; ``change`` gives z and dy a layout."""
+    """`scan` and `scan_backward` with a gate, once they agree with the reference; ``change`` lays out z and dy."""
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape, dtype=dtype):
