@@ -177,7 +177,10 @@ _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # a CUfunction_attribute
 
 
 def _load(cubin: bytes, name: str, device: int, shared: int = 0) -> Kernel:
-    driver, module, function = _driver(), ctypes.c_void_p(), Kernel()
+    driver, module, function, context = _driver(), ctypes.c_void_p(), Kernel(), ctypes.c_void_p()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for a context")
+    if not context:
+        _bind(device)
     _call(device, "loading a kernel", driver.cuModuleLoadData, ctypes.byref(module), cubin)
     finding = (driver.cuModuleGetFunction, ctypes.byref(function), module, name.encode())
     _call(device, f"finding kernel {name}", *finding)
@@ -209,7 +212,8 @@ def kernel(
 
     ``shared``: the bytes of dynamic shared memory that a block needs.
     """
-    options = (f"--gpu-architecture=sm_{_architecture(device)}", "--std=c++17", *(f"-D{d}" for d in defines))
+    architecture = f"sm_{_architecture(device)}{'a' * ('TENSOR_ASYNC=1' in defines)}"  # what sm_90 alone can
+    options = (f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{d}" for d in defines))
     text = "".join(f'#line 1 "{source.name}"\n{source.read_text()}\n' for source in sources)
     with torch.cuda.device(device):
         return _built(text, name, options, device, shared)
@@ -233,3 +237,48 @@ def launch(function: Kernel, blocks: int, threads: int, argument: bytes, device:
     stream = torch._C._cuda_getCurrentRawStream(device)
     arguments = (function, blocks, 1, 1, threads, 1, 1, function.shared, stream, _Argument(argument), None)
     _call(device, "launching a kernel", _launcher(), *arguments)
+
+
+class _Attribute(ctypes.Structure):
+    """A CUlaunchAttribute whose value is an int."""
+
+    _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("__", ctypes.c_int * 15))
+
+
+class _Configuration(ctypes.Structure):
+    """A CUlaunchConfig."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # a CUlaunchAttributeID
+_OVERLAP = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+
+
+def launch_early(function: Kernel, blocks: int, threads: int, argument: bytes, device: int) -> None:
+    """As :func:`launch`, but blocks may begin while the stream's previous kernel ends; they wait for it themselves.
+
+    Needs sm_90.
+    """
+    if torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            return launch_early(function, blocks, threads, argument, device)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    attribute = ctypes.pointer(_OVERLAP)
+    configuration = _Configuration((blocks, 1, 1), (threads, 1, 1), function.shared, stream, attribute, 1)
+    _call(
+        device,
+        "launching a kernel",
+        _driver().cuLaunchKernelEx,
+        ctypes.byref(configuration),
+        function,
+        _Argument(argument),
+        None,
+    )

@@ -11,11 +11,15 @@ from tests.kernels.emulated import Emulator, why_not
 def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Emulator:
     """Host code of the CUDA kernels takes CPU tensors, and ``backend="cuda"`` too, as on a GPU of one processor.
 
-    Compiled kernels are kept in pytest's cache folder.
+    Compiled kernels are kept in pytest's cache folder, if it has one.
     """
     if why_not():
         pytest.skip(why_not())
-    emulator = Emulator(request.config.cache.mkdir("emulated"))
+    if hasattr(request.config, "cache"):
+        folder = request.config.cache.mkdir("emulated")
+    else:
+        folder = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    emulator = Emulator(folder)
     unavailable = dispatch.unavailable
 
     def available(backend, device, *rest):
