@@ -62,6 +62,19 @@ def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a CUdevice_attribute
+
+
+@functools.cache
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block may have."""
+    driver, handle, size = _driver(), ctypes.c_int(), ctypes.c_int()
+    _check(driver.cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+    asking = (driver.cuDeviceGetAttribute, ctypes.byref(size), _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, handle)
+    _call(device, f"asking device {device} for its shared memory", *asking)
+    return size.value
+
+
 @functools.cache
 def _unknown(architecture: int) -> str | None:
     """Why this NVRTC cannot compile for an architecture, 90 for sm_90, or None if it can."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mambavision.kernels import nvrtc
+from mambavision.kernels import cuda, nvrtc
 from mambavision.ops import dispatch
 from tests.kernels.emulated import Emulator, why_not
 
@@ -29,7 +29,9 @@ def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nvrtc, "launch", lambda *args: emulator.launch(*args))
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
     monkeypatch.setattr(nvrtc, "processors", lambda device: emulator.processors)
+    monkeypatch.setattr(nvrtc, "shared_memory", lambda device: emulator.shared)
     monkeypatch.setattr(dispatch, "unavailable", available)
+    cuda._layout.cache_clear()  # of a machine with other processors
     return emulator
 
 
