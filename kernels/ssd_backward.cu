@@ -276,11 +276,28 @@ template <int COUNT> INLINE void scan_of_warp(float *v, bool from_last) {
     for (int j = 0; j < COUNT; j++) v[j] += outside;
 }
 
-template <int COUNT> struct alignas(COUNT * 4) Floats {
-    float v[COUNT];
-};
-
 constexpr int EACH = TILE / 32;  // tokens a lane where a warp holds a tile's
+
+// Neighbours in memory; the compiler does not find by itself that they can be moved at once
+struct Each {
+    float v[EACH];
+
+    static INLINE Each load(const float *from) {
+        Each to;
+        if constexpr (EACH == 4) {
+            const float4 four = *(const float4 *)from;
+            to.v[0] = four.x, to.v[1] = four.y, to.v[2] = four.z, to.v[3] = four.w;
+        } else {
+            const float2 two = *(const float2 *)from;
+            to.v[0] = two.x, to.v[1] = two.y;
+        }
+        return to;
+    }
+    INLINE void store(float *to) const {
+        if constexpr (EACH == 4) __stwb((float4 *)to, make_float4(v[0], v[1], v[2], v[3]));
+        else __stwb((float2 *)to, make_float2(v[0], v[1]));
+    }
+};
 
 INLINE void decays(const Call &c) {
     constexpr int HEADS = 16, TOKENS = THREADS / HEADS;  // that a block takes at once
@@ -309,8 +326,7 @@ INLINE void decays(const Call &c) {
     const i64 plane = c.batch * c.H * padded;
     for (int k = warp; k < HEADS && h0 + k < c.H; k += WARPS) {
         const float rate = c.A[h0 + k] * LOG2E;
-        typedef Floats<EACH> Each;
-        const Each dt = *(const Each *)(steps[k] + lane * EACH);
+        const Each dt = Each::load(steps[k] + lane * EACH), skip = Each::load(skips[HAS_D ? k : 0] + lane * EACH);
         Each left, right, out[PLANES];
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
@@ -326,7 +342,7 @@ INLINE void decays(const Call &c) {
             out[FROM_LEFT].v[j] = left.v[j];
             out[TO_RIGHT].v[j] = right.v[j];
             out[STEP].v[j] = dt.v[j];
-            out[SKIP].v[j] = HAS_D ? skips[k][lane * EACH + j] : 0.f;
+            out[SKIP].v[j] = skip.v[j];
             out[SCALE + STATE_RIGHT].v[j] = dt.v[j] * exp2_fast(to_right);
             out[SCALE + COSTATE_LEFT].v[j] = exp2_fast(left.v[j]);
             out[SCALE + STATE_LEFT].v[j] = dt.v[j] * exp2_fast(to_left);
@@ -335,7 +351,7 @@ INLINE void decays(const Call &c) {
         float *to = c.planes + (b * c.H + h0 + k) * padded + tile * TILE + lane * EACH;
 #pragma unroll
         for (int j = 0; j < PLANES; j++)
-            if (HAS_D || j != SKIP) *(Each *)(to + j * plane) = out[j];
+            if (HAS_D || j != SKIP) out[j].store(to + j * plane);
     }
 }
 
@@ -514,9 +530,8 @@ INLINE void store_kept(const float (*v)[4], float4 (*to)[THREADS]) {
 
 // Gradients of a head's dt, and its tile's share of those of A and the bias, by one warp
 INLINE void finish(const Call &c, const Paths &paths, i64 b, i64 tile, i64 h) {
-    typedef Floats<EACH> Each;
     const int lane = threadIdx.x % 32, first = lane * EACH;
-    const auto load = [&](const float *v) { return *(const Each *)(v + first); };
+    const auto load = [&](const float *v) { return Each::load(v + first); };
     const Each all = load(paths.all), forth = load(paths.ahead), step = load(paths.step);
     Each ahead = load(paths.borders[STATE_RIGHT]), back = {}, behind = {};  // of paths that end at a token or, negative, begin
     Each sent = load(paths.borders[COSTATE_LEFT]), unit = load(paths.itself);
