@@ -361,9 +361,8 @@ struct alignas(1024) WalkStage {
 };
 
 // A warp's 16 rows of a state (N, P) in float, from or to a matrix (p, n) in memory
-template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix, int row, const Call &c) {
-    const int lane = threadIdx.x % 32, column = lane % 4 * 2;
-    row += lane / 4;
+template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix, const Call &c) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, column = lane % 4 * 2;
 #pragma unroll
     for (int e = 0; e < P / 2; e++) {
         const int n = row + e / 2 % 2 * 8, p = column + e / 4 * 8 + e % 2;
@@ -373,10 +372,6 @@ template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix,
         else matrix[p * c.n + n] = v;
     }
 }
-
-// Groups of four warps share a tile's tokens: each carries the part of the state that its tokens have made. To sum them
-// up, each gives the others half of its columns; one buffer is read while the other is filled
-constexpr int GROUPS = P / 16 % 2 ? 1 : WARPS / 4, HALF = P / 16 / GROUPS;
 
 // One block a sequence, head and kind
 INLINE void walk(const Call &c) {
@@ -414,84 +409,41 @@ INLINE void walk(const Call &c) {
     };
     for (int s = 0; s < STAGES - 1; s++) fetch(s);
 
-    const int warp = warp_of_block(), group = warp / 4, own = warp % 4 * 16, q = threadIdx.x % 4;
-    const int from = group * (TILE / GROUPS);
+    const int own = warp_of_block() * 16, q = threadIdx.x % 4;
     const bool holds = own < N;
-    float4 *const parts = (float4 *)(stages + min(STAGES, steps)) + threadIdx.x;
     float state[P / 16][2][4] = {};
-    if (outside && holds && group == 0) move_state<true>(state, (float *)outside + matrix, own, c);
+    if (outside && holds) move_state<true>(state, (float *)outside + matrix, c);
     bits16 *to = c.states + (((b * c.tiles + start) * c.H + h) * KINDS + kind) * STATE;
-    to += (own + row_of_lane()) * P + q / 2 * 8 + group * HALF * 16;
+    to += (own + row_of_lane()) * P + q / 2 * 8;
     for (int s = 0; s < tiles; s++, to += ahead * c.H * KINDS * STATE) {
-        const bool stored = holds && (s || outside);
-        if (GROUPS == 2) {
 #pragma unroll
-            for (int e = 0; e < 2 * HALF; e++) {
-                const float *give = state[(group ? 0 : HALF) + e / 2][e % 2];
-                parts[(s % 2 * 2 * HALF + e) * THREADS] = make_float4(give[0], give[1], give[2], give[3]);
-            }
-        }
-        if (s < steps) {
-            copy_async_wait<STAGES - 2>();
-            publish_copies();
-        }
-        __syncthreads();
-        fetch(s + STAGES - 1);
-#pragma unroll
-        for (int p = 0; p < HALF; p++) {
-            float sum[2][4];
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const float mine = GROUPS == 2 && group ? state[HALF % (P / 16) + p][e / 4][e % 4] : state[p][e / 4][e % 4];
-                sum[e / 4][e % 4] = mine;
-            }
-            if (GROUPS == 2) {
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const float4 other = parts[(s % 2 * 2 * HALF + p * 2 + e) * THREADS + (group ? -128 : 128)];
-                    sum[e][0] += other.x, sum[e][1] += other.y, sum[e][2] += other.z, sum[e][3] += other.w;
-                }
-            }
-            const uint4 eight = neighbours(sum);
-            if (stored) *(uint4 *)(to + p * 16) = eight;
+        for (int p = 0; p < P; p += 16) {
+            const uint4 eight = neighbours(state[p / 16]);
+            if (holds && (s || outside)) *(uint4 *)(to + p) = eight;
         }
         if (s == steps) break;
+        copy_async_wait<STAGES - 2>();
+        publish_copies();
+        __syncthreads();
+        fetch(s + STAGES - 1);
         if (!holds) continue;
         const WalkStage &at = stages[s % STAGES];
-        unsigned keys_left[TILE / 16 / GROUPS][4];
+        unsigned keys_left[TILE / 16][4];
 #pragma unroll
-        for (int t = 0; t < TILE / 16 / GROUPS; t++) Rows<N>::left_transposed(keys_left[t], at.keys, from + t * 16, own);
+        for (int t = 0; t < TILE / 16; t++) Rows<N>::left_transposed(keys_left[t], at.keys, t * 16, own);
         const float total = at.last[3];
 #pragma unroll
         for (int e = 0; e < P / 2; e++) state[e / 8][e / 4 % 2][e % 4] *= total;
 #pragma unroll
-        for (int e = 0; e < TILE / 4 / GROUPS; e++) {
+        for (int e = 0; e < TILE / 4; e++) {
             unsigned &k = keys_left[e / 4][e % 4];
-            const float2 scale = *(const float2 *)(at.scale + from + e / 4 * 16 + e / 2 % 2 * 8 + 2 * q);
-            const float2 pair = unpack2<OPERAND>(k);
+            const float2 scale = *(const float2 *)(at.scale + e / 4 * 16 + e / 2 % 2 * 8 + 2 * q), pair = unpack2<OPERAND>(k);
             k = pack2<OPERAND>(pair.x * scale.x, pair.y * scale.y);
         }
-        add_rows<P, P, TILE / 16 / GROUPS, true>(state, keys_left, at.values, from);
+        add_rows<P, P, TILE / 16, true>(state, keys_left, at.values, 0);
         finish_products<P / 16>(state);
     }
-    if (!last) return;
-    if (GROUPS == 2) {
-        __syncthreads();
-#pragma unroll
-        for (int e = 0; e < P / 8; e++) {
-            const float *give = state[e / 2][e % 2];
-            if (group) parts[e * THREADS - 128] = make_float4(give[0], give[1], give[2], give[3]);
-        }
-        __syncthreads();
-        if (group) return;
-#pragma unroll
-        for (int e = 0; e < P / 8; e++) {
-            float *own_part = state[e / 2][e % 2];
-            const float4 other = parts[e * THREADS];
-            own_part[0] += other.x, own_part[1] += other.y, own_part[2] += other.z, own_part[3] += other.w;
-        }
-    }
-    if (holds) move_state<false>(state, last + matrix, own, c);
+    if (last && holds) move_state<false>(state, last + matrix, c);
 }
 
 // What the tokens of a tile make of its log-decays
