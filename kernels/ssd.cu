@@ -535,7 +535,7 @@ INLINE void outputs(const Call &call) {
         if (STATES) {
             const char *const state = entering + job % 2 * STATES * STATE_BYTES;
             const float outside[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
-#pragma unroll
+#pragma unroll(DIRECT ? 1 : DIRECTIONS)
             for (int s = 0; s < STATES; s++) {
                 const int c = s + (s >= place.c);
                 const bool right = DIRECT ? s >= place.c : s;
@@ -555,13 +555,13 @@ INLINE void outputs(const Call &call) {
                 }
 #pragma unroll
                 for (int n = 0; n < STEPS; n++) {
-                    unsigned c[BLOCKS][4], (*const turn)[4] = weight[(s * STEPS + n) % 2];
+                    unsigned c[BLOCKS][4], (*const turn)[4] = weight[n % 2];
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
                         ldmatrix_x4(
                             c[m], C_tile + (n / 4 * ROWS + own_row + m * 16) * ROW + (rows_first ^ n % 4 * 32)
                         );
-                    free_weights<DIRECT && !BOTH && STEPS % 2 ? 0 : 1>();  // halves take turns unless some are left out
+                    free_weights<1 - STEPS % 2>();  // halves take turns if they are even
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
 #pragma unroll
