@@ -62,9 +62,9 @@ INLINE unsigned short float_to_bfloat16(float f) {
 #endif
 }
 
-// A block's dynamic shared memory, of as many bytes as nvrtc.kernel was asked for; aligned to 128
+// A block's dynamic shared memory, of as many bytes as nvrtc.kernel was asked for; aligned to 1024
 INLINE char *dynamic_shared() {
-    extern __shared__ __align__(128) char dynamic[];
+    extern __shared__ __align__(1024) char dynamic[];
     return dynamic;
 }
 
@@ -173,6 +173,7 @@ template <int TYPE> INLINE unsigned multiply2(unsigned a, unsigned b) {
 // mma_16x8x16; b: 16 rows of 128 bytes in shared memory, the first at a multiple of 1024, whose 16-byte pieces p are at
 // p ^ (row % 8). c is overwritten if not ADD. Runs on while the warps do: between begin and wait a and c are not touched
 template <int TYPE, bool ADD> INLINE void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *rows) {
+    static_assert(TYPE == 1);
     const unsigned address = shared_address(rows);
     const unsigned long long b = (address >> 4 & 0x3fff) | 64ull << 16 | 64ull << 32 | 1ull << 62;
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
@@ -193,6 +194,7 @@ template <int TYPE, bool ADD> INLINE void tensor_64x64x16(float (*c)[4], const u
 // that is a multiple of 8, are b's rows
 template <int TYPE, bool ADD>
 INLINE void tensor_64x64x16_transposed(float (*c)[4], const unsigned a[4], const char *columns) {
+    static_assert(TYPE == 1);
     const unsigned address = shared_address(columns);
     const unsigned long long b = (address >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
@@ -212,6 +214,7 @@ INLINE void tensor_64x64x16_transposed(float (*c)[4], const unsigned a[4], const
 
 template <int TYPE, bool ADD>
 INLINE void tensor_64x32x16_transposed(float (*c)[4], const unsigned a[4], const char *columns) {
+    static_assert(TYPE == 1);
     const unsigned address = shared_address(columns);
     const unsigned long long b = (address >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "

@@ -6,11 +6,15 @@
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 HEADERS = tuple(Path(__file__).with_name("emulator") / name for name in ("cuda.h", "intrinsics.h"))
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
@@ -32,6 +36,24 @@ def why_not() -> str:
     return "" if COMPILER else "no g++ on the path"
 
 
+def guarded(v: Tensor, at_end: bool) -> Tensor:
+    """The same dense tensor between two pages that no one may touch: an access outside is an error of the launch.
+
+    ``at_end``: it ends (to 15 bytes) where the second page begins, else it begins where the first one ends.
+    """
+    page, size = mmap.PAGESIZE, v.numel() * v.itemsize
+    if not size:
+        return v
+    inner = -(-size // page) * page
+    memory = mmap.mmap(-1, inner + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for border in (address, address + page + inner):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(border), ctypes.c_size_t(page), 0) == 0
+    start = page + (inner - size) // 16 * 16 * at_end
+    flat = torch.frombuffer(memory, dtype=v.dtype, count=v.numel(), offset=start)
+    return flat.as_strided(v.shape, v.stride()).copy_(v)
+
+
 class Kernel:
     """A compiled kernel and the bytes of dynamic shared memory that a block of it gets."""
 
@@ -51,7 +73,7 @@ class Emulator:
 
     def __init__(self, folder: Path, architecture: int = 900):
         self.folder, self.architecture = folder, architecture
-        self.order, self.processors, self.launches = ASCENDING, 1, []
+        self.order, self.processors, self.shared, self.launches = ASCENDING, 1, 227 << 10, []
         self.kernel = functools.cache(self._kernel)
 
     def _kernel(self, sources, name: str, defines: tuple[str, ...], device: int, shared: int = 0) -> Kernel:

@@ -4,18 +4,20 @@
 // takes place once every lane named by the mask is there, at the same line and with the same mask, and fails where one
 // cannot come. Fibers run in an order of the caller's choice: a block without races gives the same bits in all of them.
 // Shared memory is NaN (bytes of 0xff) when a block begins, and static shared memory is all that is thread_local here.
+// A segmentation fault ends the grid with a message: memory from emulated.guarded has pages on both sides that fault.
 
-#include <cmath>
-#include <csetjmp>
-#include <cstdarg>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // C's math.h alone: libstdc++'s takes longer to read than a kernel to compile
 #include <link.h>
+#include <math.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
-#include <vector>
 
 #define __global__
 #define __device__
@@ -80,7 +82,33 @@ constexpr unsigned MOST_THREADS = 1024;
 enum Order { ASCENDING, DESCENDING, RANDOM };  // RANDOM and above: seeds
 enum State { READY, IN_WARP, AT_BARRIER, DONE };
 
-struct Copy { char *to; const char *from; bool inside; };
+// What a thread has started and will wait for, in groups; the last one is still open
+template <class Item> struct Groups {
+    Item *items;
+    unsigned held, room, open, total;
+
+    void clear() { held = open = total = 0; }
+    void add(const Item &item) {
+        if (held == room) items = (Item *)realloc(items, (room = 2 * room + 16) * sizeof item);
+        items[held] = item, items[held++].group = open, total++;
+    }
+    template <class RUN> void wait(unsigned youngest, RUN run) {  // for all closed groups but so many
+        unsigned done = 0;
+        while (done < held && items[done].group + youngest < open) run(items[done++]);
+        held -= done;
+        memmove(items, items + done, held * sizeof(Item));
+    }
+};
+
+struct Copy { char *to; const char *from; bool inside; unsigned group; };
+struct Product {
+    void (*run)(const Product &);
+    float (*c)[4];
+    const unsigned *a;
+    const char *from;
+    int line;
+    unsigned group;
+};
 
 struct Fiber {
     jmp_buf here;
@@ -89,7 +117,8 @@ struct Fiber {
     unsigned mask;
     int line;
     void *data;
-    std::vector<std::vector<Copy>> groups;  // of asynchronous copies, the last one still open
+    Groups<Copy> copies;
+    Groups<Product> products;
 };
 
 inline Fiber fibers[MOST_THREADS];
@@ -103,6 +132,7 @@ inline void (*kernel)(const void *);
 inline const void *argument;
 inline char message[400];
 inline char *dynamic_begin, *static_begin;
+inline unsigned short unpublished[ALL_SHARED / 16];  // of 16 bytes: thread + 1 that copied them, not yet for products
 inline size_t dynamic_size, static_size;
 inline thread_local char anchor[16];  // so that there is a block of thread_local memory to find
 
@@ -168,7 +198,12 @@ inline void check_shared(const void *p, size_t bytes, int line) {
          at - (dynamic_begin + dynamic_size), dynamic_size);
 }
 
+inline unsigned short *mark_of(const char *at) {
+    return at >= dynamic_begin && at < dynamic_begin + dynamic_size ? unpublished + (at - dynamic_begin) / 16 : 0;
+}
+
 inline void land(const Copy &copy) {
+    if (unsigned short *mark = mark_of(copy.to)) *mark = current + 1;
     if (copy.inside) memcpy(copy.to, copy.from, 16);
     else memset(copy.to, 0, 16);
 }
@@ -217,8 +252,10 @@ inline bool run_block() {
     static volatile int how;
     if (static_size) memset(static_begin, 0xff, static_size);
     memset(dynamic_begin - 4096, 0xff, dynamic_size + 8192);
+    memset(unpublished, 0, sizeof unpublished);
     alive = threads, waiting = 0, barrier_all = 1, barrier_any = barrier_count = 0;
-    for (unsigned i = 0; i < threads; i++) fibers[i].state = READY, fibers[i].groups.assign(1, {});
+    for (unsigned i = 0; i < threads; i++)
+        fibers[i].state = READY, fibers[i].copies.clear(), fibers[i].products.clear();
     while (alive) {
         any = false;
         arrange(warps, (threads + 31) / 32);
@@ -243,6 +280,12 @@ inline bool run_block() {
                 return false;
             }
     }
+    for (unsigned i = 32; i < threads; i += 32)
+        if (i % 128 && fibers[i].products.total != fibers[i / 128 * 128].products.total) {
+            snprintf(message, sizeof message, "block %u: warps %u and %u take part in %u and %u products of four warps",
+                     blockIdx.x, i / 128 * 4, i / 32, fibers[i / 128 * 128].products.total, fibers[i].products.total);
+            return false;
+        }
     for (size_t i = 0; i < 4096; i++)
         if (dynamic_begin[-1 - (long)i] != -1 || dynamic_begin[dynamic_size + i] != -1) {
             snprintf(message, sizeof message, "block %u wrote outside its %zu bytes of dynamic shared memory",
@@ -261,6 +304,12 @@ inline int find_static(dl_phdr_info *info, size_t, void *) {
         return 1;
     }
     return 0;
+}
+
+inline void fault(int, siginfo_t *info, void *) {
+    const char *at = (char *)info->si_addr;
+    const bool full = at >= stacks && at < stacks + STACK * threads;
+    fail("touches %p, which is not its own%s", at, full ? ": its stack is full" : "");
 }
 
 inline const char *run(void (*what)(const void *), unsigned blocks, unsigned count, unsigned shared, int in_order,
@@ -282,11 +331,20 @@ inline const char *run(void (*what)(const void *), unsigned blocks, unsigned cou
     kernel = what, argument = with, threads = count, order = in_order, random_state = in_order;
     blockDim = {count, 1, 1}, gridDim = {blocks, 1, 1}, threadIdx = blockIdx = {0, 0, 0};
     for (unsigned i = 0; i < count; i++) fibers[i].begun = false;
+    static char for_faults[65536];
+    stack_t apart = {}, usual_stack;
+    apart.ss_sp = for_faults, apart.ss_size = sizeof for_faults;
+    sigaltstack(&apart, &usual_stack);
+    struct sigaction on_fault = {}, usual[2];
+    on_fault.sa_sigaction = fault, on_fault.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &on_fault, &usual[0]), sigaction(SIGBUS, &on_fault, &usual[1]);
     bool right = true;
     for (unsigned i = 0; i < blocks && right; i++) {
         blockIdx.x = order == DESCENDING ? blocks - 1 - i : i;
         right = run_block();
     }
+    sigaction(SIGSEGV, &usual[0], 0), sigaction(SIGBUS, &usual[1], 0);
+    sigaltstack(&usual_stack, 0);
     munmap(stacks, STACK * count);
     return right ? 0 : message;
 }

@@ -1,5 +1,5 @@
-// The functions of kernels/intrinsics.cuh on a CPU, from the PTX ISA. Asynchronous copies land where they are waited
-// for; if fibers run in descending order, at once: a block that relies on neither gives the same bits.
+// The functions of kernels/intrinsics.cuh on a CPU, from the PTX ISA. Asynchronous copies and products take place where
+// they are waited for; if fibers run in descending order, at once: a block that relies on neither gives the same bits.
 
 #define INLINE inline
 
@@ -132,68 +132,71 @@ inline void copy_async_16(void *shared, const void *global, bool inside, AT) {
     if ((uintptr_t)global % 16) emulator::fail("line %d: copies from %p, not a multiple of 16", line, global);
     const emulator::Copy copy{(char *)shared, (const char *)global, inside};
     if (emulator::order == emulator::DESCENDING) emulator::land(copy);
-    else emulator::fibers[emulator::current].groups.back().push_back(copy);
+    else emulator::fibers[emulator::current].copies.add(copy);
 }
 
-inline void copy_async_commit() { emulator::fibers[emulator::current].groups.emplace_back(); }
-
+inline void copy_async_commit() { emulator::fibers[emulator::current].copies.open++; }
 template <int YOUNGEST> inline void copy_async_wait() {
-    auto &groups = emulator::fibers[emulator::current].groups;  // the last one is open: not waited for
-    while (groups.size() > YOUNGEST + 1) {
-        for (const emulator::Copy &copy : groups.front()) emulator::land(copy);
-        groups.erase(groups.begin());
-    }
+    emulator::fibers[emulator::current].copies.wait(YOUNGEST, emulator::land);
 }
 
-// Four warps' product, each warp's part on its own
-template <int TYPE, bool ADD> inline void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *rows, AT) {
-    if ((uintptr_t)rows % 1024) emulator::fail("line %d: rows at %p, not a multiple of 1024", line, rows);
-    const unsigned lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    for (int i = 0; i < 8; i++) {
-        unsigned b[2];
-        for (unsigned half = 0; half < 2; half++) {
-            unsigned short pair[2];
-            for (unsigned e = 0; e < 2; e++) {
-                const unsigned k = 8 * half + 2 * q + e;
-                const char *at = rows + k * 128 + ((i ^ k % 8) << 4) + g * 2;
-                emulator::check_shared(at, 2, line);
-                pair[e] = *(const unsigned short *)at;
-            }
-            b[half] = pair[0] | (unsigned)pair[1] << 16;
-        }
-        for (int e = 0; !ADD && e < 4; e++) c[i][e] = 0;
-        mma_16x8x16<TYPE>(c[i], a, b, line);
-    }
+namespace emulator {
+
+inline unsigned seen_by_products(const char *at, int line) {
+    check_shared(at, 2, line);
+    const unsigned short *mark = mark_of(at);
+    if (mark && *mark) fail("line %d: a product reads what thread %u has copied but not published", line, *mark - 1);
+    return *(const unsigned short *)at;
 }
 
-template <int TYPE, bool ADD, int BLOCKS>
-inline void tensor_transposed(float (*c)[4], const unsigned a[4], const char *columns, int line) {
-    if ((uintptr_t)columns % 1024 & ~96u) emulator::fail("line %d: columns at %p, not at row 0, 8, ...", line, columns);
+// Four warps' product, each warp's part on its own: 8 BLOCKS columns of b, in rows of 128 bytes or TRANSPOSED
+template <int TYPE, bool ADD, int BLOCKS, bool TRANSPOSED> void multiply_from_shared(const Product &product) {
     const unsigned lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    for (int i = 0; i < BLOCKS; i++) {
-        unsigned b[2];
-        for (unsigned half = 0; half < 2; half++) {
-            const uintptr_t place = (uintptr_t)columns + (i * 8 + g) * 128 + half * 16 + q * 4;
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        unsigned b[2] = {};
+        for (unsigned e = 0; e < 4; e++) {
+            const unsigned k = e / 2 * 8 + 2 * q + e % 2, n = i * 8 + g;
+            const uintptr_t place = (uintptr_t)product.from + (TRANSPOSED ? n * 128 + k * 2 : k * 128 + n * 2);
             const char *at = (const char *)(place ^ (place >> 7 & 7) << 4);
-            emulator::check_shared(at, 4, line);
-            b[half] = *(const unsigned *)at;
+            b[e / 2] |= seen_by_products(at, product.line) << e % 2 * 16;
         }
-        for (int e = 0; !ADD && e < 4; e++) c[i][e] = 0;
-        mma_16x8x16<TYPE>(c[i], a, b, line);
+        for (int e = 0; !ADD && e < 4; e++) product.c[i][e] = 0;
+        mma_16x8x16<TYPE>(product.c[i], product.a, b, product.line);
     }
+}
+
+// Takes place where it is waited for, with the a and c of then; if fibers run in descending order, at once
+inline void start(const Product &product, uintptr_t aligned) {
+    if ((uintptr_t)product.from & aligned) fail("line %d: no product with a tile at %p", product.line, product.from);
+    if (current / 128 * 128 + 128 > threads) fail("line %d: a product of fewer than four warps", product.line);
+    Groups<Product> &products = fibers[current].products;
+    if (order != DESCENDING) return products.add(product);
+    products.total++;
+    product.run(product);
+}
+
+}  // namespace emulator
+
+template <int TYPE, bool ADD> inline void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *rows, AT) {
+    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, false>, c, a, rows, line}, 1023);
 }
 template <int TYPE, bool ADD>
 inline void tensor_64x64x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
-    tensor_transposed<TYPE, ADD, 8>(c, a, columns, line);
+    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, true>, c, a, columns, line}, 1023 & ~96);
 }
 template <int TYPE, bool ADD>
 inline void tensor_64x32x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
-    tensor_transposed<TYPE, ADD, 4>(c, a, columns, line);
+    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 4, true>, c, a, columns, line}, 1023 & ~96);
 }
 
 inline void tensor_begin() {}
-inline void tensor_commit() {}
-template <int YOUNGEST> inline void tensor_wait() {}
+inline void tensor_commit() { emulator::fibers[emulator::current].products.open++; }
+template <int YOUNGEST> inline void tensor_wait() {
+    emulator::fibers[emulator::current].products.wait(YOUNGEST, [](const emulator::Product &p) { p.run(p); });
+}
 inline void tensor_hold(float (*)[4]) {}
 inline void tensor_hold(float &) {}
-inline void tensor_publish() {}
+inline void tensor_publish() {
+    for (size_t i = 0; i < emulator::dynamic_size / 16; i++)
+        if (emulator::unpublished[i] == emulator::current + 1) emulator::unpublished[i] = 0;
+}
