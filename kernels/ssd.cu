@@ -535,38 +535,38 @@ INLINE void outputs(const Call &call) {
         if (STATES) {
             const char *const state = entering + job % 2 * STATES * STATE_BYTES;
             const float outside[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
-            float between[STATES ? STATES : 1];
-#pragma unroll
+#pragma unroll(DIRECT ? 1 : DIRECTIONS)
             for (int s = 0; s < STATES; s++) {
                 const int c = s + (s >= place.c);
+                const bool right = DIRECT ? s >= place.c : s;
+                if (right && !BOTH) continue;
                 float gap = 0;
 #pragma unroll
                 for (int k = 0; DIRECT && k <= STATES; k++) {
                     const float total = __shfl_sync(~0u, chunk_total, k);
                     gap += k > min(c, place.c) && k < max(c, place.c) ? total : 0;
                 }
-                between[s] = outside[DIRECT ? s >= place.c : s] * exp2_fast(gap);
-            }
+                const float between = outside[right] * exp2_fast(gap);
+                unsigned received[2 * BLOCKS];
 #pragma unroll
-            for (int n = 0; n < STEPS; n++) {
-                unsigned c[BLOCKS][4];
+                for (int k = 0; k < 2 * BLOCKS; k++) {
+                    const float decay = (right ? from_right[k] : from_left[k]) * between;
+                    received[k] = pack2<X_TYPE>(decay, decay);
+                }
 #pragma unroll
-                for (int m = 0; m < BLOCKS; m++)
-                    ldmatrix_x4(c[m], C_tile + (n / 4 * ROWS + own_row + m * 16) * ROW + (rows_first ^ n % 4 * 32));
+                for (int n = 0; n < STEPS; n++) {
+                    unsigned c[BLOCKS][4], (*const turn)[4] = weight[n % 2];
 #pragma unroll
-                for (int s = 0; s < STATES; s++) {
-                    const bool right = DIRECT ? s >= place.c : s;
-                    if (right && !BOTH) continue;
-                    unsigned (*const turn)[4] = weight[(n * STATES + s) % 2];
-                    free_weights<DIRECT && !BOTH ? 0 : 1>();  // where some are left out, halves do not take turns
+                    for (int m = 0; m < BLOCKS; m++)
+                        ldmatrix_x4(
+                            c[m], C_tile + (n / 4 * ROWS + own_row + m * 16) * ROW + (rows_first ^ n % 4 * 32)
+                        );
+                    free_weights<1 - STEPS % 2>();  // halves take turns if they are even
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
 #pragma unroll
-                        for (int k = 0; k < 4; k++) {
-                            const int row = 2 * m + k % 2;
-                            const float received = (right ? from_right[row] : from_left[row]) * between[s];
-                            turn[m][k] = multiply2<X_TYPE>(c[m][k], pack2<X_TYPE>(received, received));
-                        }
+                        for (int k = 0; k < 4; k++)
+                            turn[m][k] = multiply2<X_TYPE>(c[m][k], received[2 * m + k % 2]);
                     multiply<BLOCKS, true>(out, turn, state + s * STATE_BYTES + n * 16 * ROW, rows_first);
                 }
             }
