@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mambavision.kernels import cuda, nvrtc, reference
-from tests.kernels import sanitized
+from tests.kernels import sanitized, test_ssd
 from tests.kernels.emulated import ASCENDING, DESCENDING, RANDOM, guarded
 from tests.kernels.test_backends import COVERING, EXTREME, Case, check, make, relative
 
@@ -309,3 +309,9 @@ def test_state_space_duality_touches_nothing_outside_of_tensors(shape, at_end, e
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, placed(getattr(torch, name)))
     sanitized.dualities(*shape)
+
+
+@pytest.mark.parametrize("case", [test_ssd.CUDA[i] for i in (1, 2, 4, 5, 8)], ids=str)
+def test_state_space_duality_as_an_operator(case, machine):
+    """Forward and every gradient, through autograd."""
+    test_ssd.check(case, "cuda", machine)
