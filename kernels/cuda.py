@@ -1,9 +1,11 @@
-"""The scan in CUDA C++ (scan.cu behind intrinsics.cuh), compiled at first use by NVRTC."""
+"""The scan in CUDA C++ (scan.cu and scan_merged.cu behind intrinsics.cuh, scan.cuh), compiled at first use by NVRTC."""
 
 import functools
+import itertools
 import math
 import pathlib
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from mambavision.kernels import nvrtc
 
-_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "scan.cu"))
+_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "scan.cuh", "scan.cu"))
+_MERGING = (*_SOURCES[:2], pathlib.Path(__file__).with_name("scan_merged.cu"))
 _ENTRIES = {
     "scan_forward": "forward<false>",
     "scan_starts": "forward<true>",
@@ -21,9 +24,12 @@ _ENTRIES = {
     "scan_carry_back": "carry<true>",
     "scan_backward": "backward<>",
     "scan_sum": "sums",
+    "scan_merged_states": "ordered_states",
+    "scan_merged": "merged_forward",
+    "scan_merged_back": "merged_backward",
 }
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_VIEWED = ("x", "delta", "B", "C", "dy")
+_VIEWED = ("x", "delta", "B", "C", "dy", "z")
 _REST = struct.Struct("qqii" * len(_VIEWED) + "qqqqqqi0q")  # the rest of scan.cu's Call: its views, its sizes
 _JOB = struct.Struct("PPqqqqii")
 _SUM = struct.Struct(f"{6 * _JOB.size}s")
@@ -40,11 +46,18 @@ class Plan(NamedTuple):
     polynomial: int = 0
     keep_decay: bool = False
     resident: int = 1
+    scans: int = 1
 
     @property
     def channels(self) -> int:
         """Channels of a block."""
-        return self.threads // self.split
+        return self.threads // (self.split * self.scans)
+
+    @property
+    def partials(self) -> int:
+        """Bytes of a backward's two buffers of a tile's dB and dC, of four channels at a time."""
+        subsets = self.threads // 32 * max(1, 8 // self.split)
+        return 2 * 4 * subsets * (self.tile * (2 * self.states * self.split + 4) + 16)
 
 
 def _power_of_two(n: int) -> int:
@@ -70,10 +83,11 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
 
     split = min(most, max(fewest, padded // (4 if backward and padded > 4 else 2 if backward else 16)))
     while split < most and padded // split > 4:
-        if warps(split) >= wanted or (padded // split == 8 and warps(split) * (2 if length >= 1024 else 1) >= enough):
+        each = padded // split
+        cuts = 4 if each == 16 and length >= 16384 and not backward else 2 if each == 8 and length >= 1024 else 1
+        if warps(split) >= wanted or (warps(split) * cuts >= enough and (each == 8 or cuts == 4)):
             break
         split *= 2
-    # with two blocks a processor the 16 steps x 4 states of decays of a backward's tile fit into a lane's registers
     roomy = backward and padded == 16 and length >= 1024
     segments = math.ceil(wanted / warps(split) - 1 / 8)
     if roomy and segments > 1:
@@ -82,17 +96,78 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
     while split < most and segments == 1 and warps(split) < enough:
         split *= 2
     states = padded // split
-    tile = _tile(N) if backward else 8 if states == 16 else 16
+    tile = _tile(N) if backward else 16
     blocks = -(-channels * split // (32 if backward and padded > 64 else 128))  # 48 KB of shared memory hold them
     threads = -(-channels * split // (32 * blocks)) * 32
     segment = -(-length // (segments * tile)) * tile
     lone = backward and N == 1
-    keep = lone
-    if roomy and states == 4:  # pays unless a last, emptier wave of blocks eats it up
-        waves = batch * scans * blocks * -(-length // segment) / (256 // threads * processors)
-        keep = waves >= 0.9 * math.ceil(waves)
-    resident = (480 if lone else 256 if keep else 384 if backward else 512) // threads
+    # with two blocks a processor the 16 steps x 4 states of decays of a tile fit into a lane's registers
+    keep = lone or (backward and padded == 16 and states == 4)
+    resident = (480 if lone else 256 if keep else 384 if backward or states == 16 else 512) // threads
     return Plan(states, split, tile, threads, segment, keep_decay=keep, resident=resident)
+
+
+@functools.lru_cache(4096)
+def team_plan(batch: int, length: int, scans: int, channels: int, N: int, processors: int, shared: int) -> Plan | None:
+    """A warp for each scan in a block, whose outputs add up on chip: one launch for a small call. None for others.
+
+    ``shared``: bytes of shared memory a block may have.
+    """
+    padded = _power_of_two(N)
+    split = max(1, min(padded, 16) // 2)
+    blocks = batch * -(-channels * split // 32)
+    sums = scans * length * 32 // split * 4
+    few = 1 < scans <= 8 and scans * padded <= 128 and blocks <= 3 / 2 * processors
+    if not few or length >= 512 or sums > shared - _STATIC:
+        return None
+    return Plan(padded // split, split, 16, 32 * scans, -(-length // 16) * 16, scans=scans)
+
+
+_STATIC = 48 << 10  # bytes of shared memory that a kernel declares, at most
+
+
+class Merged(NamedTuple):
+    """How scan_merged.cu is laid over the GPU, in blocks of 16 channels."""
+
+    threads: int
+    resident: int
+
+
+_GROUP = 16  # channels of a merging block
+
+
+@functools.lru_cache(4096)
+def merged_plan(
+    batch: int, length: int, channels: int, row: int, processors: int, shared: int, *, backward: bool
+) -> Merged | None:
+    """How to sum the scans of one state a channel on chip, or None where that does not fit or leave the GPU idle.
+
+    ``row``: bytes of a token's 16 channels in all that is copied; ``shared``: bytes of shared memory a block may have.
+    """
+    blocks = batch * channels // _GROUP
+    if channels % _GROUP or length >= 2**24 or blocks < 7 / 8 * processors or shared < _SHARED_OF_SM80:
+        return None
+    if backward and length > 1600:
+        return None
+    spans = -(-length // 32)  # of a warp
+    each = 32 * row + (1152 if backward else 640)
+    wanted = 2 if backward and spans <= 8 else 4 if backward else max(2, 16 // max(1, shared // _sums(length)))
+    most = min(wanted, (shared - _sums(length) - 128) // each)
+    if most < min(spans, wanted, 4):
+        return None
+    warps = -(-spans // -(-spans // most))
+    return Merged(32 * warps, max(1, (256 if backward else 512) // (32 * warps)))
+
+
+_SHARED_OF_SM80 = 96 << 10  # older GPUs have less, and no asynchronous copies
+
+
+_ORDERED = 1024  # steps from which B and C are ordered first: sums leave the L1 cache little
+
+
+def _sums(length: int) -> int:
+    """Bytes of a merging block's sums."""
+    return -(-length // 2) * 2 * _GROUP * 4
 
 
 def unavailable() -> str | None:
@@ -101,12 +176,14 @@ def unavailable() -> str | None:
 
 
 @functools.lru_cache(4096)
-def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int]) -> nvrtc.Kernel:
+def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], shared: int = 0) -> nvrtc.Kernel:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
-    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT"), 1) | {"TILE": 16, "THREADS": threads}
-    values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "EVERY", "START_TYPE"), 0)
+    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS"), 1)
+    values |= {"TILE": 16, "THREADS": threads}
+    values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "GATED", "ORDERED", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
-    return nvrtc.kernel(_SOURCES, name, tuple(f"{n}={v}" for n, v in (values | dict(defines)).items()), device)
+    options = tuple(f"{n}={v}" for n, v in (values | dict(defines)).items())
+    return nvrtc.kernel(_MERGING if "merged" in name else _SOURCES, name, options, device, shared)
 
 
 class _View(NamedTuple):
@@ -131,24 +208,37 @@ class _View(NamedTuple):
         return [(f"{name.upper()}_TYPE", _TYPES[self.dtype]), (f"{name.upper()}_BY_TOKEN", int(by_token))]
 
 
-class _Signature(NamedTuple):
-    """What a call's layout depends on: shape of delta, and of each of _VIEWED shape, strides and dtype.
+class _Call(NamedTuple):
+    """What a call's layout depends on: ``views`` holds shape, strides and dtype of each of _VIEWED.
 
-    ``merge``: y or dx is summed over the scans; ``every``: steps from a kept state to the next, 0 for none, and
-    ``start_type`` their type; ``kept``: the backward has them.
+    ``merge``: y or dx is one sum over the scans; ``start_type``: of kept states, None without; ``aligned``: the
+    addresses of x and delta suit a merging kernel.
     """
 
-    plan: Plan
+    device: int
     backward: bool
     merge: bool
-    device: int
-    shape: tuple[int, ...]
     N: int
     softplus: bool
-    every: int
-    start_type: torch.dtype
-    kept: bool
+    start_type: torch.dtype | None
+    aligned: bool
     views: tuple[tuple | None, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """batch, length, scans, channels."""
+        return self.views[1][0]
+
+    def bytes(self) -> list[int]:
+        """Strides of all views."""
+        return [n for view in self.views for n in (_View(*view).bytes() if view else (0,) * 4)]
+
+    def defines(self) -> dict[str, int]:
+        """What all its kernels look at."""
+        views = ((name, view) for name, view in zip(_VIEWED, self.views, strict=True) if view)
+        return {"N": self.N, "SOFTPLUS": int(self.softplus), "GATED": int(self.views[5] is not None)} | dict(
+            define for name, view in views for define in _View(*view).defines(name)
+        )
 
 
 class _Addresses(NamedTuple):
@@ -159,6 +249,7 @@ class _Addresses(NamedTuple):
     B: int
     C: int
     dy: int = 0
+    z: int = 0
     A: int = 0
     D: int = 0
     bias: int = 0
@@ -171,6 +262,7 @@ class _Addresses(NamedTuple):
     y: int = 0
     dx: int = 0
     ddelta: int = 0
+    dz: int = 0
     last: int = 0
     dA: int = 0
     dD: int = 0
@@ -185,31 +277,41 @@ _POINTERS = struct.Struct(f"{len(_Addresses._fields)}P")
 class _Layout(NamedTuple):
     """All of a call but its addresses.
 
-    Kernels and their blocks; the end of their argument; the floats of a scratch buffer and the byte where each of its
-    parts begins; the sums that follow: kernel, blocks, the end of each job.
+    Kernels with their blocks and threads; the end of their argument; the floats of a scratch buffer and the byte where
+    each of its parts begins; the sums that follow: kernel, blocks, the end of each job. ``merges``: the last of the
+    sums, and of the scratch buffer's parts, are the scans' outputs.
     """
 
-    launches: tuple[tuple[nvrtc.Kernel, int], ...]
+    launches: tuple[tuple[nvrtc.Kernel, int, int], ...]
     rest: bytes
-    scratch: int
-    offsets: tuple[int, ...]
-    sums: tuple[nvrtc.Kernel, int, tuple[tuple[int, ...], ...]] | None
+    scratch: int = 0
+    offsets: tuple[int, ...] = (0, 0, 0)
+    sums: tuple[nvrtc.Kernel, int, tuple[tuple[int, ...], ...]] | None = None
+    merges: bool = False
 
 
 _SUM_THREADS = 256
 
 
 @functools.lru_cache(4096)
-def _layout(call: _Signature) -> _Layout:
-    plan, backward, merge, device, shape, N, softplus, every, start_type, kept, views = call
-    batch, length, K, channels = shape
-    segments, blocks = -(-length // plan.segment), -(-channels // plan.channels)
-    defines = {"N": N, "STATES": plan.states, "SPLIT": plan.split, "TILE": plan.tile, "RESIDENT": plan.resident}
-    defines |= {"POLYNOMIAL": plan.polynomial, "KEEP_DECAY": int(plan.keep_decay), "SOFTPLUS": int(softplus)}
-    values = []
-    for name, view in zip(_VIEWED, views, strict=True):
-        values += _View(*view).bytes() if view else (0,) * 4
-        defines |= _View(*view).defines(name) if view else {}
+def _layout(*fields) -> _Layout:
+    call = _Call(*fields)
+    merged = _merged(call)
+    return _merged_layout(call, merged) if merged else _scan_layout(call)
+
+
+def _scan_layout(call: _Call) -> _Layout:
+    device, backward, merge, N, _, start_type, _, views = call
+    batch, length, K, channels = call.shape
+    processors, chosen = nvrtc.processors(device), None
+    if merge and not backward:
+        chosen = team_plan(batch, length, K, channels, N, processors, nvrtc.shared_memory(device))
+    chosen = chosen or plan(batch, length, K, channels, N, processors, backward=backward)
+    segments, blocks = -(-length // chosen.segment), -(-channels // chosen.channels)
+    kept = start_type is not None
+    every = chosen.tile if backward else _tile(N) if kept else 0
+    defines = call.defines() | {"STATES": chosen.states, "SPLIT": chosen.split, "TILE": chosen.tile}
+    defines |= {"RESIDENT": chosen.resident, "POLYNOMIAL": chosen.polynomial, "KEEP_DECAY": int(chosen.keep_decay)}
     if backward:
         names = ("scan_reach_back", "scan_carry_back", "scan_backward")
         names = names if kept else ("scan_reach", "scan_carry", "scan_starts", *names)
@@ -217,19 +319,23 @@ def _layout(call: _Signature) -> _Layout:
         names = ("scan_reach", "scan_carry", "scan_forward")
     launches = []
     for name in names:
-        whole = blocks * K * segments * batch
+        whole, shared, keeps = blocks * K * segments * batch, 0, {}
         chains = name in ("scan_carry", "scan_carry_back")
         if chains:
-            whole = -(-batch * K * channels * N // plan.threads)
+            whole = -(-batch * K * channels * N // chosen.threads)
         if segments == 1 and (chains or "reach" in name):
             continue
-        # what a kernel does not look at shall not compile it again
-        keeps = {} if chains or "reach" in name else {"EVERY": every, "START_TYPE": _TYPES[start_type]}
-        launches.append((_kernel(name, device, plan.threads, *(defines | keeps).items()), whole))
-    sizes = (batch, length, K, channels, segments, plan.segment, K * channels)
+        if not (chains or "reach" in name):  # what a kernel does not look at shall not compile it again
+            keeps = {"EVERY": every, "START_TYPE": _TYPES[start_type or torch.float32]}
+        if chosen.scans > 1:
+            keeps["SCANS"], whole, shared = K, blocks * batch, K * length * chosen.channels * 4
+        if name == "scan_backward":
+            shared = chosen.partials
+        kernel = _kernel(name, device, chosen.threads, *(defines | keeps).items(), shared=shared)
+        launches.append((kernel, whole, chosen.threads))
 
     states, tokens, f32 = batch * K * channels, batch * length * K, torch.float32
-    x, _, B, C, _ = (torch.float32 if view is None else view[2] for view in views)
+    x, _, B, C, _, _ = (torch.float32 if view is None else view[2] for view in views)
     floats = [states * segments * N * (segments > 1), states * segments * (segments > 1)]  # ends, sums
     jobs = []  # outer, terms, inner, type, type of the sum
     if backward:
@@ -238,15 +344,66 @@ def _layout(call: _Signature) -> _Layout:
         floats += [pieces * row * N, pieces * row, pieces * row]  # dA, dD, dbias
         jobs = [(1, blocks, tokens * N, f32, B), (1, blocks, tokens * N, f32, C)]
         jobs += [(1, pieces, row * N, f32, f32), (1, pieces, row, f32, f32), (1, pieces, row, f32, f32)]
-    if merge:
+    merges = merge and K > 1 and chosen.scans == 1
+    if merges:
         floats.append(-(-tokens * channels * x.itemsize // 4))  # y or dx
         jobs.append((batch * length, K, channels, x, x))
-    offsets = [0]
-    for count in floats:
-        offsets.append(offsets[-1] + -(-count // 64) * 256)
-    return _Layout(
-        tuple(launches), _REST.pack(*values, *sizes), offsets[-1] // 4, tuple(offsets), _summing(device, jobs)
-    )
+    offsets = _offsets(floats)
+    rest = _REST.pack(*call.bytes(), batch, length, K, channels, segments, chosen.segment, K * channels)
+    return _Layout(tuple(launches), rest, offsets[-1] // 4, offsets, _summing(device, jobs), merges)
+
+
+def _merged(call: _Call) -> Merged | None:
+    """The plan of scan_merged.cu where it can serve: merged, one state, channels side by side at addresses it reads."""
+    x, delta, B, C, dy, _ = call.views
+    batch, length, K, channels = call.shape
+    if not call.merge or not call.aligned or call.N > 1 or x[0][2] > 1 or K * length >= 2**31:
+        return None
+    if call.backward and (call.start_type is None or dy[0][2] > 1 or dy[2] is not x[2]):
+        return None
+    copied = (x, delta, dy) if call.backward else (x, delta)
+    for view in copied:
+        *strides, inner = _View(*view).bytes()
+        if inner != view[2].itemsize or any(s % 16 for s in strides):
+            return None
+    if max(_View(*view).bytes()[1] for view in (delta, B, C)) >= 2**31:
+        return None
+    row, processors = sum(_GROUP * view[2].itemsize for view in copied), nvrtc.processors(call.device)
+    shared = nvrtc.shared_memory(call.device)
+    return merged_plan(batch, length, channels, row, processors, shared, backward=call.backward)
+
+
+def _merged_layout(call: _Call, chosen: Merged) -> _Layout:
+    batch, length, K, channels = call.shape
+    groups, tokens, row, f32 = channels // _GROUP, batch * length * K, K * channels, torch.float32
+    defines = call.defines() | {"RESIDENT": chosen.resident}
+    if call.start_type:
+        defines |= {"EVERY": _tile(1), "START_TYPE": _TYPES[call.start_type]}
+    name = "scan_merged_back" if call.backward else "scan_merged"
+    copied = sum(view[2].itemsize for i, view in enumerate(call.views) if i in (0, 1, 4) and view)
+    shared = _sums(length) + chosen.threads * _GROUP * copied  # a stage of 32 steps a warp
+    ordered = length >= _ORDERED
+    launches = []
+    if ordered:
+        kernel = _kernel("scan_merged_states", call.device, _SUM_THREADS, *call.defines().items())
+        launches.append((kernel, -(-tokens // _SUM_THREADS), _SUM_THREADS))
+        defines |= {"ORDERED": 1}
+    kernel = _kernel(name, call.device, chosen.threads, *defines.items(), shared=shared)
+    launches = (*launches, (kernel, batch * groups, chosen.threads))
+    rest = _REST.pack(*call.bytes(), batch, length, K, channels, 1, length, row)
+    floats = (2 * tokens * ordered, 0)  # B and C, which c.ends points to
+    if not call.backward:
+        offsets = _offsets(floats)
+        return _Layout(launches, rest, offsets[-1] // 4, offsets)
+    floats = (*floats, 0, groups * tokens, groups * tokens, *(batch * row,) * 3)  # as in _scan_layout
+    jobs = [(1, groups, tokens, f32, view[2]) for view in call.views[2:4]] + [(1, batch, row, f32, f32)] * 3
+    offsets = _offsets(floats)
+    return _Layout(launches, rest, offsets[-1] // 4, offsets, _summing(call.device, jobs))
+
+
+def _offsets(floats: Iterable[int]) -> tuple[int, ...]:
+    """Bytes where parts of a buffer begin, and its end."""
+    return tuple(itertools.accumulate((-(-count // 64) * 256 for count in floats), initial=0))
 
 
 def _summing(device: int, jobs: list[tuple]) -> tuple | None:
@@ -322,35 +479,34 @@ def scan(
     delta_softplus: bool,
     merge: bool,
     *,
+    z: Tensor | None = None,
     starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    want_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Same contract as :func:`reference.scan`, for float32, bfloat16 and float16 on an NVIDIA GPU, N up to 128.
 
-    ``starts``: an empty tensor of :func:`kept_states`, filled for :func:`scan_backward`.
+    ``starts``: an empty tensor of :func:`kept_states`, filled for :func:`scan_backward`. Without ``want_state`` the
+    last state is None.
     """
-    device, shape, N = x.get_device(), delta.shape, A.shape[-1]
-    batch, length, K, channels = shape
+    shape = batch, length, K, channels = delta.shape
     A, D, bias, initial = _parameter(A), _parameter(D), _parameter(delta_bias), _parameter(initial_state)
-    if batch == 0:
-        return x.new_empty((0, length, channels) if merge else shape), A.new_empty((0, K, channels, N))
-    order = _order(order)
-    every, start_type = 0, torch.float32
-    if starts is not None:
-        every, start_type = _tile(N), starts.dtype
-    chosen = plan(batch, length, K, channels, N, nvrtc.processors(device), backward=False)
-    sums, views = merge and K > 1, (_signature(x), _signature(delta), _signature(B), _signature(C), None)
-    signature = _Signature(chosen, False, sums, device, shape, N, delta_softplus, every, start_type, False, views)
-    layout = _layout(signature)
+    order, device, N = _order(order), x.get_device(), A.shape[-1]
     y = x.new_empty((batch, length, channels) if merge else shape)
-    last = A.new_empty((batch, K, channels, N))
+    last = A.new_empty((batch, K, channels, N)) if want_state else None
+    if batch == 0:
+        return y, last
+    to_x, to_delta, to_y = x.data_ptr(), delta.data_ptr(), y.data_ptr()
+    views = (_signature(x), _signature(delta), _signature(B), _signature(C), None, z if z is None else _signature(z))
+    aligned, start_type = not (to_x % 16 or to_delta % 16), None if starts is None else starts.dtype
+    layout = _layout(device, False, merge, N, delta_softplus, start_type, aligned, views)
     scratch = A.new_empty(layout.scratch) if layout.scratch else None
     base, offsets = _address(scratch), layout.offsets
-    y_each = base + offsets[2] if sums else y.data_ptr()
     addresses = _Addresses(
-        x=x.data_ptr(),
-        delta=delta.data_ptr(),
+        x=to_x,
+        delta=to_delta,
         B=B.data_ptr(),
         C=C.data_ptr(),
+        z=_address(z),
         A=A.data_ptr(),
         D=_address(D),
         bias=_address(bias),
@@ -359,14 +515,14 @@ def scan(
         ends=base,
         sums=base + offsets[1],
         starts=_address(starts),
-        y=y_each,
-        last=last.data_ptr(),
+        y=base + offsets[2] if layout.merges else to_y,
+        last=_address(last),
     )
-    argument = _POINTERS.pack(*addresses)
-    for function, blocks in layout.launches:
-        nvrtc.launch(function, blocks, chosen.threads, argument + layout.rest, device)
-    if sums:
-        _sum(layout, device, (y_each,), y)
+    argument = _POINTERS.pack(*addresses) + layout.rest
+    for function, blocks, threads in layout.launches:
+        nvrtc.launch(function, blocks, threads, argument, device)
+    if layout.merges:
+        _sum(layout, device, (addresses.y,), y)
     return y, last
 
 
@@ -385,9 +541,10 @@ def scan_backward(
     delta_softplus: bool,
     merge: bool,
     *,
+    z: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, delta, A, B, C, D, delta_bias and initial_state.
+    """Gradients of x, delta, A, B, C, D, delta_bias and initial_state, and of z where it is given.
 
     ``starts``: the states that :func:`scan` kept; without them they are computed again.
     """
@@ -397,39 +554,37 @@ def scan_backward(
     if batch == 0:
         of_channel = (A.new_zeros((K, channels)) for _ in range(2))
         inputs = (v.new_empty(v.shape) for v in (B, C))
-        state = A.new_empty((0, K, channels, N))
-        return x.new_empty(x.shape), delta.new_empty(shape), A.new_zeros(A.shape), *inputs, *of_channel, state
+        state, gate = A.new_empty((0, K, channels, N)), () if z is None else (z.new_empty(shape),)
+        return x.new_empty(x.shape), delta.new_empty(shape), A.new_zeros(A.shape), *inputs, *of_channel, state, *gate
     order = _order(order)
     gradient = _parameter(grad_state)
-    chosen = plan(batch, length, K, channels, N, nvrtc.processors(device), backward=True)
-    every, start_type = chosen.tile, torch.float32
-    kept = starts is not None and every == _tile(N)
-    if kept:
-        start_type = starts.dtype
     dy = _signature(grad_y)
     if merge:
         (_, _, _), (outer, token, inner), dtype = dy
         dy = (batch, length, 1, channels), (outer, token, 0, inner), dtype
-    merges, views = x.shape[2] == 1 and K > 1, (_signature(x), _signature(delta), _signature(B), _signature(C), dy)
-    signature = _Signature(chosen, True, merges, device, shape, N, delta_softplus, every, start_type, kept, views)
-    layout = _layout(signature)
+    views = (_signature(x), _signature(delta), _signature(B), _signature(C), dy, z if z is None else _signature(z))
+    start_type = None if starts is None else starts.dtype
+    aligned = not (x.data_ptr() % 16 or delta.data_ptr() % 16 or grad_y.data_ptr() % 16)
+    layout = _layout(device, True, x.shape[2] == 1, N, delta_softplus, start_type, aligned, views)
     scratch = A.new_empty(layout.scratch)
     base = scratch.data_ptr()
     ends, sums, starts_at, *parts = (base + offset for offset in layout.offsets[:-1])
-    if kept:
+    if starts is not None:
         starts_at = starts.data_ptr()
     dx, ddelta = x.new_empty((batch, length, x.shape[2], channels)), delta.new_empty(shape)
+    dz = None if z is None else z.new_empty(shape)
     dA, dinitial = A.new_empty((K, channels, N)), A.new_empty((batch, K, channels, N))
     dD, dbias = A.new_empty((K, channels)), A.new_empty((K, channels))
     dB, dC = B.new_empty((batch, length, K, N)), C.new_empty((batch, length, K, N))
     dB_parts, dC_parts, dA_parts, dD_parts, dbias_parts = parts[:5]
-    dx_each = parts[5] if merges else dx.data_ptr()
+    dx_each = parts[5] if layout.merges else dx.data_ptr()
     addresses = _Addresses(
         x=x.data_ptr(),
         delta=delta.data_ptr(),
         B=B.data_ptr(),
         C=C.data_ptr(),
         dy=grad_y.data_ptr(),
+        z=_address(z),
         A=A.data_ptr(),
         D=_address(D),
         bias=_address(bias),
@@ -441,6 +596,7 @@ def scan_backward(
         starts=starts_at,
         dx=dx_each,
         ddelta=ddelta.data_ptr(),
+        dz=_address(dz),
         last=dinitial.data_ptr(),
         dA=dA_parts,
         dD=dD_parts,
@@ -449,7 +605,8 @@ def scan_backward(
         dC=dC_parts,
     )
     argument = _POINTERS.pack(*addresses)
-    for function, blocks in layout.launches:
-        nvrtc.launch(function, blocks, chosen.threads, argument + layout.rest, device)
-    _sum(layout, device, parts, dB, dC, dA, dD, dbias, *((dx,) if merges else ()))
-    return dx, ddelta, dA, dB, dC, dD, dbias, dinitial
+    for function, blocks, threads in layout.launches:
+        nvrtc.launch(function, blocks, threads, argument + layout.rest, device)
+    _sum(layout, device, parts, dB, dC, dA, dD, dbias, *((dx,) if layout.merges else ()))
+    gradients = dx, ddelta, dA, dB, dC, dD, dbias, dinitial
+    return gradients if z is None else (*gradients, dz)

@@ -14,6 +14,12 @@ template <class Target> INLINE Target *whole(Target *p) {
     return p;
 }
 
+// A number that the compiler forms what depends on it from again, rather than keep that in registers
+INLINE unsigned opaque(unsigned v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
 // row * bytes in one instruction, also where the compiler has widened bytes before a loop
 INLINE i64 offset(int row, int bytes) {
     i64 product;
@@ -56,9 +62,9 @@ INLINE unsigned short float_to_bfloat16(float f) {
 #endif
 }
 
-// A block's dynamic shared memory, of as many bytes as nvrtc.kernel was asked for; aligned to 128
+// A block's dynamic shared memory, of as many bytes as nvrtc.kernel was asked for; aligned to 1024
 INLINE char *dynamic_shared() {
-    extern __shared__ __align__(128) char dynamic[];
+    extern __shared__ __align__(1024) char dynamic[];
     return dynamic;
 }
 
@@ -150,5 +156,96 @@ template <int TYPE> INLINE float2 unpack2(unsigned pair) {
     if constexpr (TYPE == 1) return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
     return make_float2(half_to_float((unsigned short)pair), half_to_float((unsigned short)(pair >> 16)));
 }
+
+// Products of two pairs, each rounded
+template <int TYPE> INLINE unsigned multiply2(unsigned a, unsigned b) {
+    unsigned pair;
+    if constexpr (TYPE == 1)
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(0x80008000));
+    else
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// c += a b of four warps that begin at a multiple of four: each gives 16 rows of a and gets 16 x 64 of c, as fragments of
+// mma_16x8x16; b: 16 rows of 128 bytes in shared memory, the first at a multiple of 1024, whose 16-byte pieces p are at
+// p ^ (row % 8). c is overwritten if not ADD. Runs on while the warps do: between begin and wait a and c are not touched
+template <int TYPE, bool ADD> INLINE void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *rows) {
+    static_assert(TYPE == 1);
+    const unsigned address = shared_address(rows);
+    const unsigned long long b = (address >> 4 & 0x3fff) | 64ull << 16 | 64ull << 32 | 1ull << 62;
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, %37, 1, 1, 1;"
+                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
+                   "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+                   "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+                   "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+                   "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),
+                   "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+                   "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
+                   "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD ? 1 : 0));
+}
+
+// The same with b the transpose of a part of such a tile: its columns from `columns` on, a multiple of 32 bytes in a row
+// that is a multiple of 8, are b's rows
+template <int TYPE, bool ADD>
+INLINE void tensor_64x64x16_transposed(float (*c)[4], const unsigned a[4], const char *columns) {
+    static_assert(TYPE == 1);
+    const unsigned address = shared_address(columns);
+    const unsigned long long b = (address >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, %37, 1, 1, 0;"
+                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
+                   "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+                   "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+                   "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+                   "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),
+                   "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+                   "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
+                   "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD ? 1 : 0));
+}
+
+template <int TYPE, bool ADD>
+INLINE void tensor_64x32x16_transposed(float (*c)[4], const unsigned a[4], const char *columns) {
+    static_assert(TYPE == 1);
+    const unsigned address = shared_address(columns);
+    const unsigned long long b = (address >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "{%16, %17, %18, %19}, %20, %21, 1, 1, 0;"
+                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
+                   "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+                   "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+                   "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD ? 1 : 0));
+}
+
+INLINE void tensor_begin() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+INLINE void tensor_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+
+// Until all groups but the so many youngest are done
+template <int YOUNGEST> INLINE void tensor_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(YOUNGEST) : "memory");
+}
+
+// After the wait, before c is looked at
+INLINE void tensor_hold(float (*c)[4]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) asm volatile("" : "+f"(c[i / 4][i % 4]) : : "memory");
+}
+
+INLINE void tensor_hold(float &v) { asm volatile("" : "+f"(v) : : "memory"); }
+
+// What this thread has copied into shared memory may be read by tensor_64x64x16, once the others have passed a barrier
+INLINE void tensor_publish() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+
+#endif
 
 #endif

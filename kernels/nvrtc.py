@@ -62,6 +62,19 @@ def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a CUdevice_attribute
+
+
+@functools.cache
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block may have."""
+    driver, handle, size = _driver(), ctypes.c_int(), ctypes.c_int()
+    _check(driver.cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+    asking = (driver.cuDeviceGetAttribute, ctypes.byref(size), _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, handle)
+    _call(device, f"asking device {device} for its shared memory", *asking)
+    return size.value
+
+
 @functools.cache
 def _unknown(architecture: int) -> str | None:
     """Why this NVRTC cannot compile for an architecture, 90 for sm_90, or None if it can."""
@@ -164,7 +177,10 @@ _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # a CUfunction_attribute
 
 
 def _load(cubin: bytes, name: str, device: int, shared: int = 0) -> Kernel:
-    driver, module, function = _driver(), ctypes.c_void_p(), Kernel()
+    driver, module, function, context = _driver(), ctypes.c_void_p(), Kernel(), ctypes.c_void_p()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for a context")
+    if not context:
+        _bind(device)
     _call(device, "loading a kernel", driver.cuModuleLoadData, ctypes.byref(module), cubin)
     finding = (driver.cuModuleGetFunction, ctypes.byref(function), module, name.encode())
     _call(device, f"finding kernel {name}", *finding)
@@ -196,7 +212,8 @@ def kernel(
 
     ``shared``: the bytes of dynamic shared memory that a block needs.
     """
-    options = (f"--gpu-architecture=sm_{_architecture(device)}", "--std=c++17", *(f"-D{d}" for d in defines))
+    architecture = f"sm_{_architecture(device)}{'a' * ('TENSOR_ASYNC=1' in defines)}"  # what sm_90 alone can
+    options = (f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{d}" for d in defines))
     text = "".join(f'#line 1 "{source.name}"\n{source.read_text()}\n' for source in sources)
     with torch.cuda.device(device):
         return _built(text, name, options, device, shared)

@@ -17,6 +17,8 @@ def scan(
     order: Tensor | None,
     delta_softplus: bool,
     merge: bool,
+    *,
+    z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run K selective scans over L tokens, one step at a time.
 
@@ -25,8 +27,9 @@ def scan(
         h_t = exp(delta_i A_k) h_{t-1} + delta_i B_i x_i        y_i = C_i . h_t + D_k x_i
 
     Shapes: x (batch, L, K or 1, D), delta (batch, L, K, D), A (K, D, N), B and C (batch, L, K, N), D and delta_bias
-    (K, D), initial_state (batch, K, D, N), order (K, L) of token indices. Returns y in x's dtype, in token order:
-    (batch, L, D) summed over scans if ``merge`` else (batch, L, K, D), and the last state (batch, K, D, N).
+    (K, D), initial_state (batch, K, D, N), order (K, L) of token indices, z (batch, L, K, D), whose silu multiplies y_i
+    scan by scan. Returns y in x's dtype, in token order: (batch, L, D) summed over scans if ``merge`` else
+    (batch, L, K, D), and the last state (batch, K, D, N).
     Arithmetic is float32, or float64 for float64 inputs.
 
     Source: Gu and Dao, "Mamba", arXiv 2312.00752, algorithm 2 (with B-bar = delta B).
@@ -53,5 +56,6 @@ def scan(
 
     if order is not None:
         y = y[:, scans, order.long().argsort(-1)]
-    y = y.sum(1) if merge else y.transpose(1, 2)
-    return y.to(x.dtype), h
+    y = y.transpose(1, 2)
+    y = y if z is None else y * F.silu(z.to(dtype))
+    return (y.sum(2) if merge else y).to(x.dtype), h

@@ -4,107 +4,29 @@
 // SPLIT lanes of STATES each, so a warp walks WIDTH = 32 / SPLIT channels of one scan through time, TILE steps at once.
 // Of a tile, a lane loads, activates and stores only OWN = TILE / SPLIT steps of its channel; shared memory hands them
 // to the lanes that need them. Loads of the next tile are in flight while the present one is worked on. Long sequences are
-// cut into segments that run side by side: `reach` sums what each passes on, `carry` chains them, then all start right.
-//
-// Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); N, STATES,
-// SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes; KEEP_DECAY: the backward keeps a tile's decays
-// rather than compute them twice; SOFTPLUS; X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE (0 float, 1 bfloat16, 2 half);
-// X_BY_TOKEN and so on: that tensor's tokens, not its channels or states, are neighbours in memory; EVERY: steps from one
-// kept state to the next, 0 if none are kept, START_TYPE: their type; and for `sum` VECTOR.
+// cut into segments that run side by side: `reach` sums what each passes on, `carry` chains them, then all start right. Macros:
+// scan.cuh.
 
-#define LOG2E 1.4426950408889634f
-#define LN2 0.6931471805599453f
-#define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
-
-constexpr int WARPS = THREADS / 32, WIDTH = 32 / SPLIT, CHANNELS = THREADS / SPLIT, PADDED = STATES * SPLIT;
-constexpr int OWN = TILE / SPLIT, PER_STATE = ROUND_UP(TILE * PADDED, THREADS);
+constexpr int TEAM = THREADS / SCANS, WIDTH = 32 / SPLIT, CHANNELS = TEAM / SPLIT, PADDED = STATES * SPLIT;
+constexpr int OWN = TILE / SPLIT, PER_STATE = ROUND_UP(TILE * PADDED, TEAM);
 constexpr int PITCH = WIDTH + 1;  // of a warp's tile in shared memory: both ways of filling it miss bank conflicts
-
-struct View { i64 batch, scan; int token, inner; };  // strides in bytes
-
-struct Call {
-    const char *x, *delta, *B, *C, *dy;
-    const float *A, *D, *bias;
-    const float *initial, *gradient;  // (batch, scans, channels, N) or null: initial state, gradient of the last state
-    const int *order;                 // (scans, length) or null
-    float *ends, *sums;  // (batch, scans, segments, channels, N or nothing): what a segment receives from its neighbour
-    char *starts;        // (batch, scans, length / EVERY, channels, N): state before every so many steps
-    char *y, *dx, *ddelta;            // (batch, length, scans, channels)
-    float *last;                      // (batch, scans, channels, N): last state, or gradient of the initial state
-    float *dA, *dD, *dbias;           // (batch, segments, scans, channels, N or nothing)
-    float *dB, *dC;                   // (channel blocks, batch, length, scans, N)
-    View x_view, delta_view, B_view, C_view, dy_view;
-    i64 batch, length, scans, channels, segments, segment;  // segment: its steps, a multiple of TILE
-    int row;  // scans * channels
-};
-
-// out[o, i] = sum over the terms j of in[o, j, i]
-struct Job { const void *in; void *out; i64 outer, terms, inner, blocks; int in_type, out_type; };
-struct Sum { Job job[6]; };
-
-template <int TYPE> struct Element { typedef unsigned short bits; };
-template <> struct Element<0> { typedef unsigned bits; };
-
-template <int TYPE, int COUNT> struct alignas(COUNT * sizeof(typename Element<TYPE>::bits)) Pack {
-    typename Element<TYPE>::bits v[COUNT];
-};
-
-template <int TYPE> INLINE unsigned load(const char *p) { return __ldg((const typename Element<TYPE>::bits *)p); }
-
-template <int TYPE> INLINE float decode(unsigned bits) {
-    if (TYPE == 0) return __uint_as_float(bits);
-    if (TYPE == 1) return __uint_as_float(bits << 16);
-    return half_to_float((unsigned short)bits);
-}
-
-template <int TYPE> INLINE typename Element<TYPE>::bits encode(float f) {
-    if (TYPE == 0) return __float_as_uint(f);
-    return TYPE == 1 ? float_to_bfloat16(f) : float_to_half(f);
-}
-
-// 2^v on the FMA pipe, relative error 1e-7: v = whole + part, |part| <= 1/2, and 2^whole added to the exponent
-INLINE float exp2_polynomial(float v) {
-    v = fminf(fmaxf(v, -126.f), 127.f);
-    const float shifted = v + 12582912.f, part = v - (shifted - 12582912.f);
-    float p = 1.326522611e-3f;
-    p = p * part + 9.671231710e-3f;
-    p = p * part + 5.550728478e-2f;
-    p = p * part + 2.402224813e-1f;
-    p = p * part + 6.931469860e-1f;
-    p = p * part + 1.f;
-    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
-}
-
-INLINE float decay(float log2_decay, int i) {
-    return i * POLYNOMIAL % 16 + POLYNOMIAL >= 16 ? exp2_polynomial(log2_decay) : exp2_fast(log2_decay);
-}
-
-// log(1 + exp(v)) = max(v, 0) + log(1 + e), e = exp(-|v|) at most 1. log(1 + e) = 2 atanh(s), s = e / (2 + e): relative
-// accuracy 4e-9 down to the smallest e.
-INLINE float softplus(float v) {
-    const float e = exp2_fast(-fabsf(v) * LOG2E), s = e * reciprocal_fast(e + 2.f), q = s * s;
-    const float p = 2.001245514e-1f + q * (1.398030134e-1f + q * 1.408916763e-1f);
-    return fmaxf(v, 0.f) + 2.f * s * (1.f + q * (3.333315734e-1f + q * p));
-}
-
-INLINE float sigmoid(float v) {
-    const float e = exp2_fast(-fabsf(v) * LOG2E);
-    return (v > 0 ? 1.f : e) * reciprocal_fast(1.f + e);
-}
 
 // What a block and a lane work on: a channel of one scan in one segment of time, walked forwards or backwards.
 struct Place {
-    i64 b, k, s, d0, begin, end;                // d0: the warp's first channel
+    i64 b, k, s, d0, begin, end;  // d0: the warp's first channel
+    int thread, team;             // within its team; SCANS teams a block, one for each scan, or one team
     int warp, lane, c, part, channels, tiles;  // c: channel within the warp, which has so many
     bool backwards, alive;
     const int *order;
 
     INLINE Place(const Call &call, bool backwards) : backwards(backwards) {
         const i64 blocks = ROUND_UP(call.channels, CHANNELS);
+        thread = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
         warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % WIDTH, part = lane / WIDTH;
         i64 i = blockIdx.x;
-        d0 = i % blocks * CHANNELS + warp * WIDTH, i /= blocks;
-        k = i % call.scans, i /= call.scans;
+        d0 = i % blocks * CHANNELS + thread / 32 * WIDTH, i /= blocks;
+        if (SCANS == 1) k = i % call.scans, i /= call.scans;
+        else k = team;
         s = i % call.segments, b = i / call.segments;
         begin = s * call.segment, end = min(begin + call.segment, call.length), tiles = ROUND_UP(end - begin, TILE);
         channels = (int)min(max(call.channels - d0, 0LL), (i64)WIDTH), alive = c < channels;
@@ -113,9 +35,9 @@ struct Place {
     INLINE i64 d() const { return d0 + c; }
     INLINE i64 t0(int i) const { return begin + (i64)(backwards ? tiles - 1 - i : i) * TILE; }
     INLINE int steps(int i) const { return (int)min(end - t0(i), (i64)TILE); }  // of the i-th tile
-    // token visited at step threadIdx.x of the i-th tile, for the threads that stage the rows of tiles
+    // token visited at step `thread` of the i-th tile, for the threads that stage the rows of tiles
     INLINE int row(const Call &call, int i) const {
-        const i64 t = min(max(t0(i) + threadIdx.x, 0LL), call.length - 1);
+        const i64 t = min(max(t0(i) + thread, 0LL), call.length - 1);
         return order ? order[t] : (int)t;
     }
     INLINE i64 channel(const Call &call) const { return k * call.channels + min(d(), call.channels - 1); }
@@ -129,6 +51,7 @@ struct Place {
 // neighbours in memory a lane keeps to its own channel and takes steps j * SPLIT + part; else it keeps to one step.
 // Loads are unconditional, so that all are in flight together, and stay undecoded until they are wanted.
 template <int TYPE, bool BY_TOKEN> struct Channels {
+    static constexpr bool BY_TOKENS = BY_TOKEN;
     const char *from;
     int token, inner, lane, channels;
     unsigned raw[OWN];
@@ -147,9 +70,10 @@ template <int TYPE, bool BY_TOKEN> struct Channels {
         for (int j = 0; j < OWN; j++)
             raw[j] = load<TYPE>(from + offset(rows[t(j)], token) + (BY_TOKEN ? offset(allowed(j), inner) : 0));
     }
+    INLINE int at(int j) const { return t(j) * PITCH + c(j); }
     template <class STEP> INLINE void publish(STEP *tile, float STEP::*field) const {
 #pragma unroll
-        for (int j = 0; j < OWN; j++) tile[t(j) * PITCH + c(j)].*field = value(j);
+        for (int j = 0; j < OWN; j++) tile[at(j)].*field = value(j);
     }
 };
 
@@ -162,13 +86,40 @@ struct Delta : Channels<DELTA_TYPE, DELTA_BY_TOKEN> {
 #pragma unroll
         for (int j = 0; j < (DELTA_BY_TOKEN ? OWN : 1); j++) bias[j] = call.bias ? call.bias[first + allowed(j)] : 0.f;
     }
+    INLINE float dt(int j, float &slope) const {
+        const float v = value(j) + bias[DELTA_BY_TOKEN ? j : 0];
+        slope = 1.f;
+        return SOFTPLUS ? softplus(v, slope) : v;
+    }
     template <class STEP> INLINE void publish(STEP *tile) const {
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
-            STEP &step = tile[t(j) * PITCH + c(j)];
-            const float v = value(j) + bias[DELTA_BY_TOKEN ? j : 0];
-            step.dt = SOFTPLUS ? softplus(v) : v;
-            if constexpr (STEP::HAS_SLOPE) step.slope = SOFTPLUS ? sigmoid(v) : 1.f;
+            float slope;
+            tile[at(j)].dt = dt(j, slope);
+            if constexpr (STEP::HAS_SLOPE) tile[at(j)].slope = slope;
+        }
+    }
+};
+
+// silu(z) and its slope, of a tile
+struct Gate : Channels<Z_TYPE, Z_BY_TOKEN> {
+    INLINE Gate(const Call &call, const Place &at) : Channels(call, at, call.z, call.z_view) {}
+    INLINE void publish(float2 *tile) const {
+#pragma unroll
+        for (int j = 0; j < OWN; j++) {
+            const float v = value(j), s = sigmoid(v);
+            tile[t(j) * PITCH + c(j)] = make_float2(v * s, s * (1.f + v * (1.f - s)));
+        }
+    }
+    // Multiplies a field of a lane's own steps, and keeps what the slope makes of it
+    template <class STEP> static INLINE void apply(STEP *tile, float STEP::*field, const float2 *gates, const Place &at,
+                                                   float *slopes) {
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < OWN; j++) {
+            const int i = (j * SPLIT + at.part) * PITCH + at.c;
+            slopes[j] = tile[i].*field * gates[i].y;
+            tile[i].*field *= gates[i].x;
         }
     }
 };
@@ -181,29 +132,29 @@ template <class STEP> INLINE void blank_outside(STEP *tile, const Place &at, int
         if (t >= steps || !at.alive) tile[t * PITCH + at.c] = STEP();
 }
 
-// A tile of B or C, shared by the block
+// A tile of B or C, shared by the team
 template <int TYPE, bool BY_TOKEN> struct States {
     const char *from;
-    int token, inner;
+    int token, inner, thread;
     unsigned raw[PER_STATE];
 
     INLINE States(const Place &at, const char *data, const View &a)
-        : from(whole(data + at.b * a.batch + at.k * a.scan)), token(a.token), inner(a.inner) {}
+        : from(whole(data + at.b * a.batch + at.k * a.scan)), token(a.token), inner(a.inner), thread(at.thread) {}
     INLINE int t(int i) const { return BY_TOKEN ? i % TILE : i / PADDED; }
     INLINE int n(int i) const { return BY_TOKEN ? i / TILE : i % PADDED; }
     INLINE void fetch(const int *rows) {
 #pragma unroll
         for (int j = 0; j < PER_STATE; j++) {
-            int i = threadIdx.x + j * THREADS;
-            if (TILE * PADDED % THREADS) i = min(i, TILE * PADDED - 1);
+            int i = thread + j * TEAM;
+            if (TILE * PADDED % TEAM) i = min(i, TILE * PADDED - 1);
             raw[j] = load<TYPE>(from + offset(rows[t(i)], token) + offset(min(n(i), N - 1), inner));
         }
     }
     INLINE void publish(float *tile) const {
 #pragma unroll
         for (int j = 0; j < PER_STATE; j++) {
-            const int i = threadIdx.x + j * THREADS;
-            if (TILE * PADDED % THREADS == 0 || i < TILE * PADDED)
+            const int i = thread + j * TEAM;
+            if (TILE * PADDED % TEAM == 0 || i < TILE * PADDED)
                 tile[t(i) * PADDED + n(i)] = n(i) < N ? decode<TYPE>(raw[j]) : 0.f;
         }
     }
@@ -373,17 +324,40 @@ struct alignas(8) ForwardStep {
     float dt, x;
 };
 
-// One barrier a tile: what is shared by the block has a second buffer, rows are staged two tiles ahead in a ring of 4
+// x and delta; a lane that holds both of a step stores them together
+template <class X> INLINE void publish(ForwardStep *tile, const Delta &delta, const X &x) {
+    if constexpr (X::BY_TOKENS == Delta::BY_TOKENS) {
+#pragma unroll
+        for (int j = 0; j < OWN; j++) {
+            ForwardStep step;
+            float slope;
+            step.dt = delta.dt(j, slope), step.x = x.value(j);
+            tile[delta.at(j)] = step;
+        }
+    } else {
+        delta.publish(tile);
+        x.publish(tile, &ForwardStep::x);
+    }
+}
+
+// One barrier a tile: what is shared by the team has a second buffer, rows are staged two tiles ahead in a ring of 4.
+// With a team for each scan their outputs meet in dynamic shared memory, (SCANS, length, CHANNELS).
 template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
-    __shared__ int rows[4][TILE];
+    __shared__ int shared_rows[SCANS][4][TILE];
     __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
-    __shared__ __align__(16) float shared_B[2][TILE * PADDED], shared_C[2][TILE * PADDED];
+    __shared__ __align__(16) float shared_B[SCANS][2][TILE * PADDED];
+    __shared__ __align__(16) float shared_C[SCANS][2][TILE * PADDED];
+    __shared__ float2 gates[GATED ? WARPS : 1][TILE * PITCH];
     const Place at(c, false);
+    int(*rows)[TILE] = shared_rows[at.team];
     Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x, c.x_view);
     Delta delta(c, at);
+    Gate z(c, at);
     States<B_TYPE, B_BY_TOKEN> B(at, c.B, c.B_view);
     States<C_TYPE, C_BY_TOKEN> C(at, c.C, c.C_view);
     const Output<X_TYPE> out(c, at, c.y);
+    float *all_parts = (float *)dynamic_shared(), *parts = all_parts + at.team * (int)c.length * CHANNELS;
+    parts += at.thread / 32 * WIDTH + at.c;
     ForwardStep *tile = steps[at.warp];
     float A[STATES], h[STATES] = {};
     load_decays(A, c, at);
@@ -396,24 +370,25 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
     auto fetch = [&](const int *from) {
         x.fetch(from), delta.fetch(from), B.fetch(from);
         if (!ONLY_STARTS) C.fetch(from);
+        if (GATED && !ONLY_STARTS) z.fetch(from);
     };
     int ahead = 0;
-    if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
+    if (at.thread < TILE) rows[0][at.thread] = at.row(c, 0), ahead = at.row(c, 1);
     __syncthreads();
     fetch(rows[0]);
     for (int i = 0; i < at.tiles; i++) {
         const int count = at.steps(i), *here = rows[i % 4];
-        const float *B_t = shared_B[i % 2] + at.part * STATES, *C_t = shared_C[i % 2] + at.part * STATES;
+        const float *B_t = shared_B[at.team][i % 2] + at.part * STATES, *C_t = shared_C[at.team][i % 2] + at.part * STATES;
         __syncwarp();
-        delta.publish(tile);
-        x.publish(tile, &ForwardStep::x);
+        publish(tile, delta, x);
+        if (GATED && !ONLY_STARTS) z.publish(gates[at.warp]);
         blank_outside(tile, at, count);
-        B.publish(shared_B[i % 2]);
-        if (!ONLY_STARTS) C.publish(shared_C[i % 2]);
-        if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
+        B.publish(shared_B[at.team][i % 2]);
+        if (!ONLY_STARTS) C.publish(shared_C[at.team][i % 2]);
+        if (at.thread < TILE) rows[(i + 1) % 4][at.thread] = ahead;
         __syncthreads();
         fetch(rows[(i + 1) % 4]);
-        if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
+        if (at.thread < TILE) ahead = at.row(c, i + 2);
         const i64 t0 = at.t0(i);
         float y[SPLIT];
 #pragma unroll
@@ -432,11 +407,30 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
             if (!ONLY_STARTS && t % SPLIT == SPLIT - 1) {
                 const int own = t - (SPLIT - 1) + at.part;
                 sum_parts<SPLIT / 2>(y, at);
-                if (at.alive && own < count) out.store(here[own], y[0] + skip * tile[own * PITCH + at.c].x);
+                float v = y[0] + skip * tile[own * PITCH + at.c].x;
+                if (GATED) v *= gates[at.warp][own * PITCH + at.c].x;
+                if (at.alive && own < count) {
+                    if (SCANS == 1) out.store(here[own], v);
+                    else parts[here[own] * CHANNELS] = v;
+                }
             }
         }
     }
-    if (!ONLY_STARTS && at.s == c.segments - 1) store_states(h, c.last, at.in_scan(c), at.part, at.alive);
+    if (!ONLY_STARTS && c.last && at.s == c.segments - 1) store_states(h, c.last, at.in_scan(c), at.part, at.alive);
+    if constexpr (SCANS > 1 && !ONLY_STARTS) {
+        __syncthreads();
+        const int count = (int)c.length * CHANNELS;
+        const i64 d0 = blockIdx.x % ROUND_UP(c.channels, CHANNELS) * CHANNELS;
+        for (int i = threadIdx.x; i < count; i += THREADS) {
+            float sum = 0.f;
+#pragma unroll
+            for (int k = 0; k < SCANS; k++) sum += all_parts[k * count + i];
+            const i64 d = d0 + i % CHANNELS;
+            typedef typename Element<X_TYPE>::bits bits;
+            if (d < c.channels)
+                ((bits *)c.y)[(at.b * c.length + i / CHANNELS) * c.channels + d] = encode<X_TYPE>(sum);
+        }
+    }
 }
 
 // What a segment alone passes on to the next: its last state from a zero start, sum_t exp(A sum_{i>t} dt_i) dt_t x_t
@@ -446,12 +440,15 @@ template <bool ADJOINT> INLINE void reach(const Call &c) {
     __shared__ int rows[4][TILE];
     __shared__ __align__(16) ForwardStep steps[WARPS][TILE * PITCH];
     __shared__ __align__(16) float shared_B[2][TILE * PADDED];
+    constexpr bool GATES = GATED && ADJOINT;
+    __shared__ float2 gates[GATES ? WARPS : 1][TILE * PITCH];
     const Place at(c, !ADJOINT);
     const i64 receiver = ADJOINT ? at.s - 1 : at.s + 1;
     if (receiver < 0 || receiver == c.segments) return;
     Channels<ADJOINT ? DY_TYPE : X_TYPE, ADJOINT ? DY_BY_TOKEN : X_BY_TOKEN> x(
         c, at, ADJOINT ? c.dy : c.x, ADJOINT ? c.dy_view : c.x_view);
     Delta delta(c, at);
+    Gate z(c, at);
     States<ADJOINT ? C_TYPE : B_TYPE, ADJOINT ? C_BY_TOKEN : B_BY_TOKEN> B(
         at, ADJOINT ? c.C : c.B, ADJOINT ? c.C_view : c.B_view);
     ForwardStep *tile = steps[at.warp];
@@ -465,18 +462,24 @@ template <bool ADJOINT> INLINE void reach(const Call &c) {
     if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
     __syncthreads();
     x.fetch(rows[0]), delta.fetch(rows[0]), B.fetch(rows[0]);
+    if (GATES) z.fetch(rows[0]);
     for (int i = 0; i < at.tiles; i++) {
         const int *next = rows[(i + 1) % 4];
         const float *B_t = shared_B[i % 2] + at.part * STATES;
         __syncwarp();
-        delta.publish(tile);
-        x.publish(tile, &ForwardStep::x);
+        publish(tile, delta, x);
+        if (GATES) {
+            float slopes[OWN];
+            z.publish(gates[at.warp]);
+            Gate::apply(tile, &ForwardStep::x, gates[at.warp], at, slopes);
+        }
         blank_outside(tile, at, at.steps(i));
         B.publish(shared_B[i % 2]);
         if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
         const bool passed = SOFTPLUS && slowest * sum < -127.f;  // without softplus later steps may be negative
         if (__syncthreads_and(passed || !at.alive)) break;
         x.fetch(next), delta.fetch(next), B.fetch(next);
+        if (GATES) z.fetch(next);
         if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
         float within = 0.f;
 #pragma unroll
@@ -526,24 +529,42 @@ struct alignas(16) BackwardStep {
     float dt, x, dy, slope;
 };
 
+template <class X, class DY> INLINE void publish(BackwardStep *tile, const Delta &delta, const X &x, const DY &dy) {
+    if constexpr (X::BY_TOKENS == Delta::BY_TOKENS && DY::BY_TOKENS == Delta::BY_TOKENS) {
+#pragma unroll
+        for (int j = 0; j < OWN; j++) {
+            BackwardStep step;
+            step.dt = delta.dt(j, step.slope), step.x = x.value(j), step.dy = dy.value(j);
+            tile[delta.at(j)] = step;
+        }
+    } else {
+        delta.publish(tile);
+        x.publish(tile, &BackwardStep::x);
+        dy.publish(tile, &BackwardStep::dy);
+    }
+}
+
 // With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. Tiles from the last to the first; a tile's states are
-// recomputed from its start and stay in registers.
+// recomputed from its start and stay in registers. One barrier a tile, as in `forward`; dB and dC of the tile before are
+// summed behind it.
 template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
     static_assert(PERIOD == TILE && TILE % Totals::GROUP == 0, "a tile begins at a kept state and holds whole groups");
     constexpr int SUBSETS = WARPS * Totals::SUBSETS;
     __shared__ int rows[4][TILE];
     __shared__ __align__(16) BackwardStep steps[WARPS][TILE * PITCH];
-    __shared__ __align__(16) float shared_B[TILE * PADDED], shared_C[TILE * PADDED];
-    __shared__ __align__(16) float partial[SUBSETS * Totals::PER_SUBSET];  // dB and dC of a tile
+    __shared__ __align__(16) float shared_B[2][TILE * PADDED], shared_C[2][TILE * PADDED];
+    float *partials = (float *)dynamic_shared();  // (2, SUBSETS, PER_SUBSET): dB and dC of a tile
+    __shared__ float2 gates[GATED ? WARPS : 1][TILE * PITCH];
     const Place at(c, true);
     Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x, c.x_view);
     Channels<DY_TYPE, DY_BY_TOKEN> dy(c, at, c.dy, c.dy_view);
     Delta delta(c, at);
+    Gate z(c, at);
     States<B_TYPE, B_BY_TOKEN> B(at, c.B, c.B_view);
     States<C_TYPE, C_BY_TOKEN> C(at, c.C, c.C_view);
     const Output<X_TYPE> dx(c, at, c.dx);
     const Output<DELTA_TYPE> ddelta(c, at, c.ddelta);
-    const float *B_t = shared_B + at.part * STATES, *C_t = shared_C + at.part * STATES;
+    const Output<Z_TYPE> dz(c, at, c.dz);
     BackwardStep *tile = steps[at.warp];
     Totals totals(at);
     Start start;
@@ -559,7 +580,28 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
 
     auto fetch = [&](int i, const int *from) {
         x.fetch(from), delta.fetch(from), dy.fetch(from), B.fetch(from), C.fetch(from);
+        if (GATED) z.fetch(from);
         start.fetch(c.starts, (first_start + max(at.tiles - 1 - i, 0)) * c.channels + at.d(), at.part, at.alive);
+    };
+    auto sum_partials = [&](int i) {  // of the i-th tile, once all warps have left it
+        const float *partial = partials + i % 2 * (SUBSETS * Totals::PER_SUBSET);
+        const int count = at.steps(i), *here = rows[i % 4];
+        constexpr int RUN = N == PADDED && N % 4 == 0 ? 4 : 1;  // neighbours that a lane sums
+#pragma unroll
+        for (int j = 0; j < ROUND_UP(TILE * 2 * PADDED, THREADS * RUN); j++) {
+            const unsigned v = (threadIdx.x + j * THREADS) * RUN, t = v / (2 * PADDED), is_C = v / PADDED % 2;
+            const unsigned n = v % PADDED;
+            if (t >= count || n >= N) continue;
+            Pack<0, RUN> sum = {};
+#pragma unroll
+            for (int w = 0; w < SUBSETS; w++) {
+                const Pack<0, RUN> part = *(const Pack<0, RUN> *)(partial + w * Totals::PER_SUBSET + v + t * 4);
+#pragma unroll
+                for (int r = 0; r < RUN; r++)
+                    sum.v[r] = __float_as_uint(__uint_as_float(sum.v[r]) + __uint_as_float(part.v[r]));
+            }
+            *(Pack<0, RUN> *)((char *)((is_C ? c.dC : c.dB) + states_at + n) + offset(here[t], states_row)) = sum;
+        }
     };
     int ahead = 0;
     if (threadIdx.x < TILE) rows[0][threadIdx.x] = at.row(c, 0), ahead = at.row(c, 1);
@@ -567,11 +609,17 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
     fetch(0, rows[0]);
     for (int i = 0; i < at.tiles; i++) {
         const int count = at.steps(i), *here = rows[i % 4];
-        delta.publish(tile);
-        x.publish(tile, &BackwardStep::x);
-        dy.publish(tile, &BackwardStep::dy);
+        __syncwarp();
+        publish(tile, delta, x, dy);
+        float slopes[OWN];  // of dz, but for y
+        if (GATED) {
+            z.publish(gates[at.warp]);
+            Gate::apply(tile, &BackwardStep::dy, gates[at.warp], at, slopes);
+        }
         blank_outside(tile, at, count);
-        B.publish(shared_B), C.publish(shared_C);
+        B.publish(shared_B[i % 2]), C.publish(shared_C[i % 2]);
+        const float *B_t = shared_B[i % 2] + at.part * STATES, *C_t = shared_C[i % 2] + at.part * STATES;
+        float *partial = partials + i % 2 * (SUBSETS * Totals::PER_SUBSET);
         if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
         float h[TILE + 1][STATES], a[KEEP_DECAY ? TILE : 1][STATES];  // h[t]: state before step t
 #pragma unroll
@@ -579,6 +627,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
         __syncthreads();
         fetch(i + 1, rows[(i + 1) % 4]);
         if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
+        if (i) sum_partials(i - 1);
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             const BackwardStep step = tile[t * PITCH + at.c];
@@ -590,12 +639,12 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
                 if (KEEP_DECAY) a[t][n] = a_n;
             }
         }
-        float dinput[SPLIT], dlog[SPLIT];
+        float dinput[SPLIT], dlog[SPLIT], y[SPLIT];
 #pragma unroll
         for (int t = TILE - 1; t >= 0; t--) {
             const BackwardStep step = tile[t * PITCH + at.c];
             const float input = step.dt * step.x;
-            dinput[t % SPLIT] = dlog[t % SPLIT] = 0.f;
+            dinput[t % SPLIT] = dlog[t % SPLIT] = y[t % SPLIT] = 0.f;
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
                 const float a_n = KEEP_DECAY ? a[t][n] : decay(step.dt * A[n], t * STATES + n);
@@ -605,6 +654,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
                 totals.put(t, n, g_n * input, step.dy * h[t + 1][n]);
                 dinput[t % SPLIT] += g_n * B_t[t * PADDED + n];
                 dlog[t % SPLIT] += w * A[n];
+                if (GATED) y[t % SPLIT] += h[t + 1][n] * C_t[t * PADDED + n];
                 dA[n] += w * step.dt;
             }
             totals.step(t, partial);
@@ -613,25 +663,19 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
                 const BackwardStep mine = tile[own * PITCH + at.c];
                 sum_parts<SPLIT / 2>(dinput, at);
                 sum_parts<SPLIT / 2>(dlog, at);
+                if (GATED) sum_parts<SPLIT / 2>(y, at);
                 const float grad = (dinput[0] * mine.x + dlog[0] * LN2) * mine.slope;
                 dD += mine.dy * mine.x, dbias += grad;
                 if (at.alive && own < count) {
                     dx.store(here[own], dinput[0] * mine.dt + skip * mine.dy);
                     ddelta.store(here[own], grad);
+                    if (GATED) dz.store(here[own], slopes[t / SPLIT] * (y[0] + skip * mine.x));
                 }
             }
         }
-        __syncthreads();
-#pragma unroll
-        for (int j = 0; j < ROUND_UP(TILE * 2 * PADDED, THREADS); j++) {
-            const unsigned v = threadIdx.x + j * THREADS, t = v / (2 * PADDED), is_C = v / PADDED % 2, n = v % PADDED;
-            if (t >= count || n >= N) continue;
-            float sum = 0.f;
-#pragma unroll
-            for (int w = 0; w < SUBSETS; w++) sum += partial[w * Totals::PER_SUBSET + v + t * 4];
-            *(float *)((char *)((is_C ? c.dC : c.dB) + states_at + n) + offset(here[t], states_row)) = sum;
-        }
     }
+    __syncthreads();
+    sum_partials(at.tiles - 1);
     const i64 piece = ((at.b * c.segments + at.s) * c.scans + at.k) * c.channels + at.d();
     store_states(dA, c.dA, piece, at.part, at.alive);
     if (at.s == 0) store_states(g, c.last, at.in_scan(c), at.part, at.alive);

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.kernels import chunked, reference
@@ -23,8 +24,10 @@ ENVIRONMENT = "MAMBAVISION_BACKEND"
 FAST: dict[str, tuple[Backend, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 MOST_STATES: dict[Backend, int] = {"cuda": 128, "cpu": 1024}  # lanes that share a channel; a thread's stack
 PLAIN = (Tensor, torch.nn.Parameter)
-TENSORS = ("x or u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state", "the order table")
+TENSORS = ("x or u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state", "z", "the order table")
+GATING: tuple[Backend, ...] = ("reference", "chunked", "cuda")  # backends that take z
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TYPED = ("x or u", "delta", "B", "C", "z")  # have one of them, the others are converted
 
 _logger = logging.getLogger("mambavision")
 _chosen: list[Backend] = []
@@ -145,25 +148,37 @@ def scan(
     delta_softplus: bool,
     merge: bool,
     backend: Backend | None,
-) -> tuple[Tensor, Tensor]:
-    """K selective scans on the chosen backend; the contract is that of :func:`mambavision.kernels.reference.scan`."""
-    for name, v in (("x or u", x), ("delta", delta), ("B", B), ("C", C)):
-        allowed = (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES
-        if v.dtype not in allowed:
+    *,
+    z: Tensor | None = None,
+    want_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """K selective scans on the chosen backend; the contract is that of :func:`mambavision.kernels.reference.scan`.
+
+    Without ``want_state`` the last state may be None. ``z`` is not for merged scans.
+    """
+    tensors = (x, delta, A, B, C, D, delta_bias, initial_state, z, order)
+    device, allowed = x.device, (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES
+    for name, v in zip(TENSORS, tensors, strict=True):
+        if v is None:
+            continue
+        if v.dtype not in allowed and name in TYPED:
             raise ValueError(f"{name} must be {_names(allowed)}, got {_names((v.dtype,))}")
-    arguments = (x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
-    for name, v in zip(TENSORS, arguments, strict=False):
-        if v is not None and v.device != x.device:
-            raise ValueError(f"{name} is on {v.device}, x or u on {x.device}: move one of them")
-    backend = choose(backend, x.device.type, x.dtype, operator.index(A.shape[-1]))
+        if v.device != device:
+            raise ValueError(f"{name} is on {v.device}, x or u on {device}: move one of them")
+    backend = choose(backend, device.type, x.dtype, operator.index(A.shape[-1]))
+    if z is not None and backend not in GATING:
+        y, state = scan(*tensors[:8], order, delta_softplus, merge, backend)
+        return (y.float() * F.silu(z.float())).to(x.dtype), state
+    arguments = (*tensors[:8], order, delta_softplus, merge)
     if backend == "reference":
-        return reference.scan(*arguments)
+        return reference.scan(*arguments, z=z)
     if backend == "chunked":
-        return chunked.scan(*arguments)
-    if _nothing_listens(arguments[:9]):
-        return _kernel(backend).scan(*arguments)
-    keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in arguments[:9])
-    return torch.ops.mambavision.scan(*arguments, keep, backend)[:2]
+        return chunked.scan(*arguments, z=z)
+    if _nothing_listens(tensors):
+        options = {"z": z, "want_state": want_state} if backend == "cuda" else {}
+        return _kernel(backend).scan(*arguments, **options)
+    keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
+    return torch.ops.mambavision.scan(*arguments, z, keep, backend)[:2]
 
 
 def _nothing_listens(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -178,7 +193,10 @@ def _nothing_listens(tensors: tuple[Tensor | None, ...]) -> bool:
     if torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
         return False
     grad = torch.is_grad_enabled()
-    return all(v is None or (type(v) in PLAIN and not (grad and v.requires_grad)) for v in tensors)
+    for v in tensors:
+        if v is not None and (type(v) not in PLAIN or (grad and v.requires_grad)):
+            return False
+    return True
 
 
 @torch.library.custom_op("mambavision::scan", mutates_args=())
@@ -194,14 +212,18 @@ def _scan(
     order: Tensor | None,
     delta_softplus: bool,
     merge: bool,
+    z: Tensor | None,
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
     starts = _empty_starts(x, delta, A, keep, backend)
-    if starts.numel():
-        return *_kernel(backend).scan(*arguments, starts=starts), starts
-    return *_kernel(backend).scan(*arguments), starts
+    return *_kernel(backend).scan(*arguments, **_options(z, starts)), starts
+
+
+def _options(z: Tensor | None, starts: Tensor) -> dict[str, Tensor]:
+    """What only some backends take, where it is there."""
+    return ({} if z is None else {"z": z}) | ({"starts": starts} if starts.numel() else {})
 
 
 def _empty_starts(x: Tensor, delta: Tensor, A: Tensor, keep: bool, backend: str) -> Tensor:
@@ -212,7 +234,7 @@ def _empty_starts(x: Tensor, delta: Tensor, A: Tensor, keep: bool, backend: str)
 
 
 @_scan.register_fake
-def _(x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge, keep, backend):
+def _(x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge, z, keep, backend):
     batch, length, K, channels = delta.shape
     y = x.new_empty((batch, length, channels) if merge else (batch, length, K, channels))
     return y, x.new_empty(batch, *A.shape, dtype=torch.float32), _empty_starts(x, delta, A, keep, backend)
@@ -231,6 +253,7 @@ def _scan_backward(
     delta_bias: Tensor | None,
     initial_state: Tensor | None,
     order: Tensor | None,
+    z: Tensor | None,
     starts: Tensor,
     delta_softplus: bool,
     merge: bool,
@@ -239,33 +262,37 @@ def _scan_backward(
     inputs = (x, delta, A, B, C, D, delta_bias, initial_state)
     if grad_y is None:
         grad_y = x.new_zeros(delta.shape[:2] + delta.shape[3:] if merge else delta.shape)
-    kept = {"starts": starts} if starts.numel() else {}
-    grads = _kernel(backend).scan_backward(grad_y, grad_state, *inputs, order, delta_softplus, merge, **kept)
+    options = _options(z, starts)
+    grads = _kernel(backend).scan_backward(grad_y, grad_state, *inputs, order, delta_softplus, merge, **options)
+    inputs = inputs if z is None else (*inputs, z)
     return [g.to(v.dtype) for g, v in zip(grads, inputs, strict=True) if v is not None]
 
 
 @_scan_backward.register_fake
 def _(
-    grad_y, grad_state, x, delta, A, B, C, D, delta_bias, initial_state, order, starts, delta_softplus, merge, backend
+    grad_y, grad_state, x, delta, A, B, C, D, delta_bias, initial_state, order, z, starts, delta_softplus, merge,
+    backend
 ):  # fmt: skip
-    inputs = (x, delta, A, B, C, D, delta_bias, initial_state)
+    inputs = (x, delta, A, B, C, D, delta_bias, initial_state, z)
     return [torch.empty_like(v, memory_format=torch.contiguous_format) for v in inputs if v is not None]
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.merge, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    *tensors, ctx.delta_softplus, ctx.merge, z, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, z, output[2])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_y, grad_state, _):
     tensors = ctx.saved_tensors
     if grad_y is None and grad_state is None:
-        return (None,) * 13
+        return (None,) * 14
     grads = iter(
         torch.ops.mambavision.scan_backward(grad_y, grad_state, *tensors, ctx.delta_softplus, ctx.merge, ctx.backend)
     )
-    return *(None if v is None else next(grads) for v in tensors[:8]), None, None, None, None, None
+    of_inputs = [None if v is None else next(grads) for v in tensors[:8]]
+    of_z = None if tensors[9] is None else next(grads)
+    return *of_inputs, None, None, None, of_z, None, None
 
 
 _scan.register_autograd(_autograd, setup_context=_setup_context)

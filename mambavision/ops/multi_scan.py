@@ -89,7 +89,6 @@ def multi_scan(
     if dt_weight is not None:
         delta = (delta.transpose(1, 2) @ dt_weight.to(delta.dtype).transpose(1, 2)).transpose(1, 2)
 
-    y, state = scan(
-        x[:, :, None], delta, A, B, C, D, delta_bias, initial_state, table.index, delta_softplus, merge, backend
-    )
+    arguments = (x.unsqueeze(2), delta, A, B, C, D, delta_bias, initial_state, table.index, delta_softplus, merge)
+    y, state = scan(*arguments, backend, want_state=return_last_state)
     return (y, state) if return_last_state else y

@@ -1,7 +1,5 @@
 """The selective scan with the arguments of mamba_ssm."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.ops.dispatch import Backend, scan
@@ -89,11 +87,10 @@ def selective_scan(
         delta_softplus,
         False,
         backend,
+        z=None if z is None else tokens(z),
+        want_state=return_last_state,
     )
     y = y.flatten(2).transpose(1, 2)
-    if z is not None:
-        dtype = torch.promote_types(y.dtype, torch.float32)
-        y = (y.to(dtype) * F.silu(z.to(dtype))).to(u.dtype)
     return (y, state.flatten(1, 2)) if return_last_state else y
 
 

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambavision.kernels import ssd_chunked, ssd_reference
+from mambavision.kernels import ssd_chunked, ssd_cuda, ssd_cuda_backward, ssd_reference
 from mambavision.ops import dispatch
 from mambavision.ops.compile import constant_result
 
-SSDBackend = Literal["reference", "chunked", "triton"]
+SSDBackend = Literal["reference", "chunked", "triton", "cuda"]
 Diagonal = Literal["scanned", "free"]
 BACKENDS: tuple[SSDBackend, ...] = get_args(SSDBackend)
+FAST: tuple[SSDBackend, ...] = ("cuda", "triton")  # on a GPU, the faster first
 KERNEL_WIDTH = 64  # headdim and d_state up to which the Triton kernels gave right results on a GPU
 KERNEL_CHUNKS = {torch.bfloat16: 256, torch.float16: 128}  # and the chunk sizes with which they did
 
@@ -54,15 +55,16 @@ def ssd(
     d_i = D for ``diagonal="free"`` (the quasi-separable mixer: D is learned or computed from the token).
 
     Args:
-        x, z: (batch, L, H, P), float32, bfloat16, float16 or float64. On a GPU, ``triton`` takes bfloat16 and float16
-            with P and N up to 64; all else runs on ``chunked``.
+        x, z: (batch, L, H, P), float32, bfloat16, float16 or float64. On a GPU, ``cuda`` takes bfloat16 with N up to
+            128 (for gradients P and N up to 64), ``triton`` bfloat16 and float16 with P and N up to 64; all else runs
+            on ``chunked``.
         dt: (batch, L, H).
         A: (H,), negative reals, used in float32.
         B, C: (batch, L, G, N); group g serves heads [g H/G, (g+1) H/G).
         D: (H,), or (batch, L, H) for a diagonal of each token.
         dt_bias: (H,).
-        chunk_size: tokens between which states are carried; ``triton`` takes its own only, 256 in bfloat16 and 128 in
-            float16. Changes speed and rounding only.
+        chunk_size: tokens between which states are carried; ``cuda`` takes 32, 64, 128 and 256, ``triton`` its own
+            only, 256 in bfloat16 and 128 in float16. Changes speed and rounding only.
         initial_state: (batch, H, P, N), or (batch, 2, H, P, N), forward then backward, if ``bidirectional``.
 
     Returns:
@@ -110,11 +112,18 @@ def ssd(
     D = D if D is None else D.expand(batch, length, H)
     if initial_state is not None and not bidirectional:
         initial_state = initial_state[:, None]
-    backend = _choose(backend, x.device.type, x.dtype, operator.index(P), operator.index(N), chunk_size)
     arguments = (x, dt, A, B, C, D, dt_bias, initial_state)
+    learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in arguments)
+    backend = _choose(backend, x.device.type, x.dtype, operator.index(P), operator.index(N), chunk_size, learns)
     options = (dt_softplus, bidirectional, diagonal == "scanned", chunk_size, return_last_state)
-    run = {"reference": ssd_reference.ssd, "chunked": ssd_chunked.ssd, "triton": torch.ops.mambavision.ssd}[backend]
-    y, last = run(*arguments, *options)
+    if backend == "reference":
+        y, last = ssd_reference.ssd(*arguments, *options)
+    elif backend == "chunked":
+        y, last = ssd_chunked.ssd(*arguments, *options)
+    elif dispatch._nothing_listens(arguments):
+        y, last = _kernel(backend).ssd(*arguments, *options)
+    else:
+        y, last = torch.ops.mambavision.ssd(*arguments, *options, backend)
     if z is not None:
         dtype = torch.promote_types(y.dtype, torch.float32)
         y = (y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)
@@ -161,35 +170,40 @@ def noncausal_ssd(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, D: Tensor | N
     return y if D is None else (y + D[..., None] * x).to(x.dtype)
 
 
-def _choose(backend: str | None, device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None) -> SSDBackend:
+def _choose(
+    backend: str | None, device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None, learns: bool
+) -> SSDBackend:
     """Argument, then ``use_backend``, then the environment variable, then the first that can serve the call."""
     asked = backend or (dispatch._chosen[-1] if dispatch._chosen else os.environ.get(dispatch.ENVIRONMENT))
     if not asked:
-        return _automatic(device, dtype, P, N, chunk)
+        return _automatic(device, dtype, P, N, chunk, learns)
     if asked not in BACKENDS:
         if backend or asked not in dispatch.BACKENDS:
             raise ValueError(f"unknown ssd backend {asked!r}, use one of {', '.join(BACKENDS)}")
         raise RuntimeError(f"ssd has no backend {asked!r}, only {', '.join(BACKENDS)}: pass backend= to this call")
-    reason = _unavailable(asked, device, dtype, P, N, chunk)
+    reason = _unavailable(asked, device, dtype, P, N, chunk, learns)
     if reason is not None:
         raise RuntimeError(f"ssd backend {asked!r} cannot run this call: {reason}")
     return asked
 
 
 @constant_result
-def _automatic(device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None) -> SSDBackend:
-    """``triton`` on a GPU where it can serve, else ``chunked``; the reason is logged once."""
+def _automatic(device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None, learns: bool) -> SSDBackend:
+    """The first of FAST that can serve on a GPU, else ``chunked``; a fallback's reason is logged once."""
     if device == "cpu" or dtype not in dispatch.KERNEL_DTYPES:
         return "chunked"
-    reason = _unavailable("triton", device, dtype, P, N, chunk)
-    if reason is None:
-        return "triton"
-    dispatch._log_once(f"ssd backend 'triton' is passed over for 'chunked': {reason}")
+    for fast in FAST:
+        reason = _unavailable(fast, device, dtype, P, N, chunk, learns)
+        if reason is None:
+            return fast
+        dispatch._log_once(f"ssd backend {fast!r} is passed over: {reason}")
     return "chunked"
 
 
 @constant_result
-def _unavailable(backend: SSDBackend, device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None) -> str | None:
+def _unavailable(
+    backend: SSDBackend, device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None, learns: bool
+) -> str | None:
     """Why a backend cannot serve, or None; of ``triton`` on a GPU only what was seen right there is served."""
     if backend == "triton" and device not in ("cpu", "cuda"):
         return f"it needs CUDA tensors, not {device}"
@@ -200,12 +214,27 @@ def _unavailable(backend: SSDBackend, device: str, dtype: torch.dtype, P: int, N
             return f"on a GPU it takes bfloat16 and float16, got {str(dtype)[6:]}"
         if chunk not in (None, KERNEL_CHUNKS[dtype]):
             return f"its chunk_size is {KERNEL_CHUNKS[dtype]} in {str(dtype)[6:]}, got {chunk}"
-    return dispatch.unavailable(backend, device, dtype)
+    reason = dispatch.unavailable(backend, device, dtype)
+    if backend != "cuda" or reason is not None:
+        return reason
+    if device == "cuda" and (reason := ssd_cuda.unavailable()) is not None:
+        return reason
+    if dtype is not torch.bfloat16:  # scores, weights and states of float16 inputs overflow float16
+        return f"it computes on bfloat16 tensor cores and takes bfloat16, got {str(dtype)[6:]}"
+    width = ssd_cuda_backward.WIDTH
+    if learns and max(P, N) > width:
+        return f"its gradients take headdim and d_state up to {width}, got {P} and {N}"
+    if N > ssd_cuda.MOST_STATES:
+        return f"it takes d_state up to {ssd_cuda.MOST_STATES}, got {N}"
+    if chunk not in (None, *ssd_cuda.CHUNK_SIZES):
+        return f"its chunk sizes are {', '.join(map(str, ssd_cuda.CHUNK_SIZES))}, got {chunk}"
+    return None
 
 
 @functools.cache
-def _kernel():
-    return importlib.import_module("mambavision.kernels.ssd_triton")
+def _kernel(backend: str, backward: bool = False):
+    """Module of a backend's ``ssd``, or of its ``ssd_backward``."""
+    return importlib.import_module(f"mambavision.kernels.ssd_{backend}{'_backward' * (backward and backend == 'cuda')}")
 
 
 @torch.library.custom_op("mambavision::ssd", mutates_args=())
@@ -223,15 +252,16 @@ def _ssd(
     scanned_diagonal: bool,
     chunk_size: int | None,
     return_last_state: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     options = (dt_softplus, bidirectional, scanned_diagonal, chunk_size, return_last_state)
-    return _kernel().ssd(x, dt, A, B, C, D, dt_bias, initial_state, *options)
+    return _kernel(backend).ssd(x, dt, A, B, C, D, dt_bias, initial_state, *options)
 
 
 @_ssd.register_fake
 def _(
     x, dt, A, B, C, D, dt_bias, initial_state,
-    dt_softplus, bidirectional, scanned_diagonal, chunk_size, return_last_state,
+    dt_softplus, bidirectional, scanned_diagonal, chunk_size, return_last_state, backend,
 ):  # fmt: skip
     batch, _, H, P = x.shape
     directions = 1 + bidirectional if return_last_state else 0
@@ -255,10 +285,11 @@ def _ssd_backward(
     bidirectional: bool,
     scanned_diagonal: bool,
     chunk_size: int | None,
+    backend: str,
 ) -> list[Tensor]:
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y
-    grads = _kernel().ssd_backward(
+    grads = _kernel(backend, True).ssd_backward(
         grad_y, grad_state, *inputs, dt_softplus, bidirectional, scanned_diagonal, chunk_size
     )
     return [g.to(v.dtype) for g, v in zip(grads, inputs, strict=True) if v is not None]
@@ -267,7 +298,7 @@ def _ssd_backward(
 @_ssd_backward.register_fake
 def _(
     grad_y, grad_state, x, dt, A, B, C, D, dt_bias, initial_state,
-    dt_softplus, bidirectional, scanned_diagonal, chunk_size,
+    dt_softplus, bidirectional, scanned_diagonal, chunk_size, backend,
 ):  # fmt: skip
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
     return [torch.empty_like(v, memory_format=torch.contiguous_format) for v in inputs if v is not None]
@@ -275,7 +306,7 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:12]
+    ctx.options = (*inputs[8:12], inputs[13])
     ctx.set_materialize_grads(False)
 
 
@@ -284,9 +315,9 @@ def _autograd(ctx, grad_y, grad_state):
     if grad_state is not None and grad_state.shape[1] == 0:  # not asked for
         grad_state = None
     if grad_y is None and grad_state is None:
-        return (None,) * 13
+        return (None,) * 14
     grads = iter(torch.ops.mambavision.ssd_backward(grad_y, grad_state, *tensors, *ctx.options))
-    return *(None if v is None else next(grads) for v in tensors), *(None,) * 5
+    return *(None if v is None else next(grads) for v in tensors), *(None,) * 6
 
 
 _ssd.register_autograd(_autograd, setup_context=_setup_context)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mambavision.kernels import nvrtc
+from mambavision.kernels import cuda, nvrtc
 from mambavision.ops import dispatch
 from tests.kernels.emulated import Emulator, why_not
 
@@ -11,11 +11,15 @@ from tests.kernels.emulated import Emulator, why_not
 def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Emulator:
     """Host code of the CUDA kernels takes CPU tensors, and ``backend="cuda"`` too, as on a GPU of one processor.
 
-    Compiled kernels are kept in pytest's cache folder.
+    Compiled kernels are kept in pytest's cache folder, if it has one.
     """
     if why_not():
         pytest.skip(why_not())
-    emulator = Emulator(request.config.cache.mkdir("emulated"))
+    if hasattr(request.config, "cache"):
+        folder = request.config.cache.mkdir("emulated")
+    else:
+        folder = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    emulator = Emulator(folder)
     unavailable = dispatch.unavailable
 
     def available(backend, device, *rest):
@@ -25,7 +29,9 @@ def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nvrtc, "launch", lambda *args: emulator.launch(*args))
     monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
     monkeypatch.setattr(nvrtc, "processors", lambda device: emulator.processors)
+    monkeypatch.setattr(nvrtc, "shared_memory", lambda device: emulator.shared)
     monkeypatch.setattr(dispatch, "unavailable", available)
+    cuda._layout.cache_clear()  # of a machine with other processors
     return emulator
 
 

@@ -73,7 +73,7 @@ class Emulator:
 
     def __init__(self, folder: Path, architecture: int = 900):
         self.folder, self.architecture = folder, architecture
-        self.order, self.processors, self.launches = ASCENDING, 1, []
+        self.order, self.processors, self.shared, self.launches = ASCENDING, 1, 227 << 10, []
         self.kernel = functools.cache(self._kernel)
 
     def _kernel(self, sources, name: str, defines: tuple[str, ...], device: int, shared: int = 0) -> Kernel:

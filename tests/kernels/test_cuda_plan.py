@@ -16,10 +16,10 @@ DIM256, DIM1024 = (64, 256, 1, 2304, 16), (8, 4096, 1, 2304, 16)
 SERPENT, NEXT = (1, 262144, 4, 96, 16), (1, 65536, 4, 192, 16)
 # batch, length, scans, channels, N: states, lanes, segments of the forward; segments of the backward, decays kept
 FASTEST = {
-    P2: (8, 2, 2, 1, True),
+    P2: (16, 1, 4, 1, True),
     P3: (8, 2, 1, 1, True),
-    DIM256: (16, 1, 1, 1, False),
-    DIM1024: (8, 2, 1, 1, False),
+    DIM256: (16, 1, 1, 1, True),
+    DIM1024: (8, 2, 1, 1, True),
     SERPENT: (4, 4, 22, 64, True),
     NEXT: (4, 4, 11, 32, True),
 }
@@ -44,7 +44,7 @@ def test_an_h100_gets_the_plans_that_were_fastest_on_it(shape):
     states, lanes, cuts, cuts_back, keeps = FASTEST[shape]
     forward, backward = (plan(*shape, 132, backward=b) for b in (False, True))
     assert (forward.states, forward.split, segments(forward, shape[1])) == (states, lanes, cuts)
-    assert forward.tile == (8 if states == 16 else 16) and not forward.keep_decay
+    assert forward.tile == 16 and not forward.keep_decay
     assert (backward.states, backward.split, backward.tile, backward.threads) == (4, 4, 16, 128)
     assert (segments(backward, shape[1]), backward.keep_decay, backward.resident) == (cuts_back, keeps, 3 - keeps)
 
@@ -57,7 +57,7 @@ def test_few_channels_over_a_long_sequence_fill_the_gpu():
 
 
 def test_addresses_are_packed_as_the_kernels_read_them():
-    source = Path(cuda.__file__).with_name("scan.cu").read_text()
+    source = Path(cuda.__file__).with_name("scan.cuh").read_text()
     pointers = re.search(r"struct Call \{(.*?)View x_view", source, re.S)[1]
     pointers = re.sub(r"//.*", "", pointers)
     assert tuple(re.findall(r"\*(\w+)", pointers)) == cuda._Addresses._fields

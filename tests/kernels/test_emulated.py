@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mambavision.kernels import cuda, nvrtc, reference
+from tests.kernels import sanitized, test_ssd
 from tests.kernels.emulated import ASCENDING, DESCENDING, RANDOM, guarded
 from tests.kernels.test_backends import COVERING, EXTREME, Case, check, make, relative
 
@@ -17,7 +18,9 @@ PRIMITIVES = (cuda._SOURCES[0], Path(__file__).with_name("emulator") / "primitiv
 
 
 def primitive(entry: str, a: Tensor, b: Tensor, c: Tensor, rows: int = 0, threads: int = 32) -> None:
-    kernel = nvrtc.kernel(PRIMITIVES, "primitive", (f"ENTRY={entry}",), a.get_device(), 4096)
+    four = entry.startswith("four_warps")
+    defines = (f"ENTRY={entry}", f"THREADS={threads}", f"TENSOR_ASYNC={int(four)}")
+    kernel = nvrtc.kernel(PRIMITIVES, "primitive", defines, a.get_device(), 16384 if four else 4096)
     argument = struct.pack("PPPi", a.data_ptr(), b.data_ptr(), c.data_ptr(), rows)
     nvrtc.launch(kernel, 1, threads, argument, a.get_device())
 
@@ -43,6 +46,34 @@ def test_a_product_with_ten_bits_of_mantissa(machine):
     c = torch.full((16, 8), float("nan"), device=machine)
     primitive("product_tf32", (a + 0.9 * sign).to(machine), b.float().to(machine), c)
     assert torch.equal(c.cpu(), a.float() @ b.float())
+
+
+def four_warps(options: str, device: str, columns: int = 64, transposed: bool = False) -> bool:
+    """Whether a product of four warps comes out right."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-8, 9, s, generator=g).to(device, torch.bfloat16) for s in ((64, 16), (16, columns)))
+    c = torch.full((64, columns), float("nan"), device=device)
+    stored = b.mT.contiguous() if transposed else b
+    primitive(f"four_warps<{columns},{int(transposed)},{options}>", a, stored, c, threads=128)
+    return torch.equal(c, a.float() @ b.float())
+
+
+@pytest.mark.parametrize("columns, transposed", [(64, False), (64, True), (32, True)])
+def test_a_product_of_four_warps(columns, transposed, machine):
+    if machine == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only sm_90 has it")
+    assert four_warps("1,1,1", machine, columns, transposed)
+
+
+def test_a_product_of_four_warps_that_is_not_waited_for(emulator):
+    assert not four_warps("1,0,1", "cpu")
+
+
+@pytest.mark.parametrize("options, what", [("0,1,1", "not published"), ("1,1,0", "take part in 0 and 1")])
+def test_a_product_of_four_warps_gone_wrong(options, what, emulator):
+    with pytest.raises(RuntimeError, match=what):
+        four_warps(options, "cpu")
+        pytest.fail("passed")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -100,6 +131,7 @@ def names(emulator) -> set[str]:
     return {name for name, _, _ in emulator.launches}
 
 
+ALL = {*cuda._ENTRIES, "ssd_sums", "ssd_chain", "ssd_outputs", "ssd_decays", "ssd_walk", "ssd_gradients"}
 SEGMENTED = {"scan_reach", "scan_carry", "scan_reach_back", "scan_carry_back"}
 
 
@@ -252,3 +284,34 @@ def test_nan_and_infinity_are_not_hidden(name, machine):
         assert y[0, :20].isfinite().all() and y[1].isfinite().all() and last[1].isfinite().all()
         if name != "C":
             assert not last[0, :, channel].isfinite().all()
+
+
+def test_every_kernel_through_the_operators(emulator, monkeypatch):
+    """What compute-sanitizer is shown on a GPU holds all of them."""
+    emulator.processors = 4  # so that an image is enough
+    merged = [(1, grid, 2, 64, N, dtype) for _, grid, _, _, N, dtype in sanitized.SCANS[4:6]]
+    monkeypatch.setattr(sanitized, "device", "cpu")
+    monkeypatch.setattr(sanitized, "SCANS", [*sanitized.SCANS[2:4], *merged])
+    monkeypatch.setattr(sanitized, "SSDS", sanitized.SSDS[2:3])
+    sanitized.call_all()
+    assert names(emulator) >= ALL
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("shape", sanitized.SSDS[:3:2], ids=str)
+def test_state_space_duality_touches_nothing_outside_of_tensors(shape, at_end, emulator, monkeypatch):
+    def placed(allocate):
+        return lambda *args, **kwargs: guarded(allocate(*args, **kwargs), at_end)
+
+    monkeypatch.setattr(sanitized, "device", "cpu")
+    monkeypatch.setattr(sanitized, "normal", placed(sanitized.normal))
+    monkeypatch.setattr(Tensor, "new_empty", placed(Tensor.new_empty))
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, placed(getattr(torch, name)))
+    sanitized.dualities(*shape)
+
+
+@pytest.mark.parametrize("case", [test_ssd.CUDA[i] for i in (1, 2, 4, 5, 8)], ids=str)
+def test_state_space_duality_as_an_operator(case, machine):
+    """Forward and every gradient, through autograd."""
+    test_ssd.check(case, "cuda", machine)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mambavision.kernels import cuda, ssd_cuda
 from mambavision.ops import dispatch, noncausal_ssd, ssd, use_backend
 
 
@@ -177,33 +178,67 @@ def test_backend_by_argument_context_and_environment(no_environment, monkeypatch
 
 
 UNSERVED = {
-    "d_state": ({"N": 128, "P": 32}, {}, "up to 64, got 32 and 128"),
-    "headdim": ({"N": 16, "P": 65}, {}, "up to 64, got 65 and 16"),
-    "float32": ({"dtype": torch.float32}, {}, "got float32"),
-    "chunk size": ({}, {"chunk_size": 128}, "256 in bfloat16, got 128"),
+    "triton": {
+        "d_state": ({"N": 128, "P": 32}, {}, "up to 64, got 32 and 128"),
+        "headdim": ({"N": 16, "P": 65}, {}, "up to 64, got 65 and 16"),
+        "float32": ({"dtype": torch.float32}, {}, "bfloat16 and float16, got float32"),
+        "chunk size": ({}, {"chunk_size": 128}, "256 in bfloat16, got 128"),
+    },
+    "cuda": {
+        "d_state": ({"N": 129}, {}, "up to 128, got 129"),
+        "float16": ({"dtype": torch.float16}, {}, "takes bfloat16, got float16"),
+        "chunk size": ({}, {"chunk_size": 48}, "32, 64, 128, 256, got 48"),
+        "gradients": ({"P": 128, "requires_grad": True}, {}, "gradients take .* up to 64, got 128 and 64"),
+    },
 }
 
 
-def on_cuda(P=64, N=64, dtype=torch.bfloat16) -> dict[str, Tensor]:
+def on_cuda(P=64, N=64, dtype=torch.bfloat16, requires_grad=False) -> dict[str, Tensor]:
     """Shapes only, to be called in FakeTensorMode: which backend serves is decided without the device."""
     shapes = {"x": (2, 70, 4, P), "dt": (2, 70, 4), "A": (4,), "B": (2, 70, 1, N), "C": (2, 70, 1, N)}
-    return {name: torch.empty(shape, dtype=dtype, device="cuda") for name, shape in shapes.items()}
+    return {k: torch.empty(v, dtype=dtype, device="cuda").requires_grad_(requires_grad) for k, v in shapes.items()}
 
 
-@pytest.mark.parametrize("what", UNSERVED)
-def test_triton_serves_only_what_was_seen_right(what, no_environment, caplog):
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """The choice of a backend finds one, whether there is one or not."""
+    for module in (cuda, ssd_cuda):
+        monkeypatch.setattr(module, "unavailable", lambda: None)
+
+
+@pytest.mark.parametrize(("backend", "what"), [(name, what) for name, cases in UNSERVED.items() for what in cases])
+def test_kernels_serve_only_what_was_seen_right(backend, what, a_gpu, no_environment):
     pytest.importorskip("triton", reason="triton comes with torch on Linux only")
-    sizes, options, reason = UNSERVED[what]
+    sizes, options, reason = UNSERVED[backend][what]
     with FakeTensorMode():
-        assert ssd(**on_cuda(), backend="triton").shape == (2, 70, 4, 64)
+        assert ssd(**on_cuda(), backend=backend).shape == (2, 70, 4, 64)
     with FakeTensorMode(), pytest.raises(RuntimeError, match=reason):
-        ssd(**on_cuda(**sizes), **options, backend="triton")
+        ssd(**on_cuda(**sizes), **options, backend=backend)
+
+
+PASSED_OVER = [
+    ({}, {}, []),
+    ({"P": 128, "N": 128}, {"chunk_size": 128}, []),
+    ({"requires_grad": True}, {}, []),
+    ({"P": 128, "requires_grad": True}, {}, ["cuda", "triton"]),
+    ({"dtype": torch.float16}, {}, ["cuda"]),
+    ({"dtype": torch.float32}, {}, ["cuda", "triton"]),
+    ({"N": 129}, {}, ["cuda", "triton"]),
+    ({}, {"chunk_size": 48}, ["cuda", "triton"]),
+]
+
+
+@pytest.mark.parametrize(("sizes", "options", "passed"), PASSED_OVER)
+def test_the_first_that_can_serve_is_taken_and_others_are_logged_once(
+    sizes, options, passed, a_gpu, no_environment, caplog
+):
+    pytest.importorskip("triton", reason="triton comes with torch on Linux only")
     dispatch._log_once.cache_clear()
     with FakeTensorMode(), caplog.at_level("WARNING", "mambavision"):
         for _ in range(2):
             y = ssd(**on_cuda(**sizes), **options)
     assert y.shape == (2, 70, 4, sizes.get("P", 64))
-    assert [reason in record.message for record in caplog.records] == [True]
+    assert [record.message.split("'")[1] for record in caplog.records] == passed
 
 
 def test_a_backend_of_the_scan_alone_is_refused(no_environment):
@@ -271,15 +306,30 @@ def test_export_of_a_module():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("form", FORMS)
-def test_opcheck_on_cuda(form):
-    args = arguments(40, directions=1 if form == "causal" else 2, dtype=torch.float32)
+def test_opcheck_on_cuda(form, backend):
+    dtype, chunk = (torch.float32, 16) if backend == "triton" else (torch.bfloat16, 32)
+    args = arguments(40, directions=1 if form == "causal" else 2, dtype=dtype)
     x, dt, A, B, C, D, _, dt_bias, state = (v.detach().cuda().requires_grad_() for v in args.values())
     state = state if form != "causal" else state[:, None].detach().requires_grad_()
     D = D.detach().expand(2, 40, 4).contiguous().requires_grad_()
-    options = (True, form != "causal", form != "free", 16, True)
-    torch.library.opcheck(torch.ops.mambavision.ssd, (x, dt, A, B, C, D, dt_bias, state, *options))
-    torch.library.opcheck(torch.ops.mambavision.ssd, (x, dt, A, B, C, None, None, None, *options[:4], False))
+    options = (True, form != "causal", form != "free", chunk, True)
+    torch.library.opcheck(torch.ops.mambavision.ssd, (x, dt, A, B, C, D, dt_bias, state, *options, backend))
+    torch.library.opcheck(torch.ops.mambavision.ssd, (x, dt, A, B, C, None, None, None, *options[:4], False, backend))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_on_new_values():
+    args = {k: v.cuda() for k, v in arguments(300, dtype=torch.bfloat16, options=False, requires_grad=False).items()}
+    options = {"dt_softplus": True, "bidirectional": True, "backend": "cuda"}
+    ssd(**args, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ssd(**args, **options)
+    args["x"].copy_(torch.randn_like(args["x"]))
+    graph.replay()
+    assert torch.equal(y, ssd(**args, **options))
 
 
 @pytest.mark.gpu

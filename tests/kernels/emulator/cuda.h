@@ -82,7 +82,33 @@ constexpr unsigned MOST_THREADS = 1024;
 enum Order { ASCENDING, DESCENDING, RANDOM };  // RANDOM and above: seeds
 enum State { READY, IN_WARP, AT_BARRIER, DONE };
 
+// What a thread has started and will wait for, in groups; the last one is still open
+template <class Item> struct Groups {
+    Item *items;
+    unsigned held, room, open, total;
+
+    void clear() { held = open = total = 0; }
+    void add(const Item &item) {
+        if (held == room) items = (Item *)realloc(items, (room = 2 * room + 16) * sizeof item);
+        items[held] = item, items[held++].group = open, total++;
+    }
+    template <class RUN> void wait(unsigned youngest, RUN run) {  // for all closed groups but so many
+        unsigned done = 0;
+        while (done < held && items[done].group + youngest < open) run(items[done++]);
+        held -= done;
+        memmove(items, items + done, held * sizeof(Item));
+    }
+};
+
 struct Copy { char *to; const char *from; bool inside; unsigned group; };
+struct Product {
+    void (*run)(const Product &);
+    float (*c)[4];
+    const unsigned *a;
+    const char *from;
+    int line;
+    unsigned group;
+};
 
 struct Fiber {
     jmp_buf here;
@@ -91,8 +117,8 @@ struct Fiber {
     unsigned mask;
     int line;
     void *data;
-    Copy *copies;  // asynchronous ones on their way, from the oldest
-    unsigned under_way, room, group;  // group: the one still open
+    Groups<Copy> copies;
+    Groups<Product> products;
 };
 
 inline Fiber fibers[MOST_THREADS];
@@ -106,6 +132,7 @@ inline void (*kernel)(const void *);
 inline const void *argument;
 inline char message[400];
 inline char *dynamic_begin, *static_begin;
+inline unsigned short unpublished[ALL_SHARED / 16];  // of 16 bytes: thread + 1 that copied them, not yet for products
 inline size_t dynamic_size, static_size;
 inline thread_local char anchor[16];  // so that there is a block of thread_local memory to find
 
@@ -171,28 +198,14 @@ inline void check_shared(const void *p, size_t bytes, int line) {
          at - (dynamic_begin + dynamic_size), dynamic_size);
 }
 
+inline unsigned short *mark_of(const char *at) {
+    return at >= dynamic_begin && at < dynamic_begin + dynamic_size ? unpublished + (at - dynamic_begin) / 16 : 0;
+}
+
 inline void land(const Copy &copy) {
+    if (unsigned short *mark = mark_of(copy.to)) *mark = current + 1;
     if (copy.inside) memcpy(copy.to, copy.from, 16);
     else memset(copy.to, 0, 16);
-}
-
-inline void send(char *to, const char *from, bool inside) {
-    Fiber &me = fibers[current];
-    const Copy copy{to, from, inside, me.group};
-    if (order == DESCENDING) return land(copy);
-    if (me.under_way == me.room) {
-        me.room = 2 * me.room + 16;
-        me.copies = (Copy *)realloc(me.copies, me.room * sizeof copy);
-    }
-    me.copies[me.under_way++] = copy;
-}
-
-inline void receive(unsigned youngest) {  // all closed groups but so many
-    Fiber &me = fibers[current];
-    unsigned landed = 0;
-    while (landed < me.under_way && me.copies[landed].group + youngest < me.group) land(me.copies[landed++]);
-    me.under_way -= landed;
-    memmove(me.copies, me.copies + landed, me.under_way * sizeof(Copy));
 }
 
 inline void fiber_main() {
@@ -239,8 +252,10 @@ inline bool run_block() {
     static volatile int how;
     if (static_size) memset(static_begin, 0xff, static_size);
     memset(dynamic_begin - 4096, 0xff, dynamic_size + 8192);
+    memset(unpublished, 0, sizeof unpublished);
     alive = threads, waiting = 0, barrier_all = 1, barrier_any = barrier_count = 0;
-    for (unsigned i = 0; i < threads; i++) fibers[i].state = READY, fibers[i].under_way = fibers[i].group = 0;
+    for (unsigned i = 0; i < threads; i++)
+        fibers[i].state = READY, fibers[i].copies.clear(), fibers[i].products.clear();
     while (alive) {
         any = false;
         arrange(warps, (threads + 31) / 32);
@@ -265,6 +280,12 @@ inline bool run_block() {
                 return false;
             }
     }
+    for (unsigned i = 32; i < threads; i += 32)
+        if (i % 128 && fibers[i].products.total != fibers[i / 128 * 128].products.total) {
+            snprintf(message, sizeof message, "block %u: warps %u and %u take part in %u and %u products of four warps",
+                     blockIdx.x, i / 128 * 4, i / 32, fibers[i / 128 * 128].products.total, fibers[i].products.total);
+            return false;
+        }
     for (size_t i = 0; i < 4096; i++)
         if (dynamic_begin[-1 - (long)i] != -1 || dynamic_begin[dynamic_size + i] != -1) {
             snprintf(message, sizeof message, "block %u wrote outside its %zu bytes of dynamic shared memory",
@@ -286,8 +307,9 @@ inline int find_static(dl_phdr_info *info, size_t, void *) {
 }
 
 inline void fault(int, siginfo_t *info, void *) {
-    fail("touches %p, which is not its own%s", info->si_addr,
-         (char *)info->si_addr >= stacks && (char *)info->si_addr < stacks + STACK * threads ? ": its stack is full" : "");
+    const char *at = (char *)info->si_addr;
+    const bool full = at >= stacks && at < stacks + STACK * threads;
+    fail("touches %p, which is not its own%s", at, full ? ": its stack is full" : "");
 }
 
 inline const char *run(void (*what)(const void *), unsigned blocks, unsigned count, unsigned shared, int in_order,

@@ -1,11 +1,12 @@
-// The functions of kernels/intrinsics.cuh on a CPU, from the PTX ISA. Asynchronous copies land where they are waited
-// for; if fibers run in descending order, at once: a block that relies on neither gives the same bits.
+// The functions of kernels/intrinsics.cuh on a CPU, from the PTX ISA. Asynchronous copies and products take place where
+// they are waited for; if fibers run in descending order, at once: a block that relies on neither gives the same bits.
 
 #define INLINE inline
 
 typedef long long i64;
 
 template <class Target> inline Target *whole(Target *p) { return p; }
+inline unsigned opaque(unsigned v) { return v; }
 inline i64 offset(int row, int bytes) { return (i64)row * bytes; }
 
 inline float flush(float v) { return fabsf(v) < 0x1p-126f ? copysignf(0.f, v) : v; }
@@ -42,6 +43,11 @@ template <int TYPE> inline unsigned to_16(float f) { return TYPE == 1 ? float_to
 template <int TYPE> inline unsigned pack2(float low, float high) { return to_16<TYPE>(low) | to_16<TYPE>(high) << 16; }
 template <int TYPE> inline float2 unpack2(unsigned pair) {
     return {from_16<TYPE>(pair & 0xffff), from_16<TYPE>(pair >> 16)};
+}
+
+template <int TYPE> inline unsigned multiply2(unsigned a, unsigned b) {
+    const float2 v = unpack2<TYPE>(a), w = unpack2<TYPE>(b);
+    return pack2<TYPE>(v.x * w.x, v.y * w.y);
 }
 
 inline char *dynamic_shared() { return emulator::dynamic_begin; }
@@ -124,8 +130,73 @@ inline void ldmatrix_x2_trans(unsigned r[2], const void *row, AT) { emulator::lo
 inline void copy_async_16(void *shared, const void *global, bool inside, AT) {
     emulator::check_shared(shared, 16, line);
     if ((uintptr_t)global % 16) emulator::fail("line %d: copies from %p, not a multiple of 16", line, global);
-    emulator::send((char *)shared, (const char *)global, inside);
+    const emulator::Copy copy{(char *)shared, (const char *)global, inside};
+    if (emulator::order == emulator::DESCENDING) emulator::land(copy);
+    else emulator::fibers[emulator::current].copies.add(copy);
 }
 
-inline void copy_async_commit() { emulator::fibers[emulator::current].group++; }
-template <int YOUNGEST> inline void copy_async_wait() { emulator::receive(YOUNGEST); }
+inline void copy_async_commit() { emulator::fibers[emulator::current].copies.open++; }
+template <int YOUNGEST> inline void copy_async_wait() {
+    emulator::fibers[emulator::current].copies.wait(YOUNGEST, emulator::land);
+}
+
+namespace emulator {
+
+inline unsigned seen_by_products(const char *at, int line) {
+    check_shared(at, 2, line);
+    const unsigned short *mark = mark_of(at);
+    if (mark && *mark) fail("line %d: a product reads what thread %u has copied but not published", line, *mark - 1);
+    return *(const unsigned short *)at;
+}
+
+// Four warps' product, each warp's part on its own: 8 BLOCKS columns of b, in rows of 128 bytes or TRANSPOSED
+template <int TYPE, bool ADD, int BLOCKS, bool TRANSPOSED> void multiply_from_shared(const Product &product) {
+    const unsigned lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    for (unsigned i = 0; i < BLOCKS; i++) {
+        unsigned b[2] = {};
+        for (unsigned e = 0; e < 4; e++) {
+            const unsigned k = e / 2 * 8 + 2 * q + e % 2, n = i * 8 + g;
+            const uintptr_t place = (uintptr_t)product.from + (TRANSPOSED ? n * 128 + k * 2 : k * 128 + n * 2);
+            const char *at = (const char *)(place ^ (place >> 7 & 7) << 4);
+            b[e / 2] |= seen_by_products(at, product.line) << e % 2 * 16;
+        }
+        for (int e = 0; !ADD && e < 4; e++) product.c[i][e] = 0;
+        mma_16x8x16<TYPE>(product.c[i], product.a, b, product.line);
+    }
+}
+
+// Takes place where it is waited for, with the a and c of then; if fibers run in descending order, at once
+inline void start(const Product &product, uintptr_t aligned) {
+    if ((uintptr_t)product.from & aligned) fail("line %d: no product with a tile at %p", product.line, product.from);
+    if (current / 128 * 128 + 128 > threads) fail("line %d: a product of fewer than four warps", product.line);
+    Groups<Product> &products = fibers[current].products;
+    if (order != DESCENDING) return products.add(product);
+    products.total++;
+    product.run(product);
+}
+
+}  // namespace emulator
+
+template <int TYPE, bool ADD> inline void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *rows, AT) {
+    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, false>, c, a, rows, line}, 1023);
+}
+template <int TYPE, bool ADD>
+inline void tensor_64x64x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
+    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, true>, c, a, columns, line}, 1023 & ~96);
+}
+template <int TYPE, bool ADD>
+inline void tensor_64x32x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
+    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 4, true>, c, a, columns, line}, 1023 & ~96);
+}
+
+inline void tensor_begin() {}
+inline void tensor_commit() { emulator::fibers[emulator::current].products.open++; }
+template <int YOUNGEST> inline void tensor_wait() {
+    emulator::fibers[emulator::current].products.wait(YOUNGEST, [](const emulator::Product &p) { p.run(p); });
+}
+inline void tensor_hold(float (*)[4]) {}
+inline void tensor_hold(float &) {}
+inline void tensor_publish() {
+    for (size_t i = 0; i < emulator::dynamic_size / 16; i++)
+        if (emulator::unpublished[i] == emulator::current + 1) emulator::unpublished[i] = 0;
+}

@@ -54,6 +54,41 @@ template <int TYPE> INLINE void rounded(const Argument &argument) {
     }
 }
 
+#if TENSOR_ASYNC
+// c (64, COLUMNS) = a (64, 16) b (16, COLUMNS) by four warps; b is the first rows of a tile, or TRANSPOSED its first
+// columns. PUBLISHED, WAITED and TOGETHER: what has to be done for it to be right
+template <int COLUMNS, bool TRANSPOSED, bool PUBLISHED, bool WAITED, bool TOGETHER>
+INLINE void four_warps(const Argument &argument) {
+    char *const tile = dynamic_shared();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+    constexpr int PIECES = TRANSPOSED ? 2 : COLUMNS / 8;  // of a row
+    for (int i = threadIdx.x; i < COLUMNS * 2; i += THREADS) {
+        const int row = i / PIECES, piece = i % PIECES;
+        copy_async_16(tile + row * 128 + ((piece ^ row % 8) << 4), argument.b + i * 16, true);
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+    if (PUBLISHED) tensor_publish();
+    __syncthreads();
+    const unsigned *rows = (const unsigned *)argument.a + (warp * 16 + g) * 8;
+    const unsigned a[4] = {rows[q], rows[64 + q], rows[q + 4], rows[64 + q + 4]};
+    float c[8][4];
+    for (int i = 0; i < 8; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = -1.f;
+    if (TOGETHER || warp) {
+        tensor_begin();
+        if (!TRANSPOSED) tensor_64x64x16<1, false>(c, a, tile);
+        else if (COLUMNS == 64) tensor_64x64x16_transposed<1, false>(c, a, tile);
+        else tensor_64x32x16_transposed<1, false>(c, a, tile);
+        tensor_commit();
+        if (WAITED) tensor_wait<0>();
+        tensor_hold(c);
+    }
+    for (int i = 0; i < COLUMNS / 8; i++)
+        for (int k = 0; k < 4; k++)
+            ((float *)argument.c)[(warp * 16 + g + k / 2 * 8) * COLUMNS + i * 8 + q * 2 + k % 2] = c[i][k];
+}
+#endif
+
 // c: 2^a and 1 / a
 INLINE void approximations(const Argument &argument) {
     const float *in = whole((const float *)argument.a);

@@ -1,0 +1,258 @@
+"""State-space duality in CUDA C++ (ssd.cu behind intrinsics.cuh), compiled at first use by NVRTC: forward."""
+
+import functools
+import math
+import pathlib
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambavision.kernels import nvrtc
+
+_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "ssd.cu"))
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_POINTERS = struct.Struct("12P")
+_REST = struct.Struct("17q7if")  # the rest of ssd.cu's Call: its views, its sizes
+STRIP, SLICE = 32, 64  # tokens and columns of P that a warp takes at once
+CHUNK_SIZES = (32, 64, 128, 256)
+MOST_STATES = 128  # d_state that shared memory holds
+MOST_DIRECT = 3  # chunks up to which each takes states of all others, rather than those that `chain` makes of them
+_NONE = 3  # ssd.cu's type of what is not there
+
+
+class Plan(NamedTuple):
+    """How a kernel is laid over the GPU: a block's warps, blocks a processor, heads (times slices of P) a block."""
+
+    warps: int
+    resident: int
+    share: int
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot run on the current device, or None if they can."""
+    reason = nvrtc.unavailable()
+    if reason is None and nvrtc._architecture(torch.cuda.current_device()) < 80:
+        return "its tensor-core instructions need sm_80 or later"
+    return reason
+
+
+def _share(jobs: int, blocks: int, places: int, overhead: float) -> int:
+    """Jobs a block takes one after the other, where it first spends ``overhead`` jobs on what they share."""
+
+    def cost(share: int) -> float:
+        return math.ceil(blocks * -(-jobs // share) / places) * (share + overhead)
+
+    return min(range(1, jobs + 1), key=cost)
+
+
+@functools.lru_cache(4096)
+def plan(
+    batch: int, chunks: int, groups: int, jobs: int, strips: int, states: int, processors: int, asynchronous: bool
+) -> tuple[Plan, Plan]:
+    """Plans of ``sums`` and of ``outputs`` for groups of so many jobs.
+
+    A warp of ``outputs`` takes 16 rows where it reads x through the tensor cores alone, else 32 for each reading.
+    """
+    blocks = batch * chunks * groups
+    warps = states // 16
+    resident = max(1, min(2 if strips == 8 else 4, 8 // warps))
+    sums = Plan(warps, resident, _share(jobs, blocks, processors * resident, 0.5))
+    warps = strips * (1 + asynchronous)
+    resident = 8 // strips
+    outputs = Plan(warps, resident, _share(jobs, blocks, processors * resident, 1.5))
+    return sums, outputs
+
+
+@functools.lru_cache(4096)
+def _kernel(entry: str, device: int, shared: int, **defines: int) -> nvrtc.Kernel:
+    name = f"ssd_{entry}"
+    defines = {"KERNEL": name, "ENTRY": entry, "X_TYPE": 1} | defines
+    return nvrtc.kernel(_SOURCES, name, tuple(f"{n}={v}" for n, v in defines.items()), device, shared)
+
+
+def _enter(device: int) -> None:
+    if device >= 0:
+        nvrtc._bind(device)
+
+
+def _asynchronous(device: int) -> bool:
+    """Whether four warps' tensor cores can run on while the warps do, which sm_90 alone can."""
+    return device >= 0 and nvrtc._architecture(device) == 90
+
+
+class _Signature(NamedTuple):
+    """What a call's layout depends on; a view is shape, strides and dtype, None where there is no tensor."""
+
+    device: int
+    softplus: bool
+    both: bool
+    diagonal: int
+    chunk: int
+    initial: bool
+    last: bool
+    x: tuple
+    dt: tuple
+    B: tuple
+    C: tuple
+    D: tuple | None
+
+
+class _Layout(NamedTuple):
+    """All of a call but its addresses: kernels, blocks, threads, the end of their argument; bytes of states, of all."""
+
+    launches: tuple[tuple[nvrtc.Kernel, int, int, bytes], ...]
+    states: int
+    scratch: int
+
+
+def _strides(view: tuple | None) -> tuple[int, ...]:
+    """Strides in bytes along batch, token and head, 0 along axes of size 1."""
+    if view is None:
+        return 0, 0, 0
+    shape, strides, dtype = view
+    return tuple(s * dtype.itemsize if n > 1 else 0 for n, s in zip(shape[:3], strides, strict=False))
+
+
+@functools.lru_cache(4096)
+def _layout(call: _Signature) -> _Layout:
+    (batch, length, H, P), (_, _, G, N) = call.x[0], call.B[0]
+    strips = call.chunk // STRIP
+    chunks, slices = -(-length // call.chunk), -(-P // SLICE)
+    states, width, directions = -(-N // 16) * 16, min(SLICE, -(-P // 16) * 16), 1 + call.both
+    panels = -(-states // SLICE)
+    row = 2 * SLICE  # bytes of a tile's row
+    tile, sent = call.chunk * row, 4 * call.chunk + 4 * max(4, strips)
+    decays = sent + 4 * 4 * call.chunk
+    defines = {"STRIPS": strips, "N": states, "WIDTH": width, "DIRECTIONS": directions}
+    defines["ALL"] = int(length % call.chunk == 0 and P % width == 0)
+    views = [s for v in (call.x, call.dt, call.B, call.C, call.D) for s in _strides(v)]
+    defines |= {"SLICES": slices, "SOFTPLUS": int(call.softplus), "DT_TYPE": _TYPES[call.dt[2]]}
+    jobs = H // G * slices
+    asynchronous = _asynchronous(call.device) and width == SLICE
+    sums, outputs = plan(batch, chunks, G, jobs, strips, states, nvrtc.processors(call.device), asynchronous)
+
+    def launch(entry: str, plan: Plan, blocks: int, shared: int, **more: int):
+        parts = -(-jobs // plan.share)
+        sizes = batch, length, H, G, P, N, chunks, parts, plan.share, call.diagonal
+        known = defines | {"THREADS": plan.warps * 32, "RESIDENT": plan.resident} | more
+        known["TENSOR_ASYNC"] = int(asynchronous and plan.warps % 4 == 0 and entry != "chain")
+        kernel = compilers.submit(_kernel, entry, call.device, shared, **known)
+        return kernel, blocks * parts, plan.warps * 32, _REST.pack(*views, *sizes)
+
+    compilers = ThreadPoolExecutor(3, initializer=_enter, initargs=(call.device,))
+    launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 1}
+    # few chunks receive each other's states as they are
+    direct = 1 < chunks <= MOST_DIRECT and states <= SLICE and not (call.initial or call.last)
+    entering = chunks - 1 if direct else directions if chunks > 1 or call.initial else 0
+    if entering or call.last:
+        launches.append(launch("sums", sums, batch * chunks * G, 2 * (tile + sent), **plain))
+    if (entering or call.last) and not direct:
+        each = Plan(4, 4, jobs)
+        pieces = batch * H * slices * directions * states * width // 8
+        launches.append(
+            launch("chain", each, -(-pieces // 128), 0, **plain | dict.fromkeys(("ALL", "SOFTPLUS", "DT_TYPE"), 0))
+        )
+    queries = panels * call.chunk * row
+    rows = call.chunk // outputs.warps
+    slots = 3 if panels == 1 and strips == 8 else 2
+    shared = queries + slots * (tile + decays) + (2 * entering * states + 8 * outputs.warps) * row
+    shared += 64 * call.chunk  # scores of the strips with themselves
+    blocks = batch * chunks * G
+    D_type = {"D_TYPE": _NONE if call.D is None else _TYPES[call.D[2]]}
+    launches.append(
+        launch(
+            "outputs",
+            outputs,
+            blocks,
+            shared,
+            STATES=entering,
+            DIRECT=int(direct),
+            SLOTS=slots,
+            BLOCKS=rows // 16,
+            **D_type,
+        )
+    )
+    launches = tuple((kernel.result(), *rest) for kernel, *rest in launches)
+    compilers.shutdown()
+    formed = len(launches) > 1
+    stored = formed * batch * chunks * H * slices * directions * states * width * 2
+    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4)
+
+
+def _rows(v: Tensor) -> Tensor:
+    """With rows that can be read 16 bytes at a time."""
+    unit = 16 // v.element_size()
+    if v.stride(-1) == 1 and v.data_ptr() % 16 == 0 and not any(s % unit for s in v.stride()[:-1]):
+        return v
+    v = v.contiguous()
+    return v.clone() if v.data_ptr() % 16 else v
+
+
+def _float(v: Tensor | None) -> Tensor | None:
+    if v is None or (v.dtype is torch.float32 and v.is_contiguous()):
+        return v
+    return v.float().contiguous()
+
+
+def _address(v: Tensor | None) -> int:
+    return 0 if v is None else v.data_ptr()
+
+
+def _view(v: Tensor) -> tuple:
+    return v.shape, v.stride(), v.dtype
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    bidirectional: bool,
+    scanned_diagonal: bool,
+    chunk_size: int | None,
+    return_last_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as :func:`ssd_reference.ssd`, for bfloat16 x on an NVIDIA GPU of sm_80 or later, N up to 128.
+
+    Without ``return_last_state`` the states are not formed where they are not needed, and come back with 0 directions.
+    """
+    batch, length, H, P = x.shape
+    N = B.shape[3]
+    directions = 1 + bidirectional
+    if P % 8 or N % 8:
+        x, B, C = F.pad(x, (0, -P % 8)), F.pad(B, (0, -N % 8)), F.pad(C, (0, -N % 8))
+        initial = None if initial_state is None else F.pad(initial_state, (0, -N % 8, 0, -P % 8))
+        options = dt_softplus, bidirectional, scanned_diagonal, chunk_size, return_last_state
+        y, last = ssd(x, dt, A, B, C, D, dt_bias, initial, *options)
+        return y[..., :P].contiguous(), last[..., :P, :N].contiguous()
+    x, B, C = (_rows(v if v.dtype is x.dtype else v.to(x.dtype)) for v in (x, B, C))
+    A, bias, initial = _float(A), _float(dt_bias), _float(initial_state)
+    y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    last = A.new_empty((batch, directions if return_last_state else 0, H, P, N))
+    if batch == 0 or H == 0:
+        return y, last
+    diagonal = directions if scanned_diagonal else 0
+    chunk = chunk_size or CHUNK_SIZES[-1]
+    chunk = min(chunk, max(STRIP, 1 << (length - 1).bit_length()))
+    D_view = None if D is None else _view(D)
+    device, taken = x.get_device(), initial is not None
+    views = _view(x), _view(dt), _view(B), _view(C), D_view
+    layout = _layout(_Signature(device, dt_softplus, bidirectional, diagonal, chunk, taken, return_last_state, *views))
+    scratch = y.new_empty(-(-layout.scratch // 2)) if layout.scratch else None
+    states = _address(scratch)
+    argument = _POINTERS.pack(
+        x.data_ptr(), dt.data_ptr(), B.data_ptr(), C.data_ptr(), _address(D), A.data_ptr(), _address(bias),
+        _address(initial), y.data_ptr(), states, states + layout.states, last.data_ptr() if return_last_state else 0,
+    )  # fmt: skip
+    for function, blocks, threads, rest in layout.launches:
+        nvrtc.launch(function, blocks, threads, argument + rest, device)
+    return y, last

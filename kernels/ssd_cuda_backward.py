@@ -1,0 +1,278 @@
+"""The gradients of state-space duality in CUDA C++ (ssd_backward.cu), compiled at first use by NVRTC."""
+
+import concurrent.futures
+import ctypes
+import functools
+import pathlib
+import struct
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambavision.kernels import nvrtc
+
+WIDTH = 64  # headdim and d_state up to which a block's tiles fit into shared memory
+_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "ssd_backward.cu"))
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_POINTERS = struct.Struct("20P")
+_REST = struct.Struct("25q3i4x")  # the rest of ssd_backward.cu's Call: its views, its sizes
+_SUM = struct.Struct("8P4q")
+_SMALL_THREADS = 256  # of `decays` and `sums`
+_WALK_THREADS = 128
+_PLANES = 8
+_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a CUdevice_attribute
+
+
+class Plan(NamedTuple):
+    """How gradients are laid over the GPU: tokens of a tile, heads of a block; tiles in flight in a walk, and heads."""
+
+    tile: int
+    part: int
+    stages: int
+    buffers: int = 2
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _asynchronous(device: int) -> bool:
+    """Whether four warps' tensor cores can run on while the warps do, which sm_90 alone can."""
+    return device >= 0 and nvrtc._architecture(device) == 90
+
+
+@functools.cache
+def _room(device: int) -> int:
+    """Bytes of shared memory that a block may have."""
+    if device < 0:  # a CPU that emulates
+        return 227 << 10
+    driver, handle, room = nvrtc._driver(), ctypes.c_int(), ctypes.c_int()
+    nvrtc._check(driver.cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+    asking = driver.cuDeviceGetAttribute(ctypes.byref(room), _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, handle)
+    nvrtc._check(asking, "measuring shared memory")
+    return room.value
+
+
+def _shared(plan: Plan, P: int, N: int, kinds: int, steps: int) -> tuple[int, int]:
+    """Bytes of shared memory of ssd_backward.cu's WalkStages, of which so many are used, and Shared."""
+    tile, warps = plan.tile, plan.tile // 16
+    p, n = (w if w % 64 == 0 else w + 8 for w in (P, N))
+    walk = _up(2 * tile * (n + p) + 4 * (tile + 4), 1024)
+    stage = _up(2 * (2 * tile * p + kinds * N * p) + 16 * tile, 1024)
+    paths = 4 * (warps * tile + (5 + kinds) * tile + warps)
+    gradients = 4 * tile * n + 2 * tile * tile + plan.buffers * stage + 2 * paths + 64 * tile
+    return walk * min(plan.stages, steps), gradients
+
+
+@functools.lru_cache(4096)
+def plan(
+    batch: int, length: int, H: int, groups: int, P: int, N: int, kinds: int, processors: int, room: int
+) -> Plan | None:
+    """Tiles of 128 tokens halve the traffic of states; a group's heads are split until blocks fill the GPU.
+
+    None where ``room`` is not enough.
+    """
+    stages = 3 if length > 384 else 2
+    sizes = [Plan(128, 0, stages)] * (length > 64) + [Plan(64, 0, stages), Plan(64, 0, 2, 1)]
+    fitting = [size for size in sizes if max(_shared(size, P, N, kinds, stages)) <= room]
+    if not fitting:
+        return None
+    tile, heads = fitting[0].tile, H // groups
+    blocks, resident = batch * -(-length // tile) * groups, 1
+    while resident < 128 // tile and (resident + 1) * _shared(fitting[0], P, N, kinds, stages)[1] <= room:
+        resident += 1
+    slots = processors * resident
+
+    def cost(part: int) -> int:  # a block begins and ends in the time of about two heads
+        return -(-blocks * -(-heads // part) // slots) * (part + 2)
+
+    return fitting[0]._replace(part=min(range(heads, 0, -1), key=cost))
+
+
+class _Layout(NamedTuple):
+    """All of a call but its addresses: kernels with their blocks and threads, sizes, and the scratch buffer's parts."""
+
+    launches: tuple[tuple[nvrtc.Kernel, int, int], ...]
+    sums: tuple[nvrtc.Kernel, int]
+    rest: bytes
+    offsets: tuple[int, ...]
+    parts: int
+    rows: int
+
+
+@functools.lru_cache(1024)
+def _layout(
+    device: int,
+    shape: tuple[int, ...],
+    groups: int,
+    p: int,
+    n: int,
+    plan: Plan,
+    operand: torch.dtype,
+    dt_type: torch.dtype,
+    views: tuple[int, ...],
+    options: tuple[bool, bool, bool, bool, bool, bool],
+) -> _Layout:
+    """``options``: softplus, both directions, scanned diagonal, D, states walked, states wanted at the end."""
+    batch, length, H = shape
+    softplus, both, scanned, has_D, walked, ends = options
+    tile, kinds = plan.tile, 2 + 2 * both
+    P, N = _up(p, 16), _up(n, 16)
+    tiles, parts = -(-length // tile), -(-(H // groups) // plan.part)
+    steps = tiles if ends else tiles - 1
+    walk, gradients = _shared(plan, P, N, kinds, steps)
+    macros = {"TILE": tile, "P": P, "N": N, "OPERAND": _TYPES[operand], "DT_TYPE": _TYPES[dt_type], "BOTH": int(both)}
+    macros |= {"DIAGONAL": f"{(1 + both) * scanned}.f", "SOFTPLUS": int(softplus), "HAS_D": int(has_D)}
+    macros |= {"PARTIAL": int(parts > 1), "STAGES": plan.stages, "BUFFERS": plan.buffers}
+    macros["TENSOR_ASYNC"] = int(P == N == 64 and _asynchronous(device))
+    read = {  # what an entry does not look at shall not compile it again
+        "decays": ("OPERAND", "TILE", "DT_TYPE", "SOFTPLUS", "HAS_D"),
+        "walk": ("OPERAND", "TILE", "P", "N", "BOTH", "STAGES", "TENSOR_ASYNC"),
+        "gradients": tuple(name for name in macros if name != "STAGES"),
+        "sums": ("OPERAND", "PARTIAL"),
+    }
+    unread = dict.fromkeys(macros, 0) | {"TILE": 64, "P": 16, "N": 16, "DIAGONAL": "0.f", "STAGES": 2, "BUFFERS": 2}
+    heads = -(-H // 32)
+    jobs = [
+        ("decays", batch * tiles * -(-H // 16), _SMALL_THREADS, 1, 0),
+        *[("walk", batch * H * kinds, _WALK_THREADS, 2, walk)] * walked,
+        ("gradients", batch * tiles * groups * parts, 2 * tile, 128 // tile, gradients),
+    ]
+    inner = batch * length * groups * n
+    jobs.append(("sums", 2 * -(-inner // 2 // _SMALL_THREADS) * (parts > 1) + 2 * heads, _SMALL_THREADS, 1, 0))
+
+    def build(job) -> tuple[nvrtc.Kernel, int, int]:
+        entry, blocks, threads, resident, shared = job
+        values = unread | {name: macros[name] for name in read[entry]} | {"ENTRY": entry}
+        values |= {"KERNEL": f"ssd_{entry}", "THREADS": threads}
+        values |= {"RESIDENT": resident, "ARGUMENT": "Sum" if entry == "sums" else "Call"}
+        defines = tuple(f"{name}={v}" for name, v in values.items())
+        return nvrtc.kernel(_SOURCES, f"ssd_{entry}", defines, device, shared), blocks, threads
+
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        *launches, (sums, blocks, _) = pool.map(build, jobs)
+
+    padded, rows = tiles * tile, batch * tiles
+    sizes = [4 * _PLANES * batch * H * padded, 2 * rows * H * kinds * N * P * walked, 4 * rows * H, 4 * rows * H]
+    sizes += [4 * parts * inner * (parts > 1)] * 2
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + _up(size, 256))
+    rest = (*views, batch, length, tiles, H, groups, parts, plan.part, p, n, int(walked))
+    return _Layout(
+        tuple(launches),
+        (sums, blocks),
+        _REST.pack(*rest),
+        tuple(offsets),
+        parts,
+        rows,
+    )
+
+
+def _rows(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of whole 16 bytes at multiples of 16 bytes, which copies take; others are copied, with zeros at the end."""
+    v = v.to(dtype)
+    fill = -v.shape[-1] % 8
+    if fill:
+        return F.pad(v, (0, fill))
+    strides = [s for s, size in zip(v.stride()[:3], v.shape[:3], strict=True) if size > 1]
+    if v.stride(-1) == 1 and all(s % 8 == 0 for s in strides) and v.data_ptr() % 16 == 0:
+        return v
+    return v.clone(memory_format=torch.contiguous_format)
+
+
+def _view(v: Tensor | None) -> tuple[int, int, int]:
+    if v is None:
+        return 0, 0, 0
+    batch, token, head = (s * v.element_size() for s in v.stride()[:3])
+    if token * 128 >= 2**31:
+        raise ValueError(f"strides {v.stride()} of a {v.dtype} tensor are too long: make it contiguous")
+    return batch, head, token
+
+
+def _states(v: Tensor | None, p: int, n: int) -> Tensor | None:
+    return None if v is None else F.pad(v.float(), (0, n - v.shape[-1], 0, p - v.shape[-2])).contiguous()
+
+
+def _address(v: Tensor | None) -> int:
+    return 0 if v is None else v.data_ptr()
+
+
+def ssd_backward(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    bidirectional: bool,
+    scanned_diagonal: bool,
+    chunk_size: int | None,
+    *,
+    chosen: Plan | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, A, B, C, D (batch, L, H), dt_bias and initial_state; None of what is None.
+
+    For bfloat16 x, P and N up to ``WIDTH``. States are formed again, none are kept; ``chunk_size`` is not looked at.
+    ``chosen`` instead of :func:`plan`.
+    """
+    device, (batch, length, H, P) = x.get_device(), x.shape
+    G, N = B.shape[2:]
+    if x.numel() == 0 or B.numel() == 0:
+        given = (x, dt, A, B, C, D, dt_bias, initial_state)
+        return tuple(None if v is None else torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in given)
+    x, dy, keys, queries = (_rows(v, x.dtype) for v in (x, grad_y, B, C))
+    p, n = x.shape[-1], keys.shape[-1]
+    A, bias = A.float().contiguous(), None if dt_bias is None else dt_bias.float().contiguous()
+    D = None if D is None else D.float()
+    initial, gradient = _states(initial_state, p, n), _states(grad_state, p, n)
+    sizes = batch, length, H, G, _up(p, 16), _up(n, 16), 2 + 2 * bidirectional
+    chosen = chosen or plan(*sizes, nvrtc.processors(device), _room(device))
+    ends = initial is not None
+    walked = length > chosen.tile or ends or gradient is not None
+    views = sum((_view(v) for v in (x, dy, keys, queries, dt, D)), ())
+    options = (dt_softplus, bidirectional, scanned_diagonal, D is not None, walked, ends)
+    layout = _layout(device, (batch, length, H), G, p, n, chosen, x.dtype, dt.dtype, views, options)
+
+    scratch = torch.empty(layout.offsets[-1], dtype=torch.uint8, device=x.device)
+    planes, states, dA_rows, dbias_rows, dB_parts, dC_parts = (scratch.data_ptr() + o for o in layout.offsets[:-1])
+    dx = torch.empty((batch, length, H, p), dtype=x.dtype, device=x.device)
+    dB, dC = (torch.empty((batch, length, G, n), dtype=x.dtype, device=x.device) for _ in range(2))
+    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
+    dD = None if D is None else A.new_empty(dt.shape)
+    dA, dbias = A.new_empty(H), A.new_empty(H)
+    dinitial = None if initial is None else torch.empty_like(initial)
+    inputs = (x, dy, keys, queries, dt, A, bias, D, initial, gradient)
+    split = layout.parts > 1
+    argument = _POINTERS.pack(
+        *map(_address, inputs),
+        planes,
+        states,
+        dx.data_ptr(),
+        ddt.data_ptr(),
+        dB_parts if split else dB.data_ptr(),
+        dC_parts if split else dC.data_ptr(),
+        _address(dD),
+        _address(dinitial),
+        dA_rows,
+        dbias_rows,
+    )
+    for kernel, blocks, threads in layout.launches:
+        nvrtc.launch(kernel, blocks, threads, argument + layout.rest, device)
+    addresses = (dB_parts, dC_parts, dA_rows, dbias_rows, dB.data_ptr(), dC.data_ptr(), dA.data_ptr(), dbias.data_ptr())
+    argument = _SUM.pack(*addresses, layout.parts, dB.numel(), layout.rows, H)
+    nvrtc.launch(*layout.sums, _SMALL_THREADS, argument, device)
+    if p != P:
+        dx = dx[..., :P].contiguous()
+    if n != N:
+        dB, dC = (v[..., :N].contiguous() for v in (dB, dC))
+    if dinitial is not None and (p, n) != (P, N):
+        dinitial = dinitial[..., :P, :N].contiguous()
+    return dx, ddt, dA, dB, dC, dD, None if dt_bias is None else dbias, dinitial

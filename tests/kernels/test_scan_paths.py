@@ -1,0 +1,166 @@
+"""Paths of the CUDA scan that size and layout of a call choose: scans merged on chip, a team for each scan, gates."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambavision.kernels import cuda, nvrtc, reference
+from tests.kernels.test_backends import Case, relative
+from tests.kernels.test_emulated import ORDERS, by_token, direct, names
+
+CROSS = ("row", "col", "row_reverse", "col_reverse")
+MERGED = {"scan_merged", "scan_merged_back"}
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_layouts():
+    """Tests here change what plans depend on."""
+    cuda._layout.cache_clear()
+    yield
+    cuda._layout.cache_clear()
+
+
+@pytest.fixture
+def small_machine(machine, monkeypatch):
+    """A machine that a few blocks fill."""
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 1)
+    return machine
+
+
+MERGING = [
+    Case(70, 1, "fp32", 16),
+    Case(133, 1, "bf16", 32, orders=CROSS),
+    Case(400, 1, "fp16", 16, orders=CROSS),  # two spans
+    Case(1, 1, "fp32", 48),
+    Case(65, 1, "bf16", 16, options=False, orders=CROSS),
+    Case(33, 1, "fp16", 16, orders=("row",)),
+]
+
+
+@pytest.mark.parametrize("case", MERGING, ids=str)
+@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
+def test_scans_merged_on_chip(ordered, case, small_machine, monkeypatch):
+    """``ordered``: B and C are put in the order of their scans first, as for long sequences."""
+    monkeypatch.setattr(cuda, "_ORDERED", 1 if ordered else case.length + 1)
+    built = []
+    kernel = cuda._kernel
+    monkeypatch.setattr(
+        cuda, "_kernel", lambda name, *args, **kwargs: built.append(name) or kernel(name, *args, **kwargs)
+    )
+    direct(case, small_machine, starts=True)
+    assert set(built) == MERGED | {"scan_sum"} | ({"scan_merged_states"} if ordered else set())
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
+@pytest.mark.parametrize("case", [MERGING[0], MERGING[2]], ids=str)
+def test_merged_scans_give_the_same_bits_in_any_order_of_threads(case, ordered, emulator, monkeypatch):
+    monkeypatch.setattr(cuda, "_ORDERED", 1 if ordered else case.length + 1)
+    seen = []
+    for emulator.order in ORDERS:
+        seen.append(direct(case, starts=True))
+    assert names(emulator) >= MERGED
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [replace(MERGING[0], **v) for v in ({"dim": 24}, {"d_state": 2}, {"strided": True}, {"merge": False})],
+    ids=str,
+)
+def test_what_cannot_be_merged_on_chip_is_merged_in_memory(case, emulator):
+    direct(case, starts=True)
+    assert not names(emulator) & MERGED
+
+
+def test_sums_that_do_not_fit_are_merged_in_memory(emulator):
+    emulator.shared = 99 << 10
+    direct(Case(1600, 1, "fp32", 16), starts=True)
+    assert not names(emulator) & MERGED
+    direct(Case(40, 1, "fp32", 16), starts=True)
+    assert names(emulator) >= MERGED
+
+
+def test_a_backward_without_kept_states_is_merged_in_memory(emulator):
+    direct(MERGING[0])
+    assert names(emulator) & MERGED == {"scan_merged"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(49, 16, "bf16", 9, orders=CROSS), Case(35, 5, "fp32", 6), Case(20, 1, "fp16", 70, orders=CROSS[:3])],
+    ids=str,
+)
+def test_a_team_for_each_scan(case, machine, monkeypatch):
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 132)
+    blocks = []
+    launch = nvrtc.launch
+    monkeypatch.setattr(nvrtc, "launch", lambda *args: blocks.append(args[1:3]) or launch(*args))
+    direct(case, machine)
+    batch, lanes = 2, 32 // max(1, 1 << (case.d_state - 1).bit_length() >> 1)
+    assert blocks[0] == (batch * -(-case.dim // lanes), 32 * len(case.orders))
+
+
+def test_teams_give_the_same_bits_in_any_order_of_threads(emulator):
+    emulator.processors, seen = 132, []
+    for emulator.order in ORDERS:
+        seen.append(direct(Case(35, 16, "fp32", 6)))
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+def gated(length: int, dim: int, N: int, dtype: torch.dtype, machine: str, change) -> list[Tensor]:
+    """`scan` and `scan_backward` with a gate, once they agree with the reference; ``change`` lays out z and dy."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(shape, generator=g).to(machine, dtype)
+
+    batch, K = 2, 2
+    x, delta, z = normal(batch, length, 1, dim), 0.5 * normal(batch, length, K, dim), normal(batch, length, K, dim)
+    A = -(0.1 + normal(K, dim, N, dtype=torch.float32).abs())
+    B, C = normal(batch, length, K, N), normal(batch, length, K, N)
+    D, bias = normal(K, dim, dtype=torch.float32), normal(K, dim, dtype=torch.float32)
+    order = torch.stack([torch.randperm(length, generator=g) for _ in range(K)]).to(machine)
+    inputs, z = (x, delta, A, B, C, D, bias, None), change(z)
+    y, last = cuda.scan(*inputs, order, True, False, z=z)
+    dy = change(normal(*y.shape))
+    gradients = cuda.scan_backward(dy, None, *inputs, order, True, False, z=z)
+    leaves = [v.double().requires_grad_() for v in (*inputs[:-1], z)]
+    want = reference.scan(*leaves[:-1], None, order, True, False, z=leaves[-1])
+    exact = torch.autograd.grad(want[0], leaves, dy.double())
+    results = [y, last, *gradients[:7], gradients[8]]
+    for i, (got, value) in enumerate(zip(results, (*want, *exact), strict=True)):
+        assert relative(got.double().cpu(), value.detach().cpu()) < LIMIT[dtype], i
+    return results
+
+
+@pytest.mark.parametrize("change", [by_token, lambda v: v], ids=["by_token", "by_channel"])
+@pytest.mark.parametrize(
+    "length, dim, N, dtype, processors",
+    [(70, 5, 16, torch.float32, 1), (530, 3, 4, torch.bfloat16, 132), (33, 40, 1, torch.float16, 1)],
+)
+def test_a_gate_multiplies_outputs_and_has_a_gradient(length, dim, N, dtype, processors, change, machine, monkeypatch):
+    monkeypatch.setattr(nvrtc, "processors", lambda device: processors)
+    results = gated(length, dim, N, dtype, machine, change)
+    assert all(torch.equal(a, b) for a, b in zip(results, gated(length, dim, N, dtype, machine, change), strict=True))
+
+
+def test_gates_give_the_same_bits_in_any_order_of_threads(emulator):
+    seen = []
+    for emulator.order in ORDERS:
+        seen.append(gated(40, 9, 16, torch.float32, "cpu", by_token))
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize("case", [MERGING[0], Case(40, 16, "fp32", 5)], ids=str)
+def test_a_last_state_that_nobody_wants_is_not_made(case, small_machine):
+    g = torch.Generator().manual_seed(0)
+    K = len(case.orders)
+    shapes = [(2, case.length, 1, case.dim), (2, case.length, K, case.dim), (K, case.dim, case.d_state)]
+    shapes += [(2, case.length, K, case.d_state)] * 2
+    inputs = [-torch.rand(s, generator=g).to(small_machine) for s in shapes]
+    y, last = cuda.scan(*inputs, None, None, None, None, True, True)
+    again, nothing = cuda.scan(*inputs, None, None, None, None, True, True, want_state=False)
+    assert torch.equal(y, again) and nothing is None and last.isfinite().all()
