@@ -135,8 +135,8 @@ def check(case: Case, backend: str, device: str = "cpu") -> None:
 def check_forward(case: Case, device: str = "cpu") -> None:
     """``cuda`` is at most 2.1 times as far from fp64 as ``chunked`` in the same types, and the same twice.
 
-    ``chunked`` computes in float32 and rounds y alone. Five more roundings to bfloat16 of the same size make 2.0 (scores,
-    decays from a border and to it, and both products). A last state is a sum of rounded ones; few numbers make no mean.
+    ``chunked`` computes in float32 and rounds y alone. Five more roundings to bfloat16 make 2.0: scores, decays from a
+    border and to it, both products. A last state is a sum of rounded ones; few numbers make no mean.
     """
     args, options = inputs(case, device=device)
     actual, again = forward(args, options, "cuda"), forward(args, options, "cuda")
