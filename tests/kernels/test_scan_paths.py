@@ -139,7 +139,12 @@ def gated(length: int, dim: int, N: int, dtype: torch.dtype, machine: str, chang
 @pytest.mark.parametrize("change", [by_token, lambda v: v], ids=["by_token", "by_channel"])
 @pytest.mark.parametrize(
     "length, dim, N, dtype, processors",
-    [(70, 5, 16, torch.float32, 1), (530, 3, 4, torch.bfloat16, 132), (33, 40, 1, torch.float16, 1)],
+    [
+        (70, 5, 16, torch.float32, 1),
+        (530, 3, 4, torch.bfloat16, 132),
+        (33, 40, 1, torch.float16, 1),
+        (40, 130, 2, torch.float32, 1),
+    ],
 )
 def test_a_gate_multiplies_outputs_and_has_a_gradient(length, dim, N, dtype, processors, change, machine, monkeypatch):
     monkeypatch.setattr(nvrtc, "processors", lambda device: processors)
