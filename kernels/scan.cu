@@ -249,8 +249,8 @@ template <int HALF> INLINE void sum_parts(float *v, const Place &at) {
 }
 
 // dB and dC of GROUP steps, summed over the channels of four neighbouring lanes by tensor cores: a product with a
-// matrix of ones and zeros that gives lane q = lane % 4 the totals of step q / PARTS of the group and of part q % PARTS of the
-// quad. A product takes four values a lane: dB and dC of two states (or, with one state a lane, of two steps).
+// matrix of ones and zeros that gives lane q = lane % 4 the totals of step q / PARTS of the group and of part q % PARTS
+// of the quad. A product takes four values a lane: dB and dC of two states (or, with one state a lane, of two steps).
 struct Totals {
     static constexpr int PARTS = WIDTH < 4 ? 4 / WIDTH : 1, SUBSETS = WIDTH < 4 ? 1 : WIDTH / 4;
     static constexpr int PAIR = STATES == 1 ? 2 : 1, GROUP = 4 / PARTS * PAIR, PRODUCTS = STATES == 1 ? 1 : STATES / 2;
