@@ -39,20 +39,18 @@ struct Call {
     float diagonal;
 };
 
-// One head's decays: logarithms to base 2 but for `sent`. A strip's tokens lie in the order in which lanes want them:
-// `columns` 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of each 16 together, `rows` g, g + 8, g + 16, g + 24
+// One head's decays: logarithms to base 2 but for `sent`. A strip's tokens lie as lanes want them: 2 q, 2 q + 1, 2 q + 8,
+// 2 q + 9 of each 16 together
 struct alignas(16) Sent {
     float total[STRIPS < 4 ? 4 : STRIPS];
-    unsigned short sent[2][TOKENS];  // columns: dt times decay to the strip's right border, left border
+    unsigned short sent[2][TOKENS];  // dt times decay to the strip's right border, left border
 };
 struct alignas(16) Decays : Sent {
-    float prefix[TOKENS], suffix[TOKENS];  // rows: sums from the left border, to the right border, own included
-    float prefix_columns[TOKENS], suffix_columns[TOKENS], dt[TOKENS];
-    float D[TOKENS];  // rows
+    float prefix[TOKENS], suffix[TOKENS];  // sums from the left border, to the right border, own included
+    float dt[TOKENS], D[TOKENS];
 };
 
 INLINE int column_place(int t) { return (t & 16) + (t % 8 / 2) * 4 + (t & 1) + (t & 8) / 4; }
-INLINE int row_place(int t) { return t % 8 * 4 + t / 8; }
 
 template <int OF> INLINE unsigned fetch_scalar(const char *p) {
     return OF == 0 ? __ldg((const unsigned *)p) : __ldg((const unsigned short *)p);
@@ -87,57 +85,56 @@ struct Place {
     }
 };
 
-// dt and D of a lane's tokens, one in each of the warp's strips warp + i WARPS, fetched ahead. Of two warps a strip one
-// has it, so that each scheduler has its share
+// dt and D of a lane's tokens, one in each of the warp's strips warp + i WARPS, fetched ahead. Two warps a strip share
+// the work: one sums from the left, the other from the right
 template <bool PAIRS> struct Fetched {
-    static constexpr bool SHARED = WARPS == 2 * STRIPS && PAIRS, EVEN = STRIPS % WARPS == 0;
-    const char *dt_at, *D_at;
-    int strip;
+    static constexpr bool SHARED = WARPS == 2 * STRIPS && PAIRS, EVEN = STRIPS % WARPS == 0 || SHARED;
     unsigned dt[OWN], D[OWN];  // as they lie in memory: to look at one is to wait for it
     float A, bias;
-    INLINE Fetched(const Call &call, const Place &place) {
-        const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-        strip = !SHARED ? warp : warp % 2 == warp / 4 % 2 ? warp / 2 : STRIPS;
-        dt_at = place.at(call.dt, call.dt_view, 0) + (strip * 32 + lane) * call.dt_view.token;
-        D_at = place.at(call.D, call.D_view, 0) + (strip * 32 + lane) * call.D_view.token;
+    INLINE int strip(int i) const {
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+        return SHARED ? warp / 2 : warp + i * WARPS;
     }
     INLINE void fetch(const Call &call, const Place &place, int h) {
         A = __ldg(call.A + h), bias = call.bias ? __ldg(call.bias + h) : 0;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const int t = (strip + i * WARPS) * 32 + (int)threadIdx.x % 32;
+            const int t = strip(i) * 32 + threadIdx.x % 32;
             const bool inside = (ALL && EVEN) || t < place.tokens;
             dt[i] = D[i] = 0;
-            if (inside) dt[i] = fetch_scalar<DT_TYPE>(dt_at + i * THREADS * call.dt_view.token + h * call.dt_view.head);
+            if (inside) dt[i] = fetch_scalar<DT_TYPE>(place.at(call.dt, call.dt_view, h) + t * call.dt_view.token);
             if (PAIRS && D_TYPE < 3 && inside)
-                D[i] = fetch_scalar<D_TYPE>(D_at + i * THREADS * call.D_view.token + h * call.D_view.head);
+                D[i] = fetch_scalar<D_TYPE>(place.at(call.D, call.D_view, h) + t * call.D_view.token);
         }
     }
     template <class To> INLINE void store(const Place &place, To &to) const {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            const int strip = this->strip + i * WARPS, t = strip * 32 + lane;
+            const int strip = this->strip(i), t = strip * 32 + lane, column = strip * 32 + column_place(lane);
             if (!EVEN && strip >= STRIPS) break;
             float step = scalar<DT_TYPE>(dt[i]) + bias;
             if (SOFTPLUS) step = softplus(step);
             if (!ALL && t >= place.tokens) step = 0;
             const float decay = step * (A * LOG2E);
-            float prefix = decay, suffix = decay;
 #pragma unroll
-            for (int d = 1; d < 32; d *= 2) {
-                const float left = __shfl_up_sync(~0u, prefix, d), right = __shfl_down_sync(~0u, suffix, d);
-                prefix += lane >= d ? left : 0, suffix += lane + d < 32 ? right : 0;
-            }
-            const float before = __shfl_up_sync(~0u, prefix, 1), after = __shfl_down_sync(~0u, suffix, 1);
-            const int column = strip * 32 + column_place(lane), row = strip * 32 + row_place(lane);
-            to.sent[0][column] = pack2<X_TYPE>(step * exp2_fast(lane < 31 ? after : 0), 0);
-            to.sent[1][column] = pack2<X_TYPE>(step * exp2_fast(lane > 0 ? before : 0), 0);
-            if (lane == 31) to.total[strip] = prefix;
-            if constexpr (PAIRS) {
-                to.prefix[row] = prefix, to.suffix[row] = suffix;
-                to.prefix_columns[column] = prefix, to.suffix_columns[column] = suffix, to.dt[column] = step;
-                if (D_TYPE < 3) to.D[row] = scalar<D_TYPE>(D[i]);
+            for (int part = 0; part < 2; part++) {
+                if (SHARED && part != (strip ^ __shfl_sync(~0u, threadIdx.x / 32, 0)) % 2) continue;
+                float sum = decay;
+#pragma unroll
+                for (int d = 1; d < 32; d *= 2) {
+                    const float next = part ? __shfl_down_sync(~0u, sum, d) : __shfl_up_sync(~0u, sum, d);
+                    sum += (part ? lane + d < 32 : lane >= d) ? next : 0;
+                }
+                const float outside = part ? __shfl_down_sync(~0u, sum, 1) : __shfl_up_sync(~0u, sum, 1);
+                const float kept = exp2_fast(lane != (part ? 31 : 0) ? outside : 0);
+                to.sent[1 - part][column] = pack2<X_TYPE>(step * kept, 0);
+                if (!part && lane == 31) to.total[strip] = sum;
+                if constexpr (PAIRS) {
+                    (part ? to.suffix : to.prefix)[column] = sum;
+                    if (part) to.dt[column] = step;
+                    if (part && D_TYPE < 3) to.D[column] = scalar<D_TYPE>(D[i]);
+                }
             }
         }
     }
@@ -311,7 +308,8 @@ INLINE void outputs(const Call &call) {
     char *const tiles = dynamic_shared(), *const B_tile = tiles + (SLOTS - PANELS) * TILE_BYTES;
     char *const C_tile = tiles + SLOTS * TILE_BYTES, *const entering = C_tile + PANELS * ROWS * ROW;
     char *const stage = entering + 2 * STATES * STATE_BYTES + threadIdx.x / 32 * (8 * ROW);
-    Decays *const decays = (Decays *)(entering + 2 * STATES * STATE_BYTES + WARPS * 8 * ROW);
+    char *const own_scores = entering + 2 * STATES * STATE_BYTES + WARPS * 8 * ROW + threadIdx.x * 16;
+    Decays *const decays = (Decays *)(entering + 2 * STATES * STATE_BYTES + WARPS * 8 * ROW + BLOCKS * THREADS * 32);
     const Place place(call);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), g = lane / 4, q = lane % 4;
     const int own_row = warp * BLOCKS * 16, row = place.rest * ROWS + own_row;  // the warp's first
@@ -354,13 +352,15 @@ INLINE void outputs(const Call &call) {
 #pragma unroll
     for (int k = 0; k < FREE; k++)
         if (k < AHEAD) load(next(k), k);
-    Fetched<true> fetched(call, place), second = fetched;
+    Fetched<true> fetched, second;
     fetched.fetch(call, place, last / SLICES);
     if (AHEAD == 2) second.fetch(call, place, next(1) / SLICES);
     copy_async_wait<FREE < AHEAD ? FREE : AHEAD>();
     __syncthreads();
 
-    unsigned scores[STRIPS][2][BLOCKS][4];  // of strip (first + i) % STRIPS, its 16 columns each, the warp's 16 rows each
+    // Of strip (first + i) % STRIPS at max(i - 1, 0), its 16 columns each, the warp's 16 rows each; the warp's own strip, one
+    // of the first TOGETHER, in shared memory: the others of these make room for each other
+    unsigned scores[STRIPS > 1 ? STRIPS - 1 : 1][2][BLOCKS][4];
     {
         unsigned c[STEPS][BLOCKS][4];
 #pragma unroll
@@ -383,16 +383,23 @@ INLINE void outputs(const Call &call) {
                         mma_16x8x16<X_TYPE>(sum[m][0], c[n][m], b), mma_16x8x16<X_TYPE>(sum[m][1], c[n][m], b + 2);
                 }
 #pragma unroll
-                for (int m = 0; m < BLOCKS; m++)
+                for (int m = 0; m < BLOCKS; m++) {
+                    unsigned v[4];
 #pragma unroll
-                    for (int k = 0; k < 4; k++)
-                        scores[i][half][m][k] = pack2<X_TYPE>(sum[m][k / 2][k % 2 * 2], sum[m][k / 2][k % 2 * 2 + 1]);
+                    for (int k = 0; k < 4; k++) v[k] = pack2<X_TYPE>(sum[m][k / 2][k % 2 * 2], sum[m][k / 2][k % 2 * 2 + 1]);
+                    const bool itself = TOGETHER == 1 ? i == 0 : i < TOGETHER && first + i == strip;
+                    if (itself)
+                        *(uint4 *)(own_scores + (half * BLOCKS + m) * (THREADS * 16)) = make_uint4(v[0], v[1], v[2], v[3]);
+                    if (TOGETHER == 1 ? i == 0 : i == 1 && itself) continue;
+#pragma unroll
+                    for (int k = 0; k < 4; k++) scores[i ? i - 1 : 0][half][m][k] = v[k];
+                }
             }
     }
+    static_assert(TOGETHER <= 2, "one other strip goes with the warp's own");
     if (FREE < AHEAD) __syncthreads();
 #pragma unroll
     for (int k = FREE; k < AHEAD; k++) load(next(k), k);
-    wait_for_previous();
     if (STATES) {
         load_states(last);
         copy_async_commit();
@@ -441,19 +448,19 @@ INLINE void outputs(const Call &call) {
         for (int i = 0; i < BLOCKS * WIDTH / 2; i++) out[i / (WIDTH / 2)][i / 4 % (WIDTH / 8)][i % 4] = 0;
 #endif
 
-        const int own_rows = strip * 32 + g * 4 + part * 2;
         float left[2 * BLOCKS], right[2 * BLOCKS];
+        const auto place_of = [&](int k) { return strip * 32 + column_place(part * 16 + k * 8 + g); };
 #pragma unroll
         for (int k = 0; k < 2 * BLOCKS; k++) {
-            left[k] = own.prefix[own_rows + k], right[k] = own.suffix[own_rows + k];
+            left[k] = own.prefix[place_of(k)], right[k] = own.suffix[place_of(k)];
             from_left[k] = exp2_fast(left[k]), from_right[k] = BOTH ? exp2_fast(right[k]) : 0;
         }
         unsigned weight[2][BLOCKS][4];  // of 16 columns each: of 16 rows each
         // 16 x 16 pairs of the warp's own strip: rows after columns (1), before them (-1), the same (0)
         const auto weigh_pairs = [&](int of_all, unsigned to[4], const unsigned from[4], int m, int half) {
             const int columns = strip * 32 + half * 16 + q * 4;
-            const float4 prefixes = four(own.prefix_columns + columns), steps = four(own.dt + columns);
-            const float4 suffixes = four(own.suffix_columns + columns);
+            const float4 prefixes = four(own.prefix + columns), steps = four(own.dt + columns);
+            const float4 suffixes = four(own.suffix + columns);
             const float l[4] = {prefixes.x, prefixes.y, prefixes.z, prefixes.w};
             const float r[4] = {suffixes.x, suffixes.y, suffixes.z, suffixes.w};
             const float dt[4] = {steps.x, steps.y, steps.z, steps.w};
@@ -473,20 +480,22 @@ INLINE void outputs(const Call &call) {
                     continue;
                 }
                 const float2 score = unpack2<X_TYPE>(from[k]);
-                const float D = D_TYPE < 3 ? own.D[own_rows + row] : 0;
+                const float D = D_TYPE < 3 ? own.D[place_of(row)] : 0;
                 w[0] *= score.x, w[1] *= score.y;
                 if (g == 2 * q) w[0] = w[0] * call.diagonal + D;
                 if (g == 2 * q + 1) w[1] = w[1] * call.diagonal + D;
                 to[k] = pack2<X_TYPE>(w[0], w[1]);
             }
         };
-        const auto weigh_own = [&](int i, int half) {
+        const auto weigh_own = [&](int half) {
 #pragma unroll
             for (int m = 0; m < BLOCKS; m++) {
+                const uint4 v = *(const uint4 *)(own_scores + (half * BLOCKS + m) * (THREADS * 16));
+                const unsigned from[4] = {v.x, v.y, v.z, v.w};
                 const int order = (BLOCKS == 2 ? m : part) - half;
-                if (order == 0) weigh_pairs(0, weight[half][m], scores[i][half][m], m, half);
-                else if (order > 0) weigh_pairs(1, weight[half][m], scores[i][half][m], m, half);
-                else weigh_pairs(-1, weight[half][m], scores[i][half][m], m, half);
+                if (order == 0) weigh_pairs(0, weight[half][m], from, m, half);
+                else if (order > 0) weigh_pairs(1, weight[half][m], from, m, half);
+                else weigh_pairs(-1, weight[half][m], from, m, half);
             }
         };
 
@@ -509,12 +518,12 @@ INLINE void outputs(const Call &call) {
             for (int half = 0; half < 2; half++) {
                 free_weights<1>();
                 if (itself) {
-                    weigh_own(i, half);
+                    weigh_own(half);
                 } else {
                     const uint2 sent = *(const uint2 *)(own.sent[BOTH && !before] + other * 32 + half * 16 + q * 4);
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
-                        scale(weight[half][m], scores[i][half][m], sent, received[2 * m], received[2 * m + 1]);
+                        scale(weight[half][m], scores[i ? i - 1 : 0][half][m], sent, received[2 * m], received[2 * m + 1]);
                 }
                 const char *const rows = tile + (other * 32 + half * 16) * ROW;
                 if (i || half) multiply<BLOCKS, true>(out, weight[half], rows, rows_first);
@@ -526,38 +535,38 @@ INLINE void outputs(const Call &call) {
         if (STATES) {
             const char *const state = entering + job % 2 * STATES * STATE_BYTES;
             const float outside[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
-            float between[STATES ? STATES : 1];
-#pragma unroll
+#pragma unroll(DIRECT ? 1 : DIRECTIONS)
             for (int s = 0; s < STATES; s++) {
                 const int c = s + (s >= place.c);
+                const bool right = DIRECT ? s >= place.c : s;
+                if (right && !BOTH) continue;
                 float gap = 0;
 #pragma unroll
                 for (int k = 0; DIRECT && k <= STATES; k++) {
                     const float total = __shfl_sync(~0u, chunk_total, k);
                     gap += k > min(c, place.c) && k < max(c, place.c) ? total : 0;
                 }
-                between[s] = outside[DIRECT ? s >= place.c : s] * exp2_fast(gap);
-            }
+                const float between = outside[right] * exp2_fast(gap);
+                unsigned received[2 * BLOCKS];
 #pragma unroll
-            for (int n = 0; n < STEPS; n++) {
-                unsigned c[BLOCKS][4];
+                for (int k = 0; k < 2 * BLOCKS; k++) {
+                    const float decay = (right ? from_right[k] : from_left[k]) * between;
+                    received[k] = pack2<X_TYPE>(decay, decay);
+                }
 #pragma unroll
-                for (int m = 0; m < BLOCKS; m++)
-                    ldmatrix_x4(c[m], C_tile + (n / 4 * ROWS + own_row + m * 16) * ROW + (rows_first ^ n % 4 * 32));
+                for (int n = 0; n < STEPS; n++) {
+                    unsigned c[BLOCKS][4], (*const turn)[4] = weight[n % 2];
 #pragma unroll
-                for (int s = 0; s < STATES; s++) {
-                    const bool right = DIRECT ? s >= place.c : s;
-                    if (right && !BOTH) continue;
-                    unsigned (*const turn)[4] = weight[(n * STATES + s) % 2];
-                    free_weights<DIRECT && !BOTH ? 0 : 1>();  // where some are left out, halves do not take turns
+                    for (int m = 0; m < BLOCKS; m++)
+                        ldmatrix_x4(
+                            c[m], C_tile + (n / 4 * ROWS + own_row + m * 16) * ROW + (rows_first ^ n % 4 * 32)
+                        );
+                    free_weights<1 - STEPS % 2>();  // halves take turns if they are even
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
 #pragma unroll
-                        for (int k = 0; k < 4; k++) {
-                            const int row = 2 * m + k % 2;
-                            const float received = (right ? from_right[row] : from_left[row]) * between[s];
-                            turn[m][k] = multiply2<X_TYPE>(c[m][k], pack2<X_TYPE>(received, received));
-                        }
+                        for (int k = 0; k < 4; k++)
+                            turn[m][k] = multiply2<X_TYPE>(c[m][k], received[2 * m + k % 2]);
                     multiply<BLOCKS, true>(out, turn, state + s * STATE_BYTES + n * 16 * ROW, rows_first);
                 }
             }
@@ -598,7 +607,7 @@ INLINE void sums(const Call &call) {
     load_panels<TOKENS>(B_tile, place.at(call.B, call.B_view, place.g), call.B_view.token, place.tokens, call.n);
     copy_async_commit();
     if (PANELS == 1) load(place.begin, 0);
-    Fetched<false> fetched(call, place);
+    Fetched<false> fetched;
     fetched.fetch(call, place, place.begin / SLICES);
     copy_async_wait<PANELS == 1 ? 1 : 0>();
     __syncthreads();
@@ -623,20 +632,26 @@ INLINE void sums(const Call &call) {
         const char *const tile = tiles + buffer * TILE_BYTES;
         const Sent &own = decays[buffer];
         const float after = decay_over(~0u << lane << 1, own), before = decay_over((1u << lane) - 1, own);
-        const unsigned gates[2] = {pack2<X_TYPE>(after, after), pack2<X_TYPE>(before, before)};  // of strip `lane`
         float state[DIRECTIONS][WIDTH / 8][4] = {};
         unsigned weight[2][DIRECTIONS][4];
 #pragma unroll
         for (int i = 0; i < STRIPS; i++) {
             if (!ALL && i * 32 >= place.tokens) break;
-            const unsigned gate[2] = {__shfl_sync(~0u, gates[0], i), __shfl_sync(~0u, gates[1], i)};
+            const float gate[2] = {__shfl_sync(~0u, after, i), __shfl_sync(~0u, before, i)};
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 free_weights<1>();
 #pragma unroll
                 for (int d = 0; d < DIRECTIONS; d++) {
                     const uint2 sent = *(const uint2 *)(own.sent[d] + i * 32 + half * 16 + q * 4);
-                    scale(weight[half][d], keys[2 * i + half], sent, gate[d], gate[d]);
+                    const float2 left = unpack2<X_TYPE>(sent.x), right = unpack2<X_TYPE>(sent.y);
+                    const unsigned factors[2] = {
+                        pack2<X_TYPE>(left.x * gate[d], left.y * gate[d]),
+                        pack2<X_TYPE>(right.x * gate[d], right.y * gate[d]),
+                    };
+#pragma unroll
+                    for (int k = 0; k < 4; k++)
+                        weight[half][d][k] = multiply2<X_TYPE>(keys[2 * i + half][k], factors[k / 2]);
                 }
                 multiply<DIRECTIONS, true>(state, weight[half], tile + (i * 32 + half * 16) * ROW, rows_first);
             }
@@ -662,7 +677,6 @@ INLINE void sums(const Call &call) {
 // States of each chunk alone become those that enter it; those that leave the last one go to `last`. 8 columns a thread
 INLINE void chain(const Call &call) {
     constexpr int AT_ONCE = 8, PIECES = WIDTH / 8;
-    wait_for_previous();
     const int jobs = call.heads * SLICES;
     i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (i >= call.batch * jobs * (DIRECTIONS * N * PIECES)) return;

@@ -276,11 +276,28 @@ template <int COUNT> INLINE void scan_of_warp(float *v, bool from_last) {
     for (int j = 0; j < COUNT; j++) v[j] += outside;
 }
 
-template <int COUNT> struct alignas(COUNT * 4) Floats {
-    float v[COUNT];
-};
-
 constexpr int EACH = TILE / 32;  // tokens a lane where a warp holds a tile's
+
+// Neighbours in memory; the compiler does not find by itself that they can be moved at once
+struct Each {
+    float v[EACH];
+
+    static INLINE Each load(const float *from) {
+        Each to;
+        if constexpr (EACH == 4) {
+            const float4 four = *(const float4 *)from;
+            to.v[0] = four.x, to.v[1] = four.y, to.v[2] = four.z, to.v[3] = four.w;
+        } else {
+            const float2 two = *(const float2 *)from;
+            to.v[0] = two.x, to.v[1] = two.y;
+        }
+        return to;
+    }
+    INLINE void store(float *to) const {
+        if constexpr (EACH == 4) __stwb((float4 *)to, make_float4(v[0], v[1], v[2], v[3]));
+        else __stwb((float2 *)to, make_float2(v[0], v[1]));
+    }
+};
 
 INLINE void decays(const Call &c) {
     constexpr int HEADS = 16, TOKENS = THREADS / HEADS;  // that a block takes at once
@@ -309,8 +326,7 @@ INLINE void decays(const Call &c) {
     const i64 plane = c.batch * c.H * padded;
     for (int k = warp; k < HEADS && h0 + k < c.H; k += WARPS) {
         const float rate = c.A[h0 + k] * LOG2E;
-        typedef Floats<EACH> Each;
-        const Each dt = *(const Each *)(steps[k] + lane * EACH);
+        const Each dt = Each::load(steps[k] + lane * EACH), skip = Each::load(skips[HAS_D ? k : 0] + lane * EACH);
         Each left, right, out[PLANES];
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
@@ -326,7 +342,7 @@ INLINE void decays(const Call &c) {
             out[FROM_LEFT].v[j] = left.v[j];
             out[TO_RIGHT].v[j] = right.v[j];
             out[STEP].v[j] = dt.v[j];
-            out[SKIP].v[j] = HAS_D ? skips[k][lane * EACH + j] : 0.f;
+            out[SKIP].v[j] = skip.v[j];
             out[SCALE + STATE_RIGHT].v[j] = dt.v[j] * exp2_fast(to_right);
             out[SCALE + COSTATE_LEFT].v[j] = exp2_fast(left.v[j]);
             out[SCALE + STATE_LEFT].v[j] = dt.v[j] * exp2_fast(to_left);
@@ -335,7 +351,7 @@ INLINE void decays(const Call &c) {
         float *to = c.planes + (b * c.H + h0 + k) * padded + tile * TILE + lane * EACH;
 #pragma unroll
         for (int j = 0; j < PLANES; j++)
-            if (HAS_D || j != SKIP) *(Each *)(to + j * plane) = out[j];
+            if (HAS_D || j != SKIP) out[j].store(to + j * plane);
     }
 }
 
@@ -345,9 +361,8 @@ struct alignas(1024) WalkStage {
 };
 
 // A warp's 16 rows of a state (N, P) in float, from or to a matrix (p, n) in memory
-template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix, int row, const Call &c) {
-    const int lane = threadIdx.x % 32, column = lane % 4 * 2;
-    row += lane / 4;
+template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix, const Call &c) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, column = lane % 4 * 2;
 #pragma unroll
     for (int e = 0; e < P / 2; e++) {
         const int n = row + e / 2 % 2 * 8, p = column + e / 4 * 8 + e % 2;
@@ -357,10 +372,6 @@ template <bool LOAD> INLINE void move_state(float (*state)[2][4], float *matrix,
         else matrix[p * c.n + n] = v;
     }
 }
-
-// Groups of four warps share a tile's tokens: each carries the part of the state that its tokens have made. To sum them
-// up, each gives the others half of its columns; one buffer is read while the other is filled
-constexpr int GROUPS = P / 16 % 2 ? 1 : WARPS / 4, HALF = P / 16 / GROUPS;
 
 // One block a sequence, head and kind
 INLINE void walk(const Call &c) {
@@ -398,84 +409,41 @@ INLINE void walk(const Call &c) {
     };
     for (int s = 0; s < STAGES - 1; s++) fetch(s);
 
-    const int warp = warp_of_block(), group = warp / 4, own = warp % 4 * 16, q = threadIdx.x % 4;
-    const int from = group * (TILE / GROUPS);
+    const int own = warp_of_block() * 16, q = threadIdx.x % 4;
     const bool holds = own < N;
-    float4 *const parts = (float4 *)(stages + min(STAGES, steps)) + threadIdx.x;
     float state[P / 16][2][4] = {};
-    if (outside && holds && group == 0) move_state<true>(state, (float *)outside + matrix, own, c);
+    if (outside && holds) move_state<true>(state, (float *)outside + matrix, c);
     bits16 *to = c.states + (((b * c.tiles + start) * c.H + h) * KINDS + kind) * STATE;
-    to += (own + row_of_lane()) * P + q / 2 * 8 + group * HALF * 16;
+    to += (own + row_of_lane()) * P + q / 2 * 8;
     for (int s = 0; s < tiles; s++, to += ahead * c.H * KINDS * STATE) {
-        const bool stored = holds && (s || outside);
-        if (GROUPS == 2) {
 #pragma unroll
-            for (int e = 0; e < 2 * HALF; e++) {
-                const float *give = state[(group ? 0 : HALF) + e / 2][e % 2];
-                parts[(s % 2 * 2 * HALF + e) * THREADS] = make_float4(give[0], give[1], give[2], give[3]);
-            }
-        }
-        if (s < steps) {
-            copy_async_wait<STAGES - 2>();
-            publish_copies();
-        }
-        __syncthreads();
-        fetch(s + STAGES - 1);
-#pragma unroll
-        for (int p = 0; p < HALF; p++) {
-            float sum[2][4];
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const float mine = GROUPS == 2 && group ? state[HALF % (P / 16) + p][e / 4][e % 4] : state[p][e / 4][e % 4];
-                sum[e / 4][e % 4] = mine;
-            }
-            if (GROUPS == 2) {
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const float4 other = parts[(s % 2 * 2 * HALF + p * 2 + e) * THREADS + (group ? -128 : 128)];
-                    sum[e][0] += other.x, sum[e][1] += other.y, sum[e][2] += other.z, sum[e][3] += other.w;
-                }
-            }
-            const uint4 eight = neighbours(sum);
-            if (stored) *(uint4 *)(to + p * 16) = eight;
+        for (int p = 0; p < P; p += 16) {
+            const uint4 eight = neighbours(state[p / 16]);
+            if (holds && (s || outside)) *(uint4 *)(to + p) = eight;
         }
         if (s == steps) break;
+        copy_async_wait<STAGES - 2>();
+        publish_copies();
+        __syncthreads();
+        fetch(s + STAGES - 1);
         if (!holds) continue;
         const WalkStage &at = stages[s % STAGES];
-        unsigned keys_left[TILE / 16 / GROUPS][4];
+        unsigned keys_left[TILE / 16][4];
 #pragma unroll
-        for (int t = 0; t < TILE / 16 / GROUPS; t++) Rows<N>::left_transposed(keys_left[t], at.keys, from + t * 16, own);
+        for (int t = 0; t < TILE / 16; t++) Rows<N>::left_transposed(keys_left[t], at.keys, t * 16, own);
         const float total = at.last[3];
 #pragma unroll
         for (int e = 0; e < P / 2; e++) state[e / 8][e / 4 % 2][e % 4] *= total;
 #pragma unroll
-        for (int e = 0; e < TILE / 4 / GROUPS; e++) {
+        for (int e = 0; e < TILE / 4; e++) {
             unsigned &k = keys_left[e / 4][e % 4];
-            const float2 scale = *(const float2 *)(at.scale + from + e / 4 * 16 + e / 2 % 2 * 8 + 2 * q);
-            const float2 pair = unpack2<OPERAND>(k);
+            const float2 scale = *(const float2 *)(at.scale + e / 4 * 16 + e / 2 % 2 * 8 + 2 * q), pair = unpack2<OPERAND>(k);
             k = pack2<OPERAND>(pair.x * scale.x, pair.y * scale.y);
         }
-        add_rows<P, P, TILE / 16 / GROUPS, true>(state, keys_left, at.values, from);
+        add_rows<P, P, TILE / 16, true>(state, keys_left, at.values, 0);
         finish_products<P / 16>(state);
     }
-    if (!last) return;
-    if (GROUPS == 2) {
-        __syncthreads();
-#pragma unroll
-        for (int e = 0; e < P / 8; e++) {
-            const float *give = state[e / 2][e % 2];
-            if (group) parts[e * THREADS - 128] = make_float4(give[0], give[1], give[2], give[3]);
-        }
-        __syncthreads();
-        if (group) return;
-#pragma unroll
-        for (int e = 0; e < P / 8; e++) {
-            float *own_part = state[e / 2][e % 2];
-            const float4 other = parts[e * THREADS];
-            own_part[0] += other.x, own_part[1] += other.y, own_part[2] += other.z, own_part[3] += other.w;
-        }
-    }
-    if (holds) move_state<false>(state, last + matrix, own, c);
+    if (last && holds) move_state<false>(state, last + matrix, c);
 }
 
 // What the tokens of a tile make of its log-decays
@@ -514,9 +482,8 @@ INLINE void store_kept(const float (*v)[4], float4 (*to)[THREADS]) {
 
 // Gradients of a head's dt, and its tile's share of those of A and the bias, by one warp
 INLINE void finish(const Call &c, const Paths &paths, i64 b, i64 tile, i64 h) {
-    typedef Floats<EACH> Each;
     const int lane = threadIdx.x % 32, first = lane * EACH;
-    const auto load = [&](const float *v) { return *(const Each *)(v + first); };
+    const auto load = [&](const float *v) { return Each::load(v + first); };
     const Each all = load(paths.all), forth = load(paths.ahead), step = load(paths.step);
     Each ahead = load(paths.borders[STATE_RIGHT]), back = {}, behind = {};  // of paths that end at a token or, negative, begin
     Each sent = load(paths.borders[COSTATE_LEFT]), unit = load(paths.itself);

@@ -20,7 +20,7 @@ _REST = struct.Struct("17q7if")  # the rest of ssd.cu's Call: its views, its siz
 STRIP, SLICE = 32, 64  # tokens and columns of P that a warp takes at once
 CHUNK_SIZES = (32, 64, 128, 256)
 MOST_STATES = 128  # d_state that shared memory holds
-MOST_DIRECT = 4  # chunks up to which each takes states of all others, rather than those that `chain` makes of them
+MOST_DIRECT = 3  # chunks up to which each takes states of all others, rather than those that `chain` makes of them
 _NONE = 3  # ssd.cu's type of what is not there
 
 
@@ -59,7 +59,7 @@ def plan(
     """
     blocks = batch * chunks * groups
     warps = states // 16
-    resident = max(1, min(3 if strips == 8 else 6, 12 // warps))
+    resident = max(1, min(2 if strips == 8 else 4, 8 // warps))
     sums = Plan(warps, resident, _share(jobs, blocks, processors * resident, 0.5))
     warps = strips * (1 + asynchronous)
     resident = 8 // strips
@@ -72,6 +72,11 @@ def _kernel(entry: str, device: int, shared: int, **defines: int) -> nvrtc.Kerne
     name = f"ssd_{entry}"
     defines = {"KERNEL": name, "ENTRY": entry, "X_TYPE": 1} | defines
     return nvrtc.kernel(_SOURCES, name, tuple(f"{n}={v}" for n, v in defines.items()), device, shared)
+
+
+def _enter(device: int) -> None:
+    if device >= 0:
+        nvrtc._bind(device)
 
 
 def _asynchronous(device: int) -> bool:
@@ -102,7 +107,6 @@ class _Layout(NamedTuple):
     launches: tuple[tuple[nvrtc.Kernel, int, int, bytes], ...]
     states: int
     scratch: int
-    early: bool  # kernels but the first are launched before the previous one has ended
 
 
 def _strides(view: tuple | None) -> tuple[int, ...]:
@@ -122,7 +126,7 @@ def _layout(call: _Signature) -> _Layout:
     panels = -(-states // SLICE)
     row = 2 * SLICE  # bytes of a tile's row
     tile, sent = call.chunk * row, 4 * call.chunk + 4 * max(4, strips)
-    decays = sent + 6 * 4 * call.chunk
+    decays = sent + 4 * 4 * call.chunk
     defines = {"STRIPS": strips, "N": states, "WIDTH": width, "DIRECTIONS": directions}
     defines["ALL"] = int(length % call.chunk == 0 and P % width == 0)
     views = [s for v in (call.x, call.dt, call.B, call.C, call.D) for s in _strides(v)]
@@ -139,8 +143,8 @@ def _layout(call: _Signature) -> _Layout:
         kernel = compilers.submit(_kernel, entry, call.device, shared, **known)
         return kernel, blocks * parts, plan.warps * 32, _REST.pack(*views, *sizes)
 
-    compilers = ThreadPoolExecutor(3)
-    launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 2}
+    compilers = ThreadPoolExecutor(3, initializer=_enter, initargs=(call.device,))
+    launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 1}
     # few chunks receive each other's states as they are
     direct = 1 < chunks <= MOST_DIRECT and states <= SLICE and not (call.initial or call.last)
     entering = chunks - 1 if direct else directions if chunks > 1 or call.initial else 0
@@ -156,6 +160,7 @@ def _layout(call: _Signature) -> _Layout:
     rows = call.chunk // outputs.warps
     slots = 3 if panels == 1 and strips == 8 else 2
     shared = queries + slots * (tile + decays) + (2 * entering * states + 8 * outputs.warps) * row
+    shared += 64 * call.chunk  # scores of the strips with themselves
     blocks = batch * chunks * G
     D_type = {"D_TYPE": _NONE if call.D is None else _TYPES[call.D[2]]}
     launches.append(
@@ -175,8 +180,7 @@ def _layout(call: _Signature) -> _Layout:
     compilers.shutdown()
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
-    early = call.device >= 0 and nvrtc._architecture(call.device) >= 90
-    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4, early)
+    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4)
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -249,8 +253,6 @@ def ssd(
         x.data_ptr(), dt.data_ptr(), B.data_ptr(), C.data_ptr(), _address(D), A.data_ptr(), _address(bias),
         _address(initial), y.data_ptr(), states, states + layout.states, last.data_ptr() if return_last_state else 0,
     )  # fmt: skip
-    launch = nvrtc.launch
     for function, blocks, threads, rest in layout.launches:
-        launch(function, blocks, threads, argument + rest, device)
-        launch = nvrtc.launch_early if layout.early else nvrtc.launch
+        nvrtc.launch(function, blocks, threads, argument + rest, device)
     return y, last

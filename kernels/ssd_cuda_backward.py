@@ -20,20 +20,18 @@ _POINTERS = struct.Struct("20P")
 _REST = struct.Struct("25q3i4x")  # the rest of ssd_backward.cu's Call: its views, its sizes
 _SUM = struct.Struct("8P4q")
 _SMALL_THREADS = 256  # of `decays` and `sums`
+_WALK_THREADS = 128
 _PLANES = 8
 _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a CUdevice_attribute
 
 
 class Plan(NamedTuple):
-    """How gradients are laid over the GPU: tokens of a tile, heads of a block, tiles in flight in a walk, heads in flight
-    in a block; groups of four warps that share a walk.
-    """
+    """How gradients are laid over the GPU: tokens of a tile, heads of a block; tiles in flight in a walk, and heads."""
 
     tile: int
     part: int
     stages: int
     buffers: int = 2
-    walkers: int = 1
 
 
 def _up(n: int, multiple: int) -> int:
@@ -64,9 +62,8 @@ def _shared(plan: Plan, P: int, N: int, kinds: int, steps: int) -> tuple[int, in
     walk = _up(2 * tile * (n + p) + 4 * (tile + 4), 1024)
     stage = _up(2 * (2 * tile * p + kinds * N * p) + 16 * tile, 1024)
     paths = 4 * (warps * tile + (5 + kinds) * tile + warps)
-    parts = 512 * P * (plan.walkers - 1)  # two buffers of the halves of a state that two groups exchange
     gradients = 4 * tile * n + 2 * tile * tile + plan.buffers * stage + 2 * paths + 64 * tile
-    return walk * min(plan.stages, steps) + parts, gradients
+    return walk * min(plan.stages, steps), gradients
 
 
 @functools.lru_cache(4096)
@@ -140,7 +137,7 @@ def _layout(
     heads = -(-H // 32)
     jobs = [
         ("decays", batch * tiles * -(-H // 16), _SMALL_THREADS, 1, 0),
-        *[("walk", batch * H * kinds, 128 * plan.walkers, 3 - plan.walkers, walk)] * walked,
+        *[("walk", batch * H * kinds, _WALK_THREADS, 2, walk)] * walked,
         ("gradients", batch * tiles * groups * parts, 2 * tile, 128 // tile, gradients),
     ]
     inner = batch * length * groups * n

@@ -19,6 +19,7 @@ SCANS = [
     (1, (10, 53), 2, 3, 2, FP16),
     (1, (5, 10), 1, 9, 17, FP16),
     (8, (5, 9), 4, 240, 1, BF16),
+    (8, (32, 33), 4, 240, 1, BF16),
     (2, (7, 7), 4, 96, 1, BF16),
 ]
 SSDS = [  # length, heads, P, N, groups, chunk, both directions, initial and last states

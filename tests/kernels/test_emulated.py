@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mambavision.kernels import cuda, nvrtc, reference
-from tests.kernels import sanitized
+from tests.kernels import sanitized, test_ssd
 from tests.kernels.emulated import ASCENDING, DESCENDING, RANDOM, guarded
 from tests.kernels.test_backends import COVERING, EXTREME, Case, check, make, relative
 
@@ -288,9 +288,10 @@ def test_nan_and_infinity_are_not_hidden(name, machine):
 
 def test_every_kernel_through_the_operators(emulator, monkeypatch):
     """What compute-sanitizer is shown on a GPU holds all of them."""
-    emulator.processors = 132
+    emulator.processors = 4  # so that an image is enough
+    merged = [(1, grid, 2, 64, N, dtype) for _, grid, _, _, N, dtype in sanitized.SCANS[4:6]]
     monkeypatch.setattr(sanitized, "device", "cpu")
-    monkeypatch.setattr(sanitized, "SCANS", sanitized.SCANS[2:5])
+    monkeypatch.setattr(sanitized, "SCANS", [*sanitized.SCANS[2:4], *merged])
     monkeypatch.setattr(sanitized, "SSDS", sanitized.SSDS[2:3])
     sanitized.call_all()
     assert names(emulator) >= ALL
@@ -308,3 +309,9 @@ def test_state_space_duality_touches_nothing_outside_of_tensors(shape, at_end, e
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, placed(getattr(torch, name)))
     sanitized.dualities(*shape)
+
+
+@pytest.mark.parametrize("case", [test_ssd.CUDA[i] for i in (1, 2, 4, 5, 8)], ids=str)
+def test_state_space_duality_as_an_operator(case, machine):
+    """Forward and every gradient, through autograd."""
+    test_ssd.check(case, "cuda", machine)
