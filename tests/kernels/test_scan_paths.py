@@ -169,3 +169,13 @@ def test_a_last_state_that_nobody_wants_is_not_made(case, small_machine):
     y, last = cuda.scan(*inputs, None, None, None, None, True, True)
     again, nothing = cuda.scan(*inputs, None, None, None, None, True, True, want_state=False)
     assert torch.equal(y, again) and nothing is None and last.isfinite().all()
+
+
+@pytest.mark.parametrize("case", [Case(40, 128, "fp32", 3), Case(40, 2, "fp32", 140), Case(33, 64, "bf16", 9)], ids=str)
+def test_backwards_of_few_warps_give_the_same_bits_in_any_order_of_threads(case, emulator):
+    """As many as fit into 64 KB; one warp sums dB and dC without a second buffer."""
+    emulator.shared, seen = 64 << 10, []
+    for emulator.order in ORDERS:
+        seen.append(direct(case))
+    assert next(threads for name, _, threads in emulator.launches if name == "scan_backward") <= 96
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
