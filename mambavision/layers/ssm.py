@@ -94,6 +94,13 @@ def ssm_scan(
     return multi_scan(x, dt, A, B, C, D, orders=orders, grid=grid, delta_bias=dt_bias, dt_weight=dt_weight)
 
 
+def two_linear(x: Tensor, projection: nn.Linear) -> tuple[Tensor, Tensor]:
+    """The two halves of projection(x), as two products: the gradients of the halves need not be copied together."""
+    weights = projection.weight.chunk(2)
+    biases = (None, None) if projection.bias is None else projection.bias.chunk(2)
+    return F.linear(x, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
+
+
 class SelectiveSSM(nn.Module):
     """Selective scans of channels-last tokens in K orders, each with its own parameters, summed in image order.
 

@@ -6,6 +6,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mambavision.ops.dispatch import Backend, scan
+from mambavision.ops.low_rank import low_rank_scan
 from mambavision.ops.orders import Grid, OrderTable, Preset, ScanOrder, order_table
 
 
@@ -86,10 +87,9 @@ def multi_scan(
     for name, (v, shape) in expected.items():
         if v is not None and tuple(v.size()) != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(v.shape)}")
-    if dt_weight is not None:
-        delta = (delta.transpose(1, 2) @ dt_weight.to(delta.dtype).transpose(1, 2)).transpose(1, 2)
-
-    y, state = scan(
-        x[:, :, None], delta, A, B, C, D, delta_bias, initial_state, table.index, delta_softplus, merge, backend
-    )
+    options = (D, delta_bias, initial_state, table.index, delta_softplus, merge, backend)
+    if dt_weight is None:
+        y, state = scan(x[:, :, None], delta, A, B, C, *options)
+    else:
+        y, state = low_rank_scan(x[:, :, None], delta, dt_weight, A, B, C, *options)
     return (y, state) if return_last_state else y

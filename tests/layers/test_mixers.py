@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from mambavision.layers import SS2D, BiMambaMixer, MambaMixer, SelectiveSSM, init_mamba_yolo
-from mambavision.layers.mixers import causal_conv1d
 from tests.parity import check_module, load
 
 
@@ -55,15 +54,6 @@ def test_ss2d_is_mamba_yolos(name):
     fixture = load(name)
     ss2d = SS2D(32, act_layer=nn.GELU, init=init_mamba_yolo)
     check_module(fixture, ChannelsFirst(fitted(ss2d, fixture.weights())), tol=1e-5, grad_tol=1e-4)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_causal_conv1d_looks_one_way_only(reverse):
-    x, weight = torch.randn(2, 9, 3), torch.randn(3, 1, 4)
-    flipped = x.flip(1) if reverse else x
-    expected = F.conv1d(F.pad(flipped.transpose(1, 2), (3, 0)), weight, groups=3).transpose(1, 2)
-    expected = expected.flip(1) if reverse else expected
-    torch.testing.assert_close(causal_conv1d(x, weight, reverse=reverse), expected)
 
 
 def test_mamba_mixer_is_causal_and_bi_mamba_is_not():
