@@ -5,6 +5,7 @@ from mambavision.ops.dispatch import Backend, describe_backends, use_backend
 from mambavision.ops.multi_scan import multi_scan
 from mambavision.ops.norm_gate import norm_gate
 from mambavision.ops.orders import OrderTable, Preset, ScanOrder, order_table, scan_order
+from mambavision.ops.projected_scan import projected_scan
 from mambavision.ops.selective_scan import selective_scan
 from mambavision.ops.ssd import Diagonal, SSDBackend, noncausal_ssd, ssd
 
@@ -24,6 +25,7 @@ __all__ = [
     "noncausal_ssd",
     "norm_gate",
     "order_table",
+    "projected_scan",
     "scan_order",
     "selective_scan",
     "ssd",

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mambavision.ops.dispatch import Backend, scan
-from mambavision.ops.low_rank import low_rank_scan
 from mambavision.ops.orders import Grid, OrderTable, Preset, ScanOrder, order_table
 
 
@@ -58,38 +58,58 @@ def multi_scan(
 
     Source: VMamba, arXiv 2401.10166, section 4.2 (cross-scan); the recurrence is Mamba's, arXiv 2312.00752.
     """
-    if x.dim() != 3 or x.shape[1] == 0:
-        raise ValueError(f"x must be (batch, L, D) with L at least 1, got {tuple(x.shape)}")
-    batch, length, channels = x.shape
-    if A.dim() != 3 or A.shape[1] != channels:
-        raise ValueError(f"A must be (K, {channels}, N), got {tuple(A.shape)}")
-    K, _, N = A.shape
-    tokens = 1
-    for size in grid:
-        tokens *= size
-    if tokens != length:
-        raise ValueError(f"grid {tuple(grid)} has {tokens} tokens, x has {length}")
-    table = orders if isinstance(orders, OrderTable) else order_table(orders, grid, x.device)
+    batch, length, channels, K, N = sizes(x, A)
+    token = (K, channels) if dt_weight is None else (K, delta.shape[-1])
     expected = {
-        "orders": (table.index, (K, length)),
         "B": (B, (batch, length, K, N)),
         "C": (C, (batch, length, K, N)),
         "D": (D, (K, channels)),
         "delta_bias": (delta_bias, (K, channels)),
         "initial_state": (initial_state, (batch, K, channels, N)),
+        "delta": (delta, (batch, length, *token)),
+        "dt_weight": (dt_weight, (K, channels, token[1])),
     }
-    if dt_weight is None:
-        expected["delta"] = (delta, (batch, length, K, channels))
-    else:
-        R = delta.shape[-1]
-        expected["delta"] = (delta, (batch, length, K, R))
-        expected["dt_weight"] = (dt_weight, (K, channels, R))
-    for name, (v, shape) in expected.items():
+    order = checked(orders, grid, x, K, expected)
+    if dt_weight is not None:
+        delta = low_rank_delta(delta, dt_weight)
+
+    y, state = scan(
+        x[:, :, None], delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge, backend
+    )
+    return (y, state) if return_last_state else y
+
+
+def sizes(x: Tensor, A: Tensor) -> tuple[int, int, int, int, int]:
+    """batch, L, D, K and N."""
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"x must be (batch, L, D) with L at least 1, got {tuple(x.shape)}")
+    if A.dim() != 3 or A.shape[1] != x.shape[2]:
+        raise ValueError(f"A must be (K, {x.shape[2]}, N), got {tuple(A.shape)}")
+    return *x.shape, A.shape[0], A.shape[2]
+
+
+def checked(
+    orders: Preset | Sequence[ScanOrder | ArrayLike | Tensor] | OrderTable,
+    grid: Grid,
+    x: Tensor,
+    K: int,
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]],
+) -> Tensor:
+    """The table of K orders over the tokens of x; raises ValueError where a tensor has not its expected shape."""
+    tokens = 1
+    for size in grid:
+        tokens *= size
+    if tokens != x.shape[1]:
+        raise ValueError(f"grid {tuple(grid)} has {tokens} tokens, x has {x.shape[1]}")
+    table = orders if isinstance(orders, OrderTable) else order_table(orders, grid, x.device)
+    for name, (v, shape) in ({"orders": (table.index, (K, tokens))} | expected).items():
         if v is not None and tuple(v.size()) != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(v.shape)}")
-    options = (D, delta_bias, initial_state, table.index, delta_softplus, merge, backend)
-    if dt_weight is None:
-        y, state = scan(x[:, :, None], delta, A, B, C, *options)
-    else:
-        y, state = low_rank_scan(x[:, :, None], delta, dt_weight, A, B, C, *options)
-    return (y, state) if return_last_state else y
+    return table.index
+
+
+def low_rank_delta(dt: Tensor, weight: Tensor) -> Tensor:
+    """(batch, L, K, D) from dt (batch, L, K, R) and weight (K, D, R): a product for each scan, and no copy of dt."""
+    batch, length, K, _ = dt.shape
+    delta = torch.bmm(dt.flatten(0, 1).transpose(0, 1), weight.to(dt.dtype).mT)  # (K, batch L, D)
+    return delta.view(K, batch, length, -1).permute(1, 2, 0, 3)
