@@ -107,7 +107,7 @@ def _tile(D: int) -> dict[str, int]:
 def norm_gate(
     x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None, eps: float
 ) -> Tensor:
-    """layer_norm(x) if ``weight`` is given else x, times activation(z) if given; x and z (..., D), the result like x."""
+    """layer_norm(x) if ``weight`` is given else x, times activation(z) if z is given; x, z and the result (..., D)."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, gate, D = _flat(x), _flat(z), x.shape[-1]
     tile = _tile(D)

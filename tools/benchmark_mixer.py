@@ -210,7 +210,7 @@ def compare_cores() -> None:
         for name, run in runs.items():
             turned = [v if name == "ours" else v.permute(0, 3, 1, 2).contiguous() for v in (x, dy)]
 
-            def forward(run=run, x=turned[0]):
+            def forward(run=run, x=turned[0], parameters=parameters):
                 with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
                     return run(x, *parameters)
 
@@ -264,7 +264,7 @@ def list_kernels(only: str = "") -> None:
             rows = kernels_of(run)
             total, launches = sum(us for *_, us in rows), sum(n for _, n, _ in rows)
             ms = medians_ms({what: run})[what]
-            print(f"\n{name} {shape}, {what}: {launches} launches, {total:.0f} us on the device, {1e3 * ms:.0f} us a call")
+            print(f"\n{name} {shape}, {what}: {launches} launches, {total:.0f} us of kernels, {1e3 * ms:.0f} us a call")
             for kernel, count, us in rows:
                 print(f"  {us:8.1f} us  {count} x  {kernel[:150]}", flush=True)
 

@@ -1,4 +1,4 @@
-"""Depth-wise convolution of channels-last tokens and pixels, its choice of implementation and registration with torch."""
+"""Depth-wise convolution of channels-last tokens and pixels, and its registration with torch."""
 
 import functools
 import importlib

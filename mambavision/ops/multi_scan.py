@@ -112,4 +112,4 @@ def low_rank_delta(dt: Tensor, weight: Tensor) -> Tensor:
     """(batch, L, K, D) from dt (batch, L, K, R) and weight (K, D, R): a product for each scan, and no copy of dt."""
     batch, length, K, _ = dt.shape
     delta = torch.bmm(dt.flatten(0, 1).transpose(0, 1), weight.to(dt.dtype).mT)  # (K, batch L, D)
-    return delta.view(K, batch, length, -1).permute(1, 2, 0, 3)
+    return delta.view(K, batch, length, weight.shape[1]).permute(1, 2, 0, 3)

@@ -72,8 +72,9 @@ def projected_scan(
     projected = F.linear(x, x_proj.flatten(0, 1).to(x.dtype)).unflatten(-1, (K, -1))
     dt, B, C = projected.split([R, N, N], -1)
     return multi_scan(
-        x, dt, A, B, C, D, orders=OrderTable(order), grid=grid, delta_bias=delta_bias, dt_weight=dt_weight, backend=backend
-    )
+        x, dt, A, B, C, D, orders=OrderTable(order), grid=grid, delta_bias=delta_bias, dt_weight=dt_weight,
+        backend=backend,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("mambavision::projected_scan", mutates_args=())
@@ -126,8 +127,10 @@ def _projected_scan_backward(
     weight, dt_cast = x_proj.flatten(0, 1).to(x.dtype), dt_weight.to(x.dtype)
     gradient = torch.empty_like(projected)
     dx, sums = None, None
-    images = max(1, -(-len(x) // CHUNKS))
-    for i in range(0, max(1, len(x)), images):
+    if len(x) == 0:
+        return [torch.zeros_like(v) for v in (x, x_proj, dt_weight, A, D, delta_bias) if v is not None]
+    images = -(-len(x) // CHUNKS)
+    for i in range(0, len(x), images):
         part = slice(i, i + images)
         dt, B, C = projected[part].split([R, N, N], -1)
         delta = low_rank_delta(dt, dt_cast)

@@ -1,0 +1,169 @@
+"""projected_scan: its equation, what it keeps, its refusals, registration with torch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mambavision.ops import multi_scan, projected_scan
+
+GRID = (3, 4)
+LENGTH, CHANNELS, STATES, RANK = 12, 5, 3, 2
+
+
+def arguments(K=4, *, batch=2, dtype=torch.float32, options=True) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    args = {
+        "x": normal(batch, LENGTH, CHANNELS),
+        "x_proj": normal(K, RANK + 2 * STATES, CHANNELS),
+        "dt_weight": normal(K, CHANNELS, RANK),
+        "A": -torch.rand(K, CHANNELS, STATES, generator=g, dtype=torch.float64) - 0.1,
+    }
+    if options:
+        args |= {"D": normal(K, CHANNELS), "delta_bias": normal(K, CHANNELS)}
+    return {k: v.to(dtype).requires_grad_() for k, v in args.items()}
+
+
+def written_out(x, x_proj, dt_weight, A, D=None, delta_bias=None, *, orders="cross"):
+    dt, B, C = torch.einsum("bld,kcd->blkc", x, x_proj).split([RANK, STATES, STATES], -1)
+    delta = torch.einsum("blkr,kdr->blkd", dt, dt_weight)
+    return multi_scan(x, delta, A, B, C, D, orders=orders, grid=GRID, delta_bias=delta_bias, backend="reference")
+
+
+def with_gradients(function, args: dict[str, Tensor]) -> list[Tensor]:
+    y = function(**args)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    return [y, *torch.autograd.grad(y, list(args.values()), dy)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
+@pytest.mark.parametrize("options", [True, False])
+def test_it_is_projection_then_scan(backend, options):
+    def function(**args):
+        return projected_scan(**args, orders="cross", grid=GRID, backend=backend)
+
+    exact = with_gradients(written_out, arguments(options=options, dtype=torch.float64))
+    found = with_gradients(function, arguments(options=options))
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # another way
+        torch.testing.assert_close(function(**arguments(options=options)), found[0])
+
+
+@pytest.mark.parametrize("orders", [("hilbert",), ("row", torch.arange(LENGTH).flip(0))])
+def test_any_orders(orders):
+    args = arguments(len(orders))
+    expected = with_gradients(lambda **a: written_out(**a, orders=orders), args)
+    found = with_gradients(lambda **a: projected_scan(**a, orders=orders, grid=GRID), args)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradcheck():
+    args = arguments(2, batch=1, dtype=torch.float64)
+
+    def function(*values):
+        return projected_scan(**dict(zip(args, values, strict=True)), orders="bidirectional", grid=GRID)
+
+    torch.autograd.gradcheck(function, tuple(args.values()))
+
+
+@pytest.mark.parametrize("frozen", ["x", "x_proj", "A", "D"])
+def test_what_needs_no_gradient_gets_none(frozen):
+    args = arguments()
+    expected = dict(zip(args, with_gradients(written_out, args)[1:], strict=True))
+    args[frozen] = args[frozen].detach()
+    projected_scan(**args, orders="cross", grid=GRID).backward(
+        torch.randn(2, LENGTH, CHANNELS, generator=torch.Generator().manual_seed(1))
+    )
+    assert args[frozen].grad is None
+    for name, v in args.items():
+        if name != frozen:
+            torch.testing.assert_close(v.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_delta_is_not_kept():
+    args, kept = arguments(), {}
+
+    def keep(v: Tensor) -> Tensor:
+        kept[v.data_ptr()] = v.numel()
+        return v
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
+        projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
+    projected = 2 * LENGTH * 4 * (RANK + 2 * STATES)
+    order = 4 * LENGTH
+    assert sum(kept.values()) == sum(v.numel() for v in args.values()) + projected + order
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_float32_parameters(dtype):
+    args = arguments()
+    expected = with_gradients(written_out, args)
+    args["x"] = args["x"].detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        y = projected_scan(**args, orders="cross", grid=GRID)
+    assert y.dtype == dtype
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = [y, *torch.autograd.grad(y, list(args.values()), dy)]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float() - other).norm() < 0.05 * other.norm()
+
+
+WRONG = {
+    "x must be": {"x": torch.zeros(2, 3, 4, 5)},
+    "A must be": {"A": torch.zeros(4, 6, 3)},
+    "x_proj must be .4, 8, 5.": {"x_proj": torch.zeros(4, 7, 5)},
+    "dt_weight must be .4, 5, 2.": {"dt_weight": torch.zeros(4, 6, 2)},
+    "D must be": {"D": torch.zeros(5)},
+    "delta_bias must be": {"delta_bias": torch.zeros(4, 6)},
+    "grid .3, 5. has 15 tokens": {"grid": (3, 5)},
+    "orders must be": {"orders": "bidirectional"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_is_refused(message):
+    with pytest.raises(ValueError, match=message):
+        projected_scan(**({"orders": "cross", "grid": GRID} | arguments() | WRONG[message]))
+
+
+def test_a_parameter_left_on_another_device_is_named():
+    args = arguments()
+    args["A"] = args["A"].detach().to("meta")
+    with pytest.raises(ValueError, match="A is on meta, x on cpu"):
+        projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
+
+
+@pytest.mark.parametrize("options", [True, False])
+def test_opcheck(options):
+    args = arguments(options=options)
+    y = projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
+    assert "projected_scan" in y.grad_fn.name()
+    order = torch.stack([torch.randperm(LENGTH) for _ in range(4)]).int()
+    inputs = (*args.values(), *(() if options else (None, None)), order, "cpu")
+    torch.library.opcheck(torch.ops.mambavision.projected_scan, inputs)
+    detached = [v.detach().clone() if isinstance(v, Tensor) else v for v in inputs]
+    _, projected, starts = torch.ops.mambavision.projected_scan(*detached)
+    backward = (torch.randn(2, LENGTH, CHANNELS), *detached[:7], projected, starts, "cpu")
+    torch.library.opcheck(torch.ops.mambavision.projected_scan_backward, backward)
+
+
+def test_compile_in_one_graph():
+    args = arguments()
+    torch.compiler.reset()
+
+    def function(**args):
+        return projected_scan(**args, orders="cross", grid=GRID)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(with_gradients(compiled, args), with_gradients(function, args))
+
+
+def test_no_images():
+    args = arguments(batch=0)
+    found = with_gradients(lambda **a: projected_scan(**a, orders="cross", grid=GRID, backend="cpu"), args)
+    assert found[0].shape == (0, LENGTH, CHANNELS)
+    assert all(not v.any() for v in found[1:])
