@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambavision.layers import SS2D, BiMambaMixer, init_mamba_yolo
+from mambavision.layers import SS2D, BiMambaMixer, LayerNorm2d, init_mamba_yolo
 from mambavision.layers.ssm import init_mamba, ssm_scan
 from mambavision.ops import selective_scan
 
@@ -43,12 +43,28 @@ CORES = {
     "Mamba-YOLO P3": Core(16, 80, 80, 256, 16, 16),
     "Mamba-YOLO P2": Core(16, 160, 160, 128, 16, 8),
 }
+
+
+class Normalised(nn.Module):
+    """A norm of images and a mixer of pixels (B, H, W, C)."""
+
+    def __init__(self, norm: nn.Module, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mixer = norm, mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixer(self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "SS2D, VMamba-T stage 1": (
         partial(SS2D, 96, d_state=1, expand=2, conv_bias=False, gated=False),
         (64, 56, 56, 96),
     ),
-    "SS2D, Mamba-YOLO P3": (partial(SS2D, 128, act_layer=nn.GELU, init=init_mamba_yolo), (16, 80, 80, 128)),
+    "LayerNorm2d and SS2D, Mamba-YOLO P3": (
+        lambda: Normalised(LayerNorm2d(128), SS2D(128, act_layer=nn.GELU, init=init_mamba_yolo)),
+        (16, 80, 80, 128),
+    ),
     "BiMambaMixer, Vim-S": (partial(BiMambaMixer, 384), (64, 197, 384)),
 }
 

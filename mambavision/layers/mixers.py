@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.layers.ssm import SSMInit, init_mamba, ssm_scan, two_linear
@@ -100,7 +101,7 @@ class BiMambaMixer(MambaMixer):
         x, z = two_linear(x, self.in_proj)
         y = _direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         y_b = _direction(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
-        return self.out_proj(norm_gate((y + y_b) / 2, z))
+        return F.linear(norm_gate(y + y_b, z), self.out_proj.weight / 2, self.out_proj.bias)
 
 
 def _direction(
