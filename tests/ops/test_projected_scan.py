@@ -1,10 +1,14 @@
 """projected_scan: its equation, what it keeps, its refusals, registration with torch."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 
 from mambavision.ops import multi_scan, projected_scan
+
+module = importlib.import_module("mambavision.ops.projected_scan")
 
 GRID = (3, 4)
 LENGTH, CHANNELS, STATES, RANK = 12, 5, 3, 2
@@ -137,8 +141,33 @@ def test_a_parameter_left_on_another_device_is_named():
         projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
 
 
+@pytest.fixture(params=[1, 8])
+def aligned(request, monkeypatch):
+    """Widths of products as on a CPU, and as on a GPU: here 8 of projections and 2 of rank, then 8 and 8."""
+    monkeypatch.setattr(module, "_aligned", lambda x: request.param)
+
+
+def test_aligned_products_are_the_same(aligned):
+    args = arguments(dtype=torch.float32)
+    odd = args | {"x_proj": args["x_proj"][:, 1:].detach().requires_grad_()}  # R = 1, 7 rows: one of zeros
+    odd["dt_weight"] = args["dt_weight"][..., 1:].detach().requires_grad_()
+    for each in (args, odd):
+        rank = each["dt_weight"].shape[-1]
+
+        def expected(x, x_proj, dt_weight, rank=rank, **rest):
+            fill = torch.zeros(4, CHANNELS, RANK - rank)
+            rows = torch.cat([torch.zeros(4, RANK - rank, CHANNELS), x_proj], 1)
+            return written_out(x, rows, torch.cat([fill, dt_weight], -1), **rest)
+
+        found = with_gradients(lambda **a: projected_scan(**a, orders="cross", grid=GRID, backend="cpu"), each)
+        torch.testing.assert_close(found, with_gradients(expected, each), rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            plain = projected_scan(**each, orders="cross", grid=GRID, backend="cpu")
+        torch.testing.assert_close(plain, found[0])
+
+
 @pytest.mark.parametrize("options", [True, False])
-def test_opcheck(options):
+def test_opcheck(options, aligned):
     args = arguments(options=options)
     y = projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
     assert "projected_scan" in y.grad_fn.name()
