@@ -141,12 +141,12 @@ def ours(x: Tensor, *parameters: Tensor) -> Tensor:
     return ssm_scan(x.flatten(1, 2), *parameters, orders="cross", grid=tuple(x.shape[1:3])).view(x.shape)
 
 
-def core_inputs(s: Core, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+def core_inputs(s: Core, device: str, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
     """x (B, H, W, D) in bfloat16, and float32 parameters as a new layer has them."""
-    g = torch.Generator("cuda").manual_seed(seed)
-    x = torch.randn(s.B, s.H, s.W, s.D, generator=g, device="cuda").bfloat16()
-    x_proj = (torch.rand(4, s.R + 2 * s.N, s.D, generator=g, device="cuda") * 2 - 1) * s.D**-0.5
-    rest = [torch.empty(4, s.D, *n, device="cuda") for n in ((s.N,), (), (s.R,), ())]
+    torch.manual_seed(seed)
+    x = torch.randn(s.B, s.H, s.W, s.D, device=device).bfloat16()
+    x_proj = (torch.rand(4, s.R + 2 * s.N, s.D, device=device) * 2 - 1) * s.D**-0.5
+    rest = [torch.empty(4, s.D, *n, device=device) for n in ((s.N,), (), (s.R,), ())]
     init_mamba(*rest)
     A_log, D, dt_weight, dt_bias = rest
     return x, [x_proj, dt_weight, dt_bias, A_log, D]
@@ -155,14 +155,14 @@ def core_inputs(s: Core, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
 def step(run: Callable[..., Tensor], x: Tensor, parameters: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
     """y and the gradients of x and of the parameters, under autocast as in training."""
     leaves = [v.detach().requires_grad_() for v in (x, *parameters)]
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         y = run(*leaves)
     return y, *torch.autograd.grad(y, leaves, dy)
 
 
-def disagreement(runs: dict[str, Callable[..., Tensor]], s: Core) -> str | None:
-    """None, or what differs by more than bfloat16 rounding (2 %) between the first implementation and another."""
-    x, parameters = core_inputs(s._replace(B=2), seed=1)
+def disagreement(runs: dict[str, Callable[..., Tensor]], s: Core, device: str) -> str | None:
+    """None, or what differs by more than bfloat16 rounding (2 %) between "ours" and another implementation."""
+    x, parameters = core_inputs(s._replace(B=2), device, seed=1)
     dy = torch.randn_like(x)
     names = ("y", "x", "x_proj", "dt_weight", "dt_bias", "A_log", "D")
     results = {}
@@ -217,10 +217,10 @@ def compare_cores() -> None:
     for name, einsum in (("four copies, conv1d", False), ("four copies, einsum", True)):
         runs[name] = partial(materialised, scan=scan, einsum=einsum)
     for shape, s in CORES.items():
-        if wrong := disagreement(runs, s):
+        if wrong := disagreement(runs, s, "cuda"):
             print(f"{shape} is not timed: {wrong}", flush=True)
             continue
-        x, parameters = core_inputs(s)
+        x, parameters = core_inputs(s, "cuda")
         calls, steps, memory = {}, {}, {}
         dy = torch.randn_like(x)
         for name, run in runs.items():
