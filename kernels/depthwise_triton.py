@@ -21,6 +21,7 @@ class Tiling(NamedTuple):
     warps: int
 
 
+AHEAD = 4  # rows of the forward's loads in flight
 PROGRAMS = 2048  # of the weight gradient; each writes a partial sum
 
 
@@ -45,13 +46,13 @@ def _stencil(weight, ch, D, TAPS: tl.constexpr, FLIP: tl.constexpr):
 @triton.jit
 def _row(x, h, H, col, W, x_h, x_w, ch, D, KW: tl.constexpr, PW: tl.constexpr):
     """Row h, as often as the stencil is wide: tile j is shifted by j - PW pixels. Zero outside the image."""
-    taps = ()
+    tiles = ()
     for j in tl.static_range(KW):
         c = col + (j - PW)
         inside = ((c >= 0) & (c < W) & (h >= 0) & (h < H))[:, None] & (ch < D)[None, :]
         at = h.to(tl.int64) * x_h + (c.to(tl.int64) * x_w)[:, None] + ch[None, :]
-        taps = taps + (tl.load(x + at, mask=inside, other=0.0).to(tl.float32),)
-    return taps
+        tiles = tiles + (tl.load(x + at, mask=inside, other=0.0),)
+    return tiles
 
 
 @triton.jit
@@ -85,6 +86,7 @@ def _forward(
     x, weight, bias, y, H, W, D, x_b, x_h, x_w,
     KH: tl.constexpr, KW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, FLIP: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, TW: tl.constexpr, BD: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     col, h0, b, ch = _place(H, W, D, ROWS, TW, BD)
     x += b * x_b
@@ -97,13 +99,17 @@ def _forward(
     sums = ()  # of the rows under way, the oldest last
     for _ in tl.static_range(KH):
         sums = sums + (zero,)
+    tiles = ()  # loads that follow a store in the program wait for it: rows are loaded AHEAD
+    for r in tl.static_range(AHEAD):
+        tiles = tiles + _row(x, h0 + (r - PH), H, col, W, x_h, x_w, ch, D, KW, PW)
     for r in tl.static_range(ROWS + KH - 1):
-        taps = _row(x, h0 + (r - PH), H, col, W, x_h, x_w, ch, D, KW, PW)
+        if r + AHEAD < ROWS + KH - 1:
+            tiles = tiles + _row(x, h0 + (r + AHEAD - PH), H, col, W, x_h, x_w, ch, D, KW, PW)
         older = (zero,)
         for i in tl.static_range(KH):
             v = sums[i]
             for j in tl.static_range(KW):
-                v += w[i * KW + j] * taps[j]
+                v += w[i * KW + j] * tiles[r * KW + j].to(tl.float32)
             older = older + (v,)
         sums = older
         if r >= KH - 1:
@@ -138,25 +144,28 @@ def _gradient(
     last = tl.minimum(first + strip, H)
     for i in range(0, tl.cdiv(last - first, ROWS)):
         h0 = first + i * ROWS
-        rows = ()
+        tiles = ()
         for r in tl.static_range(ROWS + KH - 1):
-            rows = rows + _row(x, h0 + (r - PH), H, col, W, x_h, x_w, ch, D, KW, PW)
-            if r >= KH - 1:
-                h = h0 + (r - KH + 1)
-                alive = inside & (h < last)
-                at = h.to(tl.int64) * y_h + (col.to(tl.int64) * y_w)[:, None] + ch[None, :]
-                g = tl.load(dy + at, mask=alive, other=0.0).to(tl.float32)
-                if ACTIVATION is not None:
-                    v = shift
-                    for j in tl.static_range(KH * KW):
-                        v += w[j] * rows[(r - KH + 1) * KW + j]
-                    g *= _slope(v, ACTIVATION)
-                    at = (h.to(tl.int64) * W + col)[:, None] * D + ch[None, :]
-                    tl.store(dv + at, g.to(dv.dtype.element_ty), mask=alive)
-                more = (sums[0] + g,)
+            tiles = tiles + _row(x, h0 + (r - PH), H, col, W, x_h, x_w, ch, D, KW, PW)
+        grads = ()
+        for r in tl.static_range(ROWS):
+            h = h0 + r
+            at = h.to(tl.int64) * y_h + (col.to(tl.int64) * y_w)[:, None] + ch[None, :]
+            grads = grads + (tl.load(dy + at, mask=inside & (h < last), other=0.0),)
+        for r in tl.static_range(ROWS):
+            g = grads[r].to(tl.float32)
+            if ACTIVATION is not None:
+                v = shift
                 for j in tl.static_range(KH * KW):
-                    more = more + (sums[j + 1] + g * rows[(r - KH + 1) * KW + j],)
-                sums = more
+                    v += w[j] * tiles[r * KW + j].to(tl.float32)
+                g *= _slope(v, ACTIVATION)
+                h = h0 + r
+                at = (h.to(tl.int64) * W + col)[:, None] * D + ch[None, :]
+                tl.store(dv + at, g.to(dv.dtype.element_ty), mask=inside & (h < last))
+            more = (sums[0] + g,)
+            for j in tl.static_range(KH * KW):
+                more = more + (sums[j + 1] + g * tiles[r * KW + j].to(tl.float32),)
+            sums = more
     at = tl.program_id(0).to(tl.int64) * D + ch
     if HAS_BIAS:
         tl.store(db + at, tl.sum(sums[0], 0), mask=ch < D)
@@ -195,7 +204,7 @@ def _convolve(x, weight, bias, taps, activation, tiling=None) -> Tensor:
         with torch.cuda.device_of(x):
             _forward[grid](
                 x, weight, bias, y, H, W, D, *_strides(x), **taps, HAS_BIAS=bias is not None, ACTIVATION=activation,
-                ROWS=t.rows, TW=t.width, BD=t.channels, num_warps=t.warps,
+                ROWS=t.rows, TW=t.width, BD=t.channels, AHEAD=min(AHEAD, t.rows + taps["KH"] - 1), num_warps=t.warps,
             )  # fmt: skip
     return y
 

@@ -13,7 +13,16 @@ ELEMENTS = 1024  # of a tile
 
 @triton.jit
 def _rows(v, r, ch, stride, mask):
-    return tl.load(v + r[:, None] * stride + ch[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(v + r[:, None] * stride + ch[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _tiles(dy, x, z, r, ch, rows, D, y_r, x_r, z_r, GATE: tl.constexpr):
+    mask = (r < rows)[:, None] & (ch < D)[None, :]
+    tiles = (_rows(dy, r, ch, y_r, mask), _rows(x, r, ch, x_r, mask))
+    if GATE:
+        tiles = tiles + (_rows(z, r, ch, z_r, mask),)
+    return tiles
 
 
 @triton.jit
@@ -47,10 +56,10 @@ def _forward(
     ch = tl.arange(0, BD)
     mask = (r < rows)[:, None] & (ch < D)[None, :]
     scale, shift = _parameters(weight, bias, ch, D, NORM, HAS_BIAS)
-    v, _ = _normalise(_rows(x, r, ch, x_r, mask), mask, D, eps, NORM)
+    v, _ = _normalise(_rows(x, r, ch, x_r, mask).to(tl.float32), mask, D, eps, NORM)
     v = v * scale + shift
     if GATE:
-        v *= _activate(_rows(z, r, ch, z_r, mask), ACTIVATION)
+        v *= _activate(_rows(z, r, ch, z_r, mask).to(tl.float32), ACTIVATION)
     tl.store(y + r[:, None] * D + ch[None, :], v.to(y.dtype.element_ty), mask=mask)
 
 
@@ -63,15 +72,18 @@ def _backward(
     ch = tl.arange(0, BD)
     scale, shift = _parameters(weight, bias, ch, D, NORM, HAS_BIAS)
     grad_scale, grad_shift = tl.zeros([TR, BD], tl.float32), tl.zeros([TR, BD], tl.float32)
-    for i in range(0, tl.cdiv(rows, TR * tl.num_programs(0))):
-        tile = tl.program_id(0).to(tl.int64) + i * tl.num_programs(0)
-        r = tile * TR + tl.arange(0, TR)
+    next_r = tl.program_id(0).to(tl.int64) * TR + tl.arange(0, TR)
+    next_tiles = _tiles(dy, x, z, next_r, ch, rows, D, y_r, x_r, z_r, GATE)
+    for _ in range(0, tl.cdiv(rows, TR * tl.num_programs(0))):
+        r, tiles = next_r, next_tiles
+        next_r = r + TR * tl.num_programs(0)
+        next_tiles = _tiles(dy, x, z, next_r, ch, rows, D, y_r, x_r, z_r, GATE)  # before this one's stores
         mask = (r < rows)[:, None] & (ch < D)[None, :]
-        g = _rows(dy, r, ch, y_r, mask)
-        v, factor = _normalise(_rows(x, r, ch, x_r, mask), mask, D, eps, NORM)
+        g = tiles[0].to(tl.float32)
+        v, factor = _normalise(tiles[1].to(tl.float32), mask, D, eps, NORM)
         at = r[:, None] * D + ch[None, :]
         if GATE:
-            gate = _rows(z, r, ch, z_r, mask)
+            gate = tiles[2].to(tl.float32)
             dgate = g * (v * scale + shift)
             if ACTIVATION is not None:
                 dgate *= _slope(gate, ACTIVATION)

@@ -1,5 +1,6 @@
 """Scans of tokens that are projected to delta, B and C, as one operator: delta is formed again in the backward."""
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -12,9 +13,6 @@ from mambavision.ops import dispatch
 from mambavision.ops.dispatch import Backend
 from mambavision.ops.multi_scan import checked, low_rank_delta, sizes
 from mambavision.ops.orders import Grid, OrderTable, Preset, ScanOrder
-
-CHUNKS = 1
-KEEP = True
 
 
 def projected_scan(
@@ -64,37 +62,66 @@ def projected_scan(
     backend = dispatch.choose(backend, x.device.type, x.dtype, operator.index(N))
     tensors = (x, x_proj, dt_weight, A, D, delta_bias)
     learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
-    if learns and backend not in ("reference", "chunked"):
+    plain = backend in ("reference", "chunked")
+    if learns and not plain:
         for name, v in (("x_proj", x_proj), ("A", A), ("the order table", order)):
             if v.device != x.device:
                 raise ValueError(f"{name} is on {v.device}, x on {x.device}: move one of them")
         return torch.ops.mambavision.projected_scan(*tensors, order, backend)[0]
-    projected, delta = _project(x, *_weights(x, x_proj, dt_weight), K)
+    if plain:
+        projected = F.linear(x, x_proj.flatten(0, 1).to(x.dtype)).unflatten(-1, (K, -1))
+        delta = low_rank_delta(projected[..., :R], dt_weight)
+    else:
+        projected, delta = _project(x, x_proj, dt_weight)
     B, C = projected[..., R : R + N], projected[..., R + N : R + 2 * N]
     return dispatch.scan(x[:, :, None], delta, A, B, C, D, delta_bias, None, order, True, True, backend)[0]
 
 
-def _weights(x: Tensor, x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights in x's dtype: (K width, D) from x to [dt, B, C, 0] and (K, D, part) from its first part to delta.
-
-    On a GPU the width is a multiple of 8, and so is the part, by zeros that meet B and C: others multiply slowly.
-    """
-    rows, R = x_proj.shape[1], dt_weight.shape[-1]
-    spare = -rows % _aligned(x)
-    part = R if R % _aligned(x) == 0 and spare == 0 else rows + spare
-    wide, deep = x_proj.to(x.dtype), dt_weight.to(x.dtype)
-    wide = F.pad(wide, (0, 0, 0, spare)) if spare else wide
-    return wide.flatten(0, 1), F.pad(deep, (0, part - R)) if part > R else deep
+def _joined(x: Tensor) -> bool:
+    """Whether all K low-rank products are one, with a block-diagonal matrix: K times the work, but at a GPU's speed."""
+    return x.device.type == "cuda"
 
 
-def _aligned(x: Tensor) -> int:
-    return 8 if x.device.type == "cuda" else 1
+def _width(x: Tensor, rows: int) -> int:
+    """Rows of [dt, B, C] and zeros: a GPU multiplies slowly where they are no multiple of 8."""
+    return rows + -rows % 8 if _joined(x) else rows
 
 
-def _project(x: Tensor, wide: Tensor, deep: Tensor, K: int) -> tuple[Tensor, Tensor]:
+def _wide(x: Tensor, x_proj: Tensor) -> Tensor:
+    """x_proj in x's dtype, (K width, D)."""
+    spare = _width(x, x_proj.shape[1]) - x_proj.shape[1]
+    weight = x_proj.to(x.dtype)
+    return (F.pad(weight, (0, 0, 0, spare)) if spare else weight).flatten(0, 1)
+
+
+def _block_diagonal(projected: Tensor, dt_weight: Tensor) -> Tensor:
+    """(K D, K width): from all of projected to delta, zero but where dt of a scan meets delta of the same."""
+    K, channels, R = dt_weight.shape
+    blocks = projected.new_zeros(K, channels, K, projected.shape[-1])
+    blocks[..., :R].diagonal(0, 0, 2).copy_(dt_weight.permute(1, 2, 0))
+    return blocks.flatten(2).flatten(0, 1)
+
+
+def _project(x: Tensor, x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
     """[dt, B, C, 0] (batch, L, K, width) and delta (batch, L, K, D)."""
-    projected = F.linear(x, wide).unflatten(-1, (K, -1))
-    return projected, low_rank_delta(projected[..., : deep.shape[-1]], deep)
+    projected = F.linear(x, _wide(x, x_proj)).unflatten(-1, (len(x_proj), -1))
+    return projected, _delta(projected, dt_weight)
+
+
+def _delta(projected: Tensor, dt_weight: Tensor) -> Tensor:
+    K, channels, R = dt_weight.shape
+    if not _joined(projected):
+        return low_rank_delta(projected[..., :R], dt_weight)
+    return F.linear(projected.flatten(2), _block_diagonal(projected, dt_weight)).unflatten(-1, (K, channels))
+
+
+def _empty_starts(x: Tensor, delta: Tensor, A: Tensor, projected: Tensor, backend: str) -> Tensor:
+    """Where the scan keeps states for its backward: without elements where they take more than x and projected."""
+    kept = dispatch._kernel("cuda").kept_states(x[:, :, None], delta, A) if backend == "cuda" else None
+    if kept and math.prod(kept[0]) * kept[1].itemsize > (x.numel() + projected.numel()) * x.dtype.itemsize:
+        kept = None
+    shape, dtype = kept or ((0,), torch.float32)
+    return x.new_empty(shape, dtype=dtype)
 
 
 @torch.library.custom_op("mambavision::projected_scan", mutates_args=())
@@ -110,20 +137,20 @@ def _projected_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     R, N = dt_weight.shape[-1], A.shape[-1]
     with torch.autocast(x.device.type, enabled=False):
-        projected, delta = _project(x, *_weights(x, x_proj, dt_weight), len(A))
-    B, C, tokens = projected[..., R : R + N], projected[..., R + N : R + 2 * N], x[:, :, None]
-    starts = dispatch._empty_starts(tokens, delta, A, KEEP, backend)
+        projected, delta = _project(x, x_proj, dt_weight)
+    B, C = projected[..., R : R + N], projected[..., R + N : R + 2 * N]
+    starts = _empty_starts(x, delta, A, projected, backend)
     kept = {"starts": starts} if starts.numel() else {}
-    y, _ = dispatch._kernel(backend).scan(tokens, delta, A, B, C, D, delta_bias, None, order, True, True, **kept)
-    return y, projected, starts
+    arguments = (x[:, :, None], delta, A, B, C, D, delta_bias, None, order, True, True)
+    return dispatch._kernel(backend).scan(*arguments, **kept)[0], projected, starts
 
 
 @_projected_scan.register_fake
 def _(x, x_proj, dt_weight, A, D, delta_bias, order, backend):
     K, rows, channels = x_proj.shape
     delta = x.new_empty(*x.shape[:2], K, channels)
-    starts = dispatch._empty_starts(x[:, :, None], delta, A, KEEP, backend)
-    return x.new_empty(x.shape), x.new_empty(*x.shape[:2], K, rows + -rows % _aligned(x)), starts
+    projected = x.new_empty(*x.shape[:2], K, _width(x, rows))
+    return x.new_empty(x.shape), projected, _empty_starts(x, delta, A, projected, backend)
 
 
 @torch.library.custom_op("mambavision::projected_scan_backward", mutates_args=())
@@ -140,45 +167,78 @@ def _projected_scan_backward(
     starts: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    kernel = dispatch._kernel(backend)
-    K, R, N = len(A), dt_weight.shape[-1], A.shape[-1]
-    wide, deep = _weights(x, x_proj, dt_weight)
-    part = deep.shape[-1]
-    gradient = torch.empty_like(projected)
-    dx, sums = None, None
+    inputs = (x, x_proj, dt_weight, A, D, delta_bias)
     if len(x) == 0:
-        return [torch.zeros_like(v) for v in (x, x_proj, dt_weight, A, D, delta_bias) if v is not None]
-    images = -(-len(x) // CHUNKS)
-    for i in range(0, len(x), images):
-        some = slice(i, i + images)
-        dt, B, C = (projected[some, ..., j] for j in (slice(part), slice(R, R + N), slice(R + N, R + 2 * N)))
-        delta = low_rank_delta(dt, deep)
-        kept = {"starts": starts[some]} if starts.numel() else {}
-        du, ddelta, dA, dB, dC, dD, dbias, _ = kernel.scan_backward(
-            grad[some], None, x[some, :, None], delta, A, B, C, D, delta_bias, None, order, True, True, **kept
+        return [torch.zeros_like(v) for v in inputs if v is not None]
+    with torch.autocast(x.device.type, enabled=False):
+        grads = _gradients(grad, inputs, order, projected, starts, backend)
+    return [g.to(v.dtype).contiguous() for g, v in zip(grads, inputs, strict=True) if v is not None]
+
+
+def _gradients(
+    grad: Tensor, inputs: tuple[Tensor | None, ...], order: Tensor, projected: Tensor, starts: Tensor, backend: str
+) -> tuple[Tensor, ...]:
+    x, x_proj, dt_weight, A, D, delta_bias = inputs
+    R, N = dt_weight.shape[-1], A.shape[-1]
+    wide, dproj = _wide(x, x_proj), torch.empty_like(projected)
+    dx, sums, images = None, None, _images(x, A)
+    for first in range(0, len(x), images):
+        part = slice(first, first + images)
+        from_x, to = projected[part], dproj[part]
+        arguments = (_delta(from_x, dt_weight), A, from_x[..., R : R + N], from_x[..., R + N : R + 2 * N])
+        kept = {"starts": starts[part]} if starts.numel() else {}
+        du, ddelta, dA, dB, dC, dD, dbias, _ = dispatch._kernel(backend).scan_backward(
+            grad[part], None, x[part, :, None], *arguments, D, delta_bias, None, order, True, True, **kept
         )
-        del delta
-        ddelta, du = ddelta.to(x.dtype), du.to(x.dtype).flatten(0, 2)
-        ddt, to_B, to_C = (gradient[some, ..., j] for j in (slice(part), slice(R, R + N), slice(R + N, R + 2 * N)))
-        torch.bmm(ddelta.flatten(0, 1).transpose(0, 1), deep, out=ddt.flatten(0, 1).transpose(0, 1))
-        to_B.copy_(dB)
-        to_C.copy_(dC)
-        # every scan's dt with every scan's delta in one product: only equal scans are wanted, but K products are slower
-        pairs = ddelta.flatten(0, 1).flatten(1).mT @ projected[some].flatten(0, 1).flatten(1)
-        dweight = pairs.view(K, -1, K, projected.shape[-1])[..., :R].diagonal(0, 0, 2).permute(2, 0, 1)
-        rows = gradient[some].flatten(0, 1).flatten(1)
+        del arguments
+        dweight = _low_rank_gradients(ddelta.to(x.dtype), from_x, dt_weight, to)
+        _copy(dB, to, R)
+        _copy(dC, to, R + N)
+        new = (dweight, dA, dD, dbias)
+        sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
+        du, rows = du.to(x.dtype).flatten(0, 2), to.flatten(2).flatten(0, 1)
         if images >= len(x):
             dx = du.addmm_(rows, wide)
         else:
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
-            torch.mm(rows, wide, out=dx[some].view(du.shape)).add_(du)
-        new = (dweight, dA, dD, dbias)
-        sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
-    dweight, dA, dD, dbias = sums
-    dproj = (gradient.flatten(0, 1).flatten(1).mT @ x.flatten(0, 1)).view(K, -1, x.shape[-1])[:, : x_proj.shape[1]]
-    grads = (dx.view(x.shape), dproj, dweight, dA, dD, dbias)
-    pairs = zip(grads, (x, x_proj, dt_weight, A, D, delta_bias), strict=True)
-    return [g.to(v.dtype).contiguous() for g, v in pairs if v is not None]
+            torch.mm(rows, wide, out=dx[part].view(du.shape)).add_(du)
+        del du, ddelta, dB, dC
+    dwide = (dproj.flatten(2).flatten(0, 1).mT @ x.flatten(0, 1)).unflatten(0, (len(x_proj), -1))
+    return dx.view(x.shape), dwide[:, : x_proj.shape[1]], *sums
+
+
+def _images(x: Tensor, A: Tensor) -> int:
+    """Images whose gradients are formed at once: as few as fill a GPU, since the scratch of a backward grows with them.
+
+    A channel has about a lane for each 4 states, and a processor is full with 8 warps.
+    """
+    if x.device.type != "cuda":
+        return len(x)
+    warps = len(x) * A[..., 0].numel() * max(1, min(16, A.shape[-1] // 4)) / 32
+    full = 7.5 * torch.cuda.get_device_properties(x.device).multi_processor_count
+    return -(-len(x) // max(1, int(warps / full)))
+
+
+def _low_rank_gradients(ddelta: Tensor, projected: Tensor, dt_weight: Tensor, dproj: Tensor) -> Tensor:
+    """The gradient of dt_weight; that of dt is written to the first columns of dproj, and zeros to others."""
+    K, channels, R = dt_weight.shape
+    if not _joined(ddelta):
+        each = ddelta.flatten(0, 1).transpose(0, 1)  # (K, batch L, D)
+        dproj[..., :R].flatten(0, 1).transpose(0, 1).copy_(each @ dt_weight.to(ddelta.dtype))
+        return each.mT @ projected[..., :R].flatten(0, 1).transpose(0, 1)
+    rows, columns = ddelta.flatten(2).flatten(0, 1), projected.flatten(2).flatten(0, 1)
+    torch.mm(rows, _block_diagonal(projected, dt_weight), out=dproj.flatten(2).flatten(0, 1))
+    pairs = (rows.mT @ columns).view(K, channels, K, -1)[..., :R]
+    return pairs.diagonal(0, 0, 2).permute(2, 0, 1)
+
+
+def _copy(v: Tensor, to: Tensor, column: int) -> None:
+    """Write v (..., N) to columns of `to`, in words of 8 bytes where they fit."""
+    v, to = v.to(to.dtype), to[..., column : column + v.shape[-1]]
+    word = 8 // v.element_size()
+    if all(n % word == 0 for n in (v.shape[-1], column, to.stride(-2), to.storage_offset())):
+        v, to = v.view(torch.int64), to.view(torch.int64)
+    to.copy_(v)
 
 
 @_projected_scan_backward.register_fake

@@ -141,14 +141,16 @@ def test_a_parameter_left_on_another_device_is_named():
         projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
 
 
-@pytest.fixture(params=[1, 8])
-def aligned(request, monkeypatch):
-    """Widths of products as on a CPU, and as on a GPU: here 8 of projections and 2 of rank, then 8 and 8."""
-    monkeypatch.setattr(module, "_aligned", lambda x: request.param)
+@pytest.fixture(params=["cpu", "gpu"])
+def products(request, monkeypatch):
+    """Low-rank products one by one as on a CPU, and joined and padded as on a GPU."""
+    monkeypatch.setattr(module, "_joined", lambda x: request.param == "gpu")
 
 
-def test_aligned_products_are_the_same(aligned):
-    args = arguments(dtype=torch.float32)
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_products_and_parts_of_the_batch_do_not_matter(products, images, monkeypatch):
+    monkeypatch.setattr(module, "_images", lambda x, A: images)
+    args = arguments(batch=3)
     odd = args | {"x_proj": args["x_proj"][:, 1:].detach().requires_grad_()}  # R = 1, 7 rows: one of zeros
     odd["dt_weight"] = args["dt_weight"][..., 1:].detach().requires_grad_()
     for each in (args, odd):
@@ -167,7 +169,7 @@ def test_aligned_products_are_the_same(aligned):
 
 
 @pytest.mark.parametrize("options", [True, False])
-def test_opcheck(options, aligned):
+def test_opcheck(options, products):
     args = arguments(options=options)
     y = projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
     assert "projected_scan" in y.grad_fn.name()
