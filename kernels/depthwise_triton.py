@@ -82,7 +82,7 @@ def _slope(v, ACTIVATION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["H", "W"])
-def _forward(
+def _conv_forward(
     x, weight, bias, y, H, W, D, x_b, x_h, x_w,
     KH: tl.constexpr, KW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, FLIP: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, TW: tl.constexpr, BD: tl.constexpr,
@@ -120,7 +120,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["H", "W", "strip"])
-def _gradient(
+def _conv_gradient(
     x, weight, bias, dy, dv, dw, db, H, W, D, x_b, x_h, x_w, y_b, y_h, y_w, strip,
     KH: tl.constexpr, KW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, FLIP: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, TW: tl.constexpr, BD: tl.constexpr,
@@ -202,7 +202,7 @@ def _convolve(x, weight, bias, taps, activation, tiling=None) -> Tensor:
     grid = (triton.cdiv(W, t.width) * triton.cdiv(H, t.rows) * batch, triton.cdiv(D, t.channels))
     if y.numel():
         with torch.cuda.device_of(x):
-            _forward[grid](
+            _conv_forward[grid](
                 x, weight, bias, y, H, W, D, *_strides(x), **taps, HAS_BIAS=bias is not None, ACTIVATION=activation,
                 ROWS=t.rows, TW=t.width, BD=t.channels, AHEAD=min(AHEAD, t.rows + taps["KH"] - 1), num_warps=t.warps,
             )  # fmt: skip
@@ -244,7 +244,7 @@ def conv_backward(
     db = None if bias is None else torch.empty(programs, D, dtype=torch.float32, device=x.device)
     dv = dy if activation is None else torch.empty(x.shape, dtype=dy.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _gradient[programs, tall](
+        _conv_gradient[programs, tall](
             x, weight, bias, dy, dv, dw, db, H, W, D, *_strides(x), *_strides(dy), strip, **taps,
             HAS_BIAS=bias is not None, ACTIVATION=activation,
             ROWS=t.rows, TW=t.width, BD=t.channels, num_warps=t.warps,

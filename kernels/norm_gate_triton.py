@@ -47,7 +47,7 @@ def _normalise(v, mask, D, eps, NORM: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward(
+def _gate_forward(
     x, z, weight, bias, y, rows, D, x_r, z_r, eps,
     NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GATE: tl.constexpr, ACTIVATION: tl.constexpr,
     TR: tl.constexpr, BD: tl.constexpr,
@@ -64,7 +64,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward(
+def _gate_backward(
     dy, x, z, weight, bias, dx, dz, dw, db, rows, D, y_r, x_r, z_r, eps,
     NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GATE: tl.constexpr, ACTIVATION: tl.constexpr,
     TR: tl.constexpr, BD: tl.constexpr,
@@ -125,7 +125,7 @@ def norm_gate(
     tile = _tile(D)
     if y.numel():
         with torch.cuda.device_of(x):
-            _forward[(triton.cdiv(len(rows), tile["TR"]),)](
+            _gate_forward[(triton.cdiv(len(rows), tile["TR"]),)](
                 rows, gate, weight, bias, y, len(rows), D, rows.stride(0), 0 if gate is None else gate.stride(0), eps,
                 NORM=weight is not None, HAS_BIAS=bias is not None, GATE=z is not None, ACTIVATION=activation, **tile,
             )  # fmt: skip
@@ -149,7 +149,7 @@ def norm_gate_backward(
     programs = min(PROGRAMS, triton.cdiv(len(rows), tile["TR"]))
     dw, db = (new(v, programs, D) for v in (weight, bias))
     with torch.cuda.device_of(x):
-        _backward[(programs,)](
+        _gate_backward[(programs,)](
             grad, rows, gate, weight, bias, dx, dz, dw, db, len(rows), D,
             grad.stride(0), rows.stride(0), 0 if gate is None else gate.stride(0), eps,
             NORM=weight is not None, HAS_BIAS=bias is not None, GATE=z is not None, ACTIVATION=activation, **tile,

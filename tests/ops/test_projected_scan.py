@@ -198,3 +198,62 @@ def test_no_images():
     found = with_gradients(lambda **a: projected_scan(**a, orders="cross", grid=GRID, backend="cpu"), args)
     assert found[0].shape == (0, LENGTH, CHANNELS)
     assert all(not v.any() for v in found[1:])
+
+
+def large(batch, grid, channels, states, rank, *, device, dtype) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g)
+
+    args = {
+        "x": normal(batch, grid[0] * grid[1], channels).to(dtype),
+        "x_proj": normal(4, rank + 2 * states, channels) * channels**-0.5,
+        "dt_weight": normal(4, channels, rank) * rank**-0.5,
+        "A": -torch.rand(4, channels, states, generator=g) - 0.1,
+        "D": normal(4, channels),
+        "delta_bias": normal(4, channels) - 2,
+    }
+    return {k: v.to(device).requires_grad_() for k, v in args.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("size", [(2, 40, 16, 4), (3, 64, 1, 6), (2, 33, 4, 3)], ids=str)
+def test_on_cuda(size, backend, dtype, monkeypatch):
+    batch, channels, states, rank = size
+    grid = (9, 13)
+    args = large(batch, grid, channels, states, rank, device="cuda", dtype=dtype)
+
+    def function(backend, **args):
+        return projected_scan(**args, orders="cross", grid=grid, backend=backend)
+
+    exact = {k: v.detach().double().requires_grad_() for k, v in args.items()}
+    expected = with_gradients(lambda **a: function("chunked", **a), exact)
+    whole = with_gradients(lambda **a: function(backend, **a), args)
+    again = with_gradients(lambda **a: function(backend, **a), args)
+    monkeypatch.setattr(module, "_images", lambda x, A: 2)
+    parts = with_gradients(lambda **a: function(backend, **a), args)
+    limit = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    assert all(torch.equal(one, two) for one, two in zip(whole, again, strict=True))
+    for found in (whole, parts):
+        for name, one, other in zip(("y", *args), found, expected, strict=True):
+            error = ((one.double() - other).norm() / other.norm()).item()
+            assert error <= limit, f"{name} is off by {error:.1e}"
+    with torch.no_grad():
+        assert torch.equal(function(backend, **args), whole[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("states", [1, 16])
+def test_opcheck_on_cuda(states):
+    args = large(2, GRID, 8, states, 3, device="cuda", dtype=torch.bfloat16)
+    order = torch.stack([torch.randperm(LENGTH) for _ in range(4)]).int().cuda()
+    inputs = (*args.values(), order, "cuda")
+    torch.library.opcheck(torch.ops.mambavision.projected_scan, inputs)
+    detached = [v.detach().clone() if isinstance(v, Tensor) else v for v in inputs]
+    y, projected, starts = torch.ops.mambavision.projected_scan(*detached)
+    assert bool(starts.numel()) == (states == 1)
+    backward = (torch.randn_like(y), *detached[:7], projected, starts, "cuda")
+    torch.library.opcheck(torch.ops.mambavision.projected_scan_backward, backward)
