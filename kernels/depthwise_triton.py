@@ -13,15 +13,15 @@ from torch import Tensor
 
 
 class Tiling(NamedTuple):
-    """Rows, pixels of a row and channels of a program, and its warps."""
+    """Rows, pixels of a row and channels of a program, its warps, and how many rows its forward loads ahead (0: all)."""
 
     rows: int
     width: int
     channels: int
     warps: int
+    ahead: int = 0
 
 
-AHEAD = 4  # rows of the forward's loads in flight
 PROGRAMS = 2048  # of the weight gradient; each writes a partial sum
 
 
@@ -176,8 +176,8 @@ def _conv_gradient(
 
 def _tiling(H: int, W: int, D: int, *, gradient: bool) -> Tiling:
     if W == 1:
-        return Tiling(8 if gradient else 16, 1, 128 if gradient else 256, 1)
-    return Tiling(4, 8, 64, 4) if gradient else Tiling(8, 8, 64, 2)
+        return Tiling(4, 1, 128, 1) if gradient else Tiling(16, 1, 128, 1)
+    return Tiling(4, 8, 64, 4) if gradient else Tiling(8, 8, 64, 4, 4)
 
 
 def _strides(v: Tensor) -> tuple[int, ...]:
@@ -200,11 +200,12 @@ def _convolve(x, weight, bias, taps, activation, tiling=None) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     t = tiling or _tiling(H, W, D, gradient=False)
     grid = (triton.cdiv(W, t.width) * triton.cdiv(H, t.rows) * batch, triton.cdiv(D, t.channels))
+    rows = t.rows + taps["KH"] - 1
     if y.numel():
         with torch.cuda.device_of(x):
             _conv_forward[grid](
                 x, weight, bias, y, H, W, D, *_strides(x), **taps, HAS_BIAS=bias is not None, ACTIVATION=activation,
-                ROWS=t.rows, TW=t.width, BD=t.channels, AHEAD=min(AHEAD, t.rows + taps["KH"] - 1), num_warps=t.warps,
+                ROWS=t.rows, TW=t.width, BD=t.channels, AHEAD=min(t.ahead or rows, rows), num_warps=t.warps,
             )  # fmt: skip
     return y
 

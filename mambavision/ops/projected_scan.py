@@ -14,6 +14,8 @@ from mambavision.ops.dispatch import Backend
 from mambavision.ops.multi_scan import checked, low_rank_delta, sizes
 from mambavision.ops.orders import Grid, OrderTable, Preset, ScanOrder
 
+PART = 2**26  # bytes of delta that are worth a part of the batch of their own
+
 
 def projected_scan(
     x: Tensor,
@@ -210,13 +212,15 @@ def _gradients(
 def _images(x: Tensor, A: Tensor) -> int:
     """Images whose gradients are formed at once: as few as fill a GPU, since the scratch of a backward grows with them.
 
-    A channel has about a lane for each 4 states, and a processor is full with 8 warps.
+    A channel has about a lane for each 4 states, and a processor is full with 8 warps. All, where delta is small.
     """
     if x.device.type != "cuda":
         return len(x)
-    warps = len(x) * A[..., 0].numel() * max(1, min(16, A.shape[-1] // 4)) / 32
+    channels = A[..., 0].numel()
+    warps = len(x) * channels * max(1, min(16, A.shape[-1] // 4)) / 32
     full = 7.5 * torch.cuda.get_device_properties(x.device).multi_processor_count
-    return -(-len(x) // max(1, int(warps / full)))
+    parts = min(warps / full, x.shape[:2].numel() * channels * x.element_size() / PART)
+    return -(-len(x) // max(1, int(parts)))
 
 
 def _low_rank_gradients(ddelta: Tensor, projected: Tensor, dt_weight: Tensor, dproj: Tensor) -> Tensor:
