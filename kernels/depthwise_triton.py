@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Tiling(NamedTuple):
-    """Rows, pixels of a row and channels of a program, its warps, and how many rows its forward loads ahead (0: all)."""
+    """Rows, pixels of a row and channels of a program, its warps, and rows that its forward loads ahead (0: all)."""
 
     rows: int
     width: int

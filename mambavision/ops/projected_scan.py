@@ -79,14 +79,14 @@ def projected_scan(
     return dispatch.scan(x[:, :, None], delta, A, B, C, D, delta_bias, None, order, True, True, backend)[0]
 
 
-def _joined(x: Tensor) -> bool:
+def _joined(dt_weight: Tensor) -> bool:
     """Whether all K low-rank products are one, with a block-diagonal matrix: K times the work, but at a GPU's speed."""
-    return x.device.type == "cuda"
+    return dt_weight.device.type == "cuda" and (len(dt_weight) > 1 or dt_weight.shape[-1] % 8 > 0)
 
 
 def _width(x: Tensor, rows: int) -> int:
     """Rows of [dt, B, C] and zeros: a GPU multiplies slowly where they are no multiple of 8."""
-    return rows + -rows % 8 if _joined(x) else rows
+    return rows + -rows % 8 if x.device.type == "cuda" else rows
 
 
 def _wide(x: Tensor, x_proj: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _project(x: Tensor, x_proj: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tens
 
 def _delta(projected: Tensor, dt_weight: Tensor) -> Tensor:
     K, channels, R = dt_weight.shape
-    if not _joined(projected):
+    if not _joined(dt_weight):
         return low_rank_delta(projected[..., :R], dt_weight)
     return F.linear(projected.flatten(2), _block_diagonal(projected, dt_weight)).unflatten(-1, (K, channels))
 
@@ -182,7 +182,8 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     x, x_proj, dt_weight, A, D, delta_bias = inputs
     R, N = dt_weight.shape[-1], A.shape[-1]
-    wide, dproj = _wide(x, x_proj), torch.empty_like(projected)
+    wide = _wide(x, x_proj)
+    dproj = torch.empty_like(projected) if projected.shape[-1] == x_proj.shape[1] else torch.zeros_like(projected)
     dx, sums, images = None, None, _images(x, A)
     for first in range(0, len(x), images):
         part = slice(first, first + images)
@@ -224,9 +225,9 @@ def _images(x: Tensor, A: Tensor) -> int:
 
 
 def _low_rank_gradients(ddelta: Tensor, projected: Tensor, dt_weight: Tensor, dproj: Tensor) -> Tensor:
-    """The gradient of dt_weight; that of dt is written to the first columns of dproj, and zeros to others."""
+    """The gradient of dt_weight; that of dt is written to the first columns of dproj; what follows may change."""
     K, channels, R = dt_weight.shape
-    if not _joined(ddelta):
+    if not _joined(dt_weight):
         each = ddelta.flatten(0, 1).transpose(0, 1)  # (K, batch L, D)
         dproj[..., :R].flatten(0, 1).transpose(0, 1).copy_(each @ dt_weight.to(ddelta.dtype))
         return each.mT @ projected[..., :R].flatten(0, 1).transpose(0, 1)

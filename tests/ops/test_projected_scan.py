@@ -141,10 +141,12 @@ def test_a_parameter_left_on_another_device_is_named():
         projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
 
 
-@pytest.fixture(params=["cpu", "gpu"])
+@pytest.fixture(params=[(False, 1), (False, 8), (True, 1), (True, 8)], ids=str)
 def products(request, monkeypatch):
-    """Low-rank products one by one as on a CPU, and joined and padded as on a GPU."""
-    monkeypatch.setattr(module, "_joined", lambda x: request.param == "gpu")
+    """Low-rank products one by one or joined, rows of projections any or a multiple of 8, as on a CPU or a GPU."""
+    joined, multiple = request.param
+    monkeypatch.setattr(module, "_joined", lambda dt_weight: joined)
+    monkeypatch.setattr(module, "_width", lambda x, rows: rows + -rows % multiple)
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])
