@@ -189,13 +189,24 @@ def _dense(v: Tensor) -> Tensor:
     return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
 
 
+def _contiguous(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
 def _taps(weight: Tensor, pad: tuple[int, int], flip: bool) -> dict[str, int | bool]:
     """The stencil as the kernels see it, turned round already."""
     (KH, KW), (PH, PW) = weight.shape[1:], pad
     return {"KH": KH, "KW": KW, "PH": KH - 1 - PH if flip else PH, "PW": KW - 1 - PW if flip else PW, "FLIP": flip}
 
 
-def _convolve(x, weight, bias, taps, activation, tiling=None) -> Tensor:
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: dict[str, int | bool],
+    activation: str | None,
+    tiling: Tiling | None = None,
+) -> Tensor:
     batch, H, W, D = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     t = tiling or _tiling(H, W, D, gradient=False)
@@ -217,8 +228,7 @@ def conv(
 
     Shapes: x (batch, H, W, D), weight (D, kh, kw), bias (D,); activation "silu", "gelu" or None.
     """
-    taps = _taps(weight, pad, flip)
-    return _convolve(_dense(x), weight.contiguous(), bias, taps, activation)
+    return _convolve(_dense(x), weight.contiguous(), _contiguous(bias), _taps(weight, pad, flip), activation)
 
 
 def conv_backward(
@@ -232,7 +242,8 @@ def conv_backward(
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, weight and bias, the last two in float32."""
-    x, dy, weight, taps = _dense(x), _dense(dy), weight.contiguous(), _taps(weight, pad, flip)
+    x, dy, weight, bias = _dense(x), _dense(dy), weight.contiguous(), _contiguous(bias)
+    taps = _taps(weight, pad, flip)
     batch, H, W, D = x.shape
     if x.numel() == 0:
         return torch.empty_like(x), *(None if v is None else torch.zeros_like(v) for v in (weight, bias))

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambavision.kernels.depthwise_triton import _activate, _slope
+from mambavision.kernels.depthwise_triton import _activate, _contiguous, _slope
 
 PROGRAMS = 1024  # of the backward; each walks over several tiles and writes partial sums
 ELEMENTS = 1024  # of a tile
@@ -122,6 +122,7 @@ def norm_gate(
     """layer_norm(x) if ``weight`` is given else x, times activation(z) if z is given; x, z and the result (..., D)."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, gate, D = _flat(x), _flat(z), x.shape[-1]
+    weight, bias = _contiguous(weight), _contiguous(bias)
     tile = _tile(D)
     if y.numel():
         with torch.cuda.device_of(x):
@@ -142,6 +143,7 @@ def norm_gate_backward(
         return None if v is None else torch.empty(shape, dtype=dtype, device=x.device)
 
     rows, gate, grad, D = _flat(x), _flat(z), _flat(dy), x.shape[-1]
+    weight, bias = _contiguous(weight), _contiguous(bias)
     dx, dz = (None if v is None else new(v, *v.shape, dtype=v.dtype) for v in (x, z))
     if x.numel() == 0:
         return dx, dz, *(None if v is None else torch.zeros_like(v) for v in (weight, bias))

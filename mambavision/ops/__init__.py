@@ -1,6 +1,6 @@
 """Selective scans: the shape contract, the choice of implementation, autograd and torch.library registration."""
 
-from mambavision.ops.depthwise_conv import Activation, ConvBackend, Padding, depthwise_conv
+from mambavision.ops.depthwise_conv import Activation, Padding, depthwise_conv
 from mambavision.ops.dispatch import Backend, describe_backends, use_backend
 from mambavision.ops.multi_scan import multi_scan
 from mambavision.ops.norm_gate import norm_gate
@@ -12,7 +12,6 @@ from mambavision.ops.ssd import Diagonal, SSDBackend, noncausal_ssd, ssd
 __all__ = [
     "Activation",
     "Backend",
-    "ConvBackend",
     "Diagonal",
     "OrderTable",
     "Padding",

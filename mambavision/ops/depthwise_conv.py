@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import os
 from typing import Literal, get_args
 
 import torch
@@ -10,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.ops import dispatch
-from mambavision.ops.compile import constant_result
+from mambavision.ops.choice import Around, autocasted, choose
 
-ConvBackend = Literal["torch", "triton"]
 Padding = Literal["same", "past", "future"]
 Activation = Literal["silu", "gelu"]
-BACKENDS: tuple[ConvBackend, ...] = get_args(ConvBackend)
 MOST_TAPS = 25  # a thread of the Triton kernels holds the stencil in registers
 
 
@@ -26,7 +23,7 @@ def depthwise_conv(
     *,
     padding: Padding = "same",
     activation: Activation | None = None,
-    backend: ConvBackend | None = None,
+    backend: Around | None = None,
 ) -> Tensor:
     """Convolve every channel of channels-last tokens or pixels by itself; the result has x's shape.
 
@@ -45,6 +42,10 @@ def depthwise_conv(
         activation: "silu", or "gelu" by the error function.
         backend: "torch" (``F.conv2d``, any device and dtype) or "triton" (up to 25 taps, on a GPU); by default the
             first that serves, "torch" also where ``use_backend`` or $MAMBAVISION_BACKEND ask for a scan in plain torch.
+            Second derivatives, forward-mode derivatives and vmap are those of "torch" alone.
+
+    Returns:
+        The same shape in x's dtype; float32 under autocast in autocast's, as ``F.conv2d`` does.
 
     Raises:
         ValueError: shapes or options that do not fit; "same" with an even width.
@@ -65,12 +66,13 @@ def depthwise_conv(
     widths = tuple(weight.shape[2:])
     if padding == "same" and any(k % 2 == 0 for k in widths):
         raise ValueError(f'padding="same" needs odd widths, got {widths}')
+    x = autocasted(x)
     # a sequence is an image one pixel wide
     image = x if x.dim() == 4 else x[:, :, None]
     stencil = weight[:, 0] if x.dim() == 4 else weight[:, 0, :, None]
     pad = [k // 2 if padding == "same" else k - 1 for k in stencil.shape[1:]]
     arguments = (image, stencil, bias, pad, padding == "future", activation)
-    if _choose(backend, x.device.type, x.dtype, stencil.shape[1] * stencil.shape[2]) == "torch":
+    if choose("depthwise_conv", backend, x, stencil.shape[1] * stencil.shape[2], MOST_TAPS, "taps") == "torch":
         y = _torch(*arguments)
     elif dispatch._nothing_listens((x, weight, bias)):
         y = _kernel().conv(*arguments)
@@ -92,40 +94,6 @@ def _torch(
     weight, bias = weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.conv2d(image, weight, bias, padding=(ph, pw), groups=len(weight)).permute(0, 2, 3, 1)
     return y if activation is None else F.silu(y) if activation == "silu" else F.gelu(y)
-
-
-def _choose(backend: str | None, device: str, dtype: torch.dtype, taps: int) -> ConvBackend:
-    """Argument, then a scan backend asked for that means plain torch or Triton, then the first that can serve."""
-    if backend is None:
-        asked = dispatch._chosen[-1] if dispatch._chosen else os.environ.get(dispatch.ENVIRONMENT)
-        if asked in ("reference", "chunked"):
-            return "torch"
-        return _automatic(device, dtype, taps)
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown convolution backend {backend!r}, use one of {', '.join(BACKENDS)}")
-    reason = None if backend == "torch" else _unavailable(device, dtype, taps)
-    if reason is not None:
-        raise RuntimeError(f"convolution backend {backend!r} cannot run this call: {reason}")
-    return backend
-
-
-@constant_result
-def _automatic(device: str, dtype: torch.dtype, taps: int) -> ConvBackend:
-    if device not in ("cuda", "xpu") or dtype not in dispatch.KERNEL_DTYPES:
-        return "torch"
-    reason = _unavailable(device, dtype, taps)
-    if reason is None:
-        return "triton"
-    dispatch._log_once(f"convolution backend 'triton' is passed over for 'torch': {reason}")
-    return "torch"
-
-
-@constant_result
-def _unavailable(device: str, dtype: torch.dtype, taps: int) -> str | None:
-    """Why Triton cannot serve, or None."""
-    if taps > MOST_TAPS:
-        return f"it takes up to {MOST_TAPS} taps, got {taps}"
-    return dispatch.unavailable("triton", device, dtype)
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import os
 from typing import get_args
 
 import torch
@@ -10,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.ops import dispatch
-from mambavision.ops.compile import constant_result
-from mambavision.ops.depthwise_conv import BACKENDS, Activation, ConvBackend
+from mambavision.ops.choice import Around, choose
+from mambavision.ops.depthwise_conv import Activation
 
 WIDEST = 8192  # channels of a row, which a program holds in registers
 
@@ -24,7 +23,7 @@ def norm_gate(
     *,
     activation: Activation | None = "silu",
     eps: float = 1e-5,
-    backend: ConvBackend | None = None,
+    backend: Around | None = None,
 ) -> Tensor:
     """Normalise a mixer's output over its channels where ``weight`` is given, and gate it: layer_norm(x) activation(z).
 
@@ -33,7 +32,8 @@ def norm_gate(
         weight, bias: (D,), of the normalisation; they may be float32 where x is not.
         activation: of z.
         eps: added to the variance.
-        backend: "torch", or "triton" (up to 8192 channels, on a GPU); by default as in :func:`depthwise_conv`.
+        backend: "torch", or "triton" (up to 8192 channels, on a GPU; first derivatives only); by default as in
+            :func:`depthwise_conv`.
 
     Returns:
         The same shape in x's dtype; computed in float32 and rounded once with "triton".
@@ -51,7 +51,7 @@ def norm_gate(
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
     arguments = (x, z, weight, bias, activation, eps)
-    if _choose(backend, x.device.type, x.dtype, channels) == "torch":
+    if choose("norm_gate", backend, x, channels, WIDEST, "channels") == "torch":
         return _torch(*arguments)
     if dispatch._nothing_listens((x, z, weight, bias)):
         return _kernel().norm_gate(*arguments)
@@ -68,38 +68,7 @@ def _torch(
         y = F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias, eps).to(x.dtype)
     if z is None:
         return y
-    return y * (z if activation is None else F.silu(z) if activation == "silu" else F.gelu(z))
-
-
-def _choose(backend: str | None, device: str, dtype: torch.dtype, channels: int) -> ConvBackend:
-    """As the convolution's."""
-    if backend is None:
-        asked = dispatch._chosen[-1] if dispatch._chosen else os.environ.get(dispatch.ENVIRONMENT)
-        return "torch" if asked in ("reference", "chunked") else _automatic(device, dtype, channels)
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r} of norm_gate, use one of {', '.join(BACKENDS)}")
-    reason = None if backend == "torch" else _unavailable(device, dtype, channels)
-    if reason is not None:
-        raise RuntimeError(f"backend {backend!r} of norm_gate cannot run this call: {reason}")
-    return backend
-
-
-@constant_result
-def _automatic(device: str, dtype: torch.dtype, channels: int) -> ConvBackend:
-    if device not in ("cuda", "xpu") or dtype not in dispatch.KERNEL_DTYPES:
-        return "torch"
-    reason = _unavailable(device, dtype, channels)
-    if reason is None:
-        return "triton"
-    dispatch._log_once(f"norm_gate's backend 'triton' is passed over for 'torch': {reason}")
-    return "torch"
-
-
-@constant_result
-def _unavailable(device: str, dtype: torch.dtype, channels: int) -> str | None:
-    if channels > WIDEST:
-        return f"it takes up to {WIDEST} channels, got {channels}"
-    return dispatch.unavailable("triton", device, dtype)
+    return (y * (z if activation is None else F.silu(z) if activation == "silu" else F.gelu(z))).to(x.dtype)
 
 
 @functools.cache

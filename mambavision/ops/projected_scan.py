@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mambavision.ops import dispatch
+from mambavision.ops.choice import autocasted
 from mambavision.ops.dispatch import Backend
 from mambavision.ops.multi_scan import checked, low_rank_delta, sizes
 from mambavision.ops.orders import Grid, OrderTable, Preset, ScanOrder
@@ -46,12 +47,13 @@ def projected_scan(
         orders, grid: as in :func:`multi_scan`.
 
     Returns:
-        y (batch, L, D) in x's dtype.
+        y (batch, L, D) in x's dtype; float32 under autocast in autocast's.
 
     Raises:
         ValueError: shapes that do not fit, or an order that is no permutation of the grid.
         RuntimeError: the backend asked for cannot run the call.
     """
+    x = autocasted(x)
     batch, length, channels, K, N = sizes(x, A)
     R = dt_weight.shape[-1]
     expected = {
@@ -66,8 +68,9 @@ def projected_scan(
     learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
     plain = backend in ("reference", "chunked")
     if learns and not plain:
-        for name, v in (("x_proj", x_proj), ("A", A), ("the order table", order)):
-            if v.device != x.device:
+        names = ("x_proj", "dt_weight", "A", "D", "delta_bias", "the order table")
+        for name, v in zip(names, (*tensors[1:], order), strict=True):
+            if v is not None and v.device != x.device:
                 raise ValueError(f"{name} is on {v.device}, x on {x.device}: move one of them")
         return torch.ops.mambavision.projected_scan(*tensors, order, backend)[0]
     if plain:

@@ -126,9 +126,15 @@ def laid_out(v: Tensor, layout: str) -> Tensor:
     return v.movedim(-1, 1).contiguous().movedim(1, -1) if layout == "channels_first" else v
 
 
+def spaced(v: Tensor, layout: str) -> Tensor:
+    """A parameter, beside tokens that are a slice with NaN between its elements."""
+    return torch.stack([v, torch.full_like(v, torch.nan)], -1)[..., 0] if layout == "slice" else v
+
+
 def results(case: Case, backend: str, device: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     inputs = {k: v.to(device, dtype or v.dtype) for k, v in case.inputs().items()}
-    leaves = {k: (laid_out(v, case.layout) if k in "xz" else v).detach().requires_grad_() for k, v in inputs.items()}
+    laid = {k: laid_out(v, case.layout) if k in "xz" else spaced(v, case.layout) for k, v in inputs.items()}
+    leaves = {k: v.detach().requires_grad_() for k, v in laid.items()}
     y = case.call(backend, **leaves)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(leaves["x"].dtype if dtype is None else y)
     dy = dy.to(DTYPES[case.dtype]).to(y)

@@ -53,7 +53,7 @@ WRONG = {
     "padding must be": {"padding": "valid"},
     "odd widths, got .4,": {"weight": torch.zeros(3, 1, 4), "padding": "same"},
     "activation must be": {"activation": "relu"},
-    "unknown convolution backend 'cuda'": {"backend": "cuda"},
+    "unknown backend 'cuda'": {"backend": "cuda"},
 }
 
 
@@ -107,6 +107,13 @@ def test_parameters_in_float32_with_tokens_in_bfloat16():
     assert y.dtype == torch.bfloat16
     expected = depthwise_conv(x.bfloat16().float(), weight, bias, activation="gelu")
     torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_float32_tokens_under_autocast_give_its_dtype():
+    x, weight = torch.randn(2, 9, 8), torch.randn(8, 1, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = depthwise_conv(x, weight)
+    assert torch.equal(y, depthwise_conv(x.bfloat16(), weight))
 
 
 def test_compile_in_one_graph():

@@ -116,6 +116,18 @@ def test_autocast_and_float32_parameters(dtype):
         assert (one.float() - other).norm() < 0.05 * other.norm()
 
 
+def test_float32_tokens_under_autocast_are_the_same_with_and_without_gradients():
+    args = arguments()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
+        with torch.no_grad():
+            plain = projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
+        inside = torch.autograd.grad(y.sum(), list(args.values()), retain_graph=True)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, plain)
+    outside = torch.autograd.grad(y.sum(), list(args.values()))
+    assert all(torch.equal(one, other) for one, other in zip(inside, outside, strict=True))
+
+
 WRONG = {
     "x must be": {"x": torch.zeros(2, 3, 4, 5)},
     "A must be": {"A": torch.zeros(4, 6, 3)},
@@ -134,10 +146,11 @@ def test_what_does_not_fit_is_refused(message):
         projected_scan(**({"orders": "cross", "grid": GRID} | arguments() | WRONG[message]))
 
 
-def test_a_parameter_left_on_another_device_is_named():
+@pytest.mark.parametrize("name", ["x_proj", "dt_weight", "A", "D", "delta_bias"])
+def test_a_parameter_left_on_another_device_is_named(name):
     args = arguments()
-    args["A"] = args["A"].detach().to("meta")
-    with pytest.raises(ValueError, match="A is on meta, x on cpu"):
+    args[name] = args[name].detach().to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta, x on cpu"):
         projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
 
 
