@@ -13,7 +13,8 @@ from mambavision.ops import depthwise_conv, norm_gate
 class MambaMixer(nn.Module):
     """Mamba-1 block: out_proj(ssm(silu(conv1d(x))) * silu(z)) with [x, z] = in_proj(input), causal in its tokens.
 
-    Parameter names are those of state-spaces/mamba, so that its checkpoints load.
+    Parameter names are those of state-spaces/mamba, so that its checkpoints load. Parameters are used, not the modules
+    that hold them (but out_proj): hooks on these do not run.
     Source: Gu and Dao, "Mamba", arXiv 2312.00752, figure 3.
 
     Args:
@@ -60,8 +61,9 @@ class MambaMixer(nn.Module):
 class BiMambaMixer(MambaMixer):
     """Vim's bidirectional mixer: a second convolution and SSM run from the last token to the first; same x and z.
 
-    Output: out_proj((forward + backward) / 2 * silu(z)). Parameter names are those of hustvl/Vim's bimamba v2 (a second
-    set with the suffix `_b`). Source: Zhu et al., "Vision Mamba", arXiv 2401.09417, algorithm 1.
+    Output: out_proj((forward + backward) / 2 * silu(z)); of out_proj too only the parameters are used. Parameter names
+    are those of hustvl/Vim's bimamba v2 (a second set with the suffix `_b`). Source: Zhu et al., "Vision Mamba", arXiv
+    2401.09417, algorithm 1.
 
     Args: as :class:`MambaMixer`.
     """

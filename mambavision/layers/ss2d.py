@@ -18,6 +18,7 @@ class SS2D(SelectiveSSM):
 
     Without the gate z: out_proj(out_norm(...)). Parameter names are those of VMamba and Mamba-YOLO. VMamba's SS2D v0 is
     the default; its "v05_noz" is gated=False; Mamba-YOLO's has act_layer=nn.GELU, init=init_mamba_yolo.
+    The parameters of in_proj, conv2d and out_norm are used, not these modules: hooks on them do not run.
     Source: Liu et al., "VMamba", arXiv 2401.10166, section 4.2; Wang et al., "Mamba YOLO", arXiv 2406.05835.
 
     Args:
