@@ -6,25 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambavision.layers.ssm import SSMInit, init_mamba, ssm_scan
-
-
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-    """Depth-wise convolution of x (B, L, D) with weight (D, 1, d_conv) over this and earlier tokens; (B, L, D).
-
-    With `reverse`, over this and later tokens: the same as flipping x, convolving and flipping back.
-    """
-    past = weight.shape[-1] - 1
-    x = F.pad(x, (0, 0, 0, past) if reverse else (0, 0, past, 0))
-    weight = weight.flip(-1) if reverse else weight
-    image = x.transpose(1, 2).unsqueeze(2)  # (B, D, 1, L + past), channels_last: no copy
-    return F.conv2d(image, weight.unsqueeze(2), bias, groups=len(weight)).squeeze(2).transpose(1, 2)
+from mambavision.layers.ssm import SSMInit, init_mamba, ssm_scan, two_linear
+from mambavision.ops import depthwise_conv, norm_gate
 
 
 class MambaMixer(nn.Module):
     """Mamba-1 block: out_proj(ssm(silu(conv1d(x))) * silu(z)) with [x, z] = in_proj(input), causal in its tokens.
 
-    Parameter names are those of state-spaces/mamba, so that its checkpoints load.
+    Parameter names are those of state-spaces/mamba, so that its checkpoints load. Parameters are used, not the modules
+    that hold them (but out_proj): hooks on these do not run.
     Source: Gu and Dao, "Mamba", arXiv 2312.00752, figure 3.
 
     Args:
@@ -63,16 +53,17 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, L, d_model); same shape."""
-        x, z = self.in_proj(x).chunk(2, -1)
+        x, z = two_linear(x, self.in_proj)
         y = _direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(norm_gate(y, z))
 
 
 class BiMambaMixer(MambaMixer):
     """Vim's bidirectional mixer: a second convolution and SSM run from the last token to the first; same x and z.
 
-    Output: out_proj((forward + backward) / 2 * silu(z)). Parameter names are those of hustvl/Vim's bimamba v2 (a second
-    set with the suffix `_b`). Source: Zhu et al., "Vision Mamba", arXiv 2401.09417, algorithm 1.
+    Output: out_proj((forward + backward) / 2 * silu(z)); of out_proj too only the parameters are used. Parameter names
+    are those of hustvl/Vim's bimamba v2 (a second set with the suffix `_b`). Source: Zhu et al., "Vision Mamba", arXiv
+    2401.09417, algorithm 1.
 
     Args: as :class:`MambaMixer`.
     """
@@ -109,10 +100,10 @@ class BiMambaMixer(MambaMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, L, d_model); same shape."""
-        x, z = self.in_proj(x).chunk(2, -1)
+        x, z = two_linear(x, self.in_proj)
         y = _direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         y_b = _direction(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
-        return self.out_proj((y + y_b) / 2 * F.silu(z))
+        return F.linear(norm_gate(y + y_b, z), self.out_proj.weight / 2, self.out_proj.bias)
 
 
 def _direction(
@@ -125,7 +116,8 @@ def _direction(
     *,
     reverse: bool = False,
 ) -> Tensor:
-    x = F.silu(causal_conv1d(x, conv1d.weight, conv1d.bias, reverse=reverse))
+    padding = "future" if reverse else "past"
+    x = depthwise_conv(x, conv1d.weight, conv1d.bias, padding=padding, activation="silu")
     return ssm_scan(
         x,
         x_proj.weight[None],

@@ -2,10 +2,10 @@
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambavision.layers.ssm import Orders, SelectiveSSM, SSMInit, init_mamba
+from mambavision.layers.ssm import Orders, SelectiveSSM, SSMInit, init_mamba, two_linear
+from mambavision.ops import Activation, depthwise_conv, norm_gate
 
 
 class SS2D(SelectiveSSM):
@@ -18,6 +18,7 @@ class SS2D(SelectiveSSM):
 
     Without the gate z: out_proj(out_norm(...)). Parameter names are those of VMamba and Mamba-YOLO. VMamba's SS2D v0 is
     the default; its "v05_noz" is gated=False; Mamba-YOLO's has act_layer=nn.GELU, init=init_mamba_yolo.
+    The parameters of in_proj, conv2d and out_norm are used, not these modules: hooks on them do not run.
     Source: Liu et al., "VMamba", arXiv 2401.10166, section 4.2; Wang et al., "Mamba YOLO", arXiv 2406.05835.
 
     Args:
@@ -60,12 +61,18 @@ class SS2D(SelectiveSSM):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, H, W, C); same shape. The permuted view of a channels_last image is not copied."""
-        # one product for x and one for z: a slice of a joint product would be copied for the convolution
-        weights = self.in_proj.weight.split(self.conv2d.in_channels)
-        biases = (None, None) if self.in_proj.bias is None else self.in_proj.bias.split(self.conv2d.in_channels)
-        z = self.act(F.linear(x, weights[1], biases[1])) if self.gated else None
-        x = F.linear(x, weights[0], biases[0])
-        x = self.act(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, H, W, D)
+        x, z = two_linear(x, self.in_proj) if self.gated else (self.in_proj(x), None)
+        activation = _fused(self.act)
+        x = depthwise_conv(x, self.conv2d.weight, self.conv2d.bias, activation=activation)
+        if activation is None:
+            x, z = self.act(x), None if z is None else self.act(z)
         y = super().forward(x.flatten(1, 2), x.shape[1:3]).view_as(x)
-        y = self.out_norm(y).to(x.dtype)
-        return self.out_proj(y if z is None else y * z)
+        norm = self.out_norm
+        return self.out_proj(norm_gate(y, z, norm.weight, norm.bias, activation=activation, eps=norm.eps))
+
+
+def _fused(act: nn.Module) -> Activation | None:
+    """The name under which operators know an activation, if they do."""
+    if type(act) is nn.SiLU:
+        return "silu"
+    return "gelu" if type(act) is nn.GELU and act.approximate == "none" else None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambavision.ops import OrderTable, Preset, ScanOrder, multi_scan
+from mambavision.ops import OrderTable, Preset, ScanOrder, projected_scan
 from mambavision.ops.orders import PRESETS
 
 Orders = Preset | Sequence[ScanOrder | Tensor] | OrderTable
@@ -88,10 +88,15 @@ def ssm_scan(
     Shapes: x (B, L, D), x_proj (K, R + 2N, D), dt_weight (K, D, R), dt_bias (K, D), A_log (K, D, N), D (K, D).
     Returns (B, L, D), in image order and x's dtype.
     """
-    K, N, R = len(x_proj), A_log.shape[-1], dt_weight.shape[-1]
-    dt, B, C = F.linear(x, x_proj.flatten(0, 1)).unflatten(-1, (K, -1)).split([R, N, N], -1)  # (B, L, K, .)
     A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
-    return multi_scan(x, dt, A, B, C, D, orders=orders, grid=grid, delta_bias=dt_bias, dt_weight=dt_weight)
+    return projected_scan(x, x_proj, dt_weight, A, D, orders=orders, grid=grid, delta_bias=dt_bias)
+
+
+def two_linear(x: Tensor, projection: nn.Linear) -> tuple[Tensor, Tensor]:
+    """The two halves of projection(x), as two products: the gradients of the halves need not be copied together."""
+    weights = projection.weight.chunk(2)
+    biases = (None, None) if projection.bias is None else projection.bias.chunk(2)
+    return F.linear(x, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
 
 
 class SelectiveSSM(nn.Module):

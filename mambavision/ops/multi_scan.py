@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -57,38 +58,57 @@ def multi_scan(
 
     Source: VMamba, arXiv 2401.10166, section 4.2 (cross-scan); the recurrence is Mamba's, arXiv 2312.00752.
     """
-    if x.dim() != 3 or x.shape[1] == 0:
-        raise ValueError(f"x must be (batch, L, D) with L at least 1, got {tuple(x.shape)}")
-    batch, length, channels = x.shape
-    if A.dim() != 3 or A.shape[1] != channels:
-        raise ValueError(f"A must be (K, {channels}, N), got {tuple(A.shape)}")
-    K, _, N = A.shape
-    tokens = 1
-    for size in grid:
-        tokens *= size
-    if tokens != length:
-        raise ValueError(f"grid {tuple(grid)} has {tokens} tokens, x has {length}")
-    table = orders if isinstance(orders, OrderTable) else order_table(orders, grid, x.device)
+    batch, length, channels, K, N = sizes(x, A)
+    token = (K, channels) if dt_weight is None else (K, delta.shape[-1])
     expected = {
-        "orders": (table.index, (K, length)),
         "B": (B, (batch, length, K, N)),
         "C": (C, (batch, length, K, N)),
         "D": (D, (K, channels)),
         "delta_bias": (delta_bias, (K, channels)),
         "initial_state": (initial_state, (batch, K, channels, N)),
+        "delta": (delta, (batch, length, *token)),
+        "dt_weight": (dt_weight, (K, channels, token[1])),
     }
-    if dt_weight is None:
-        expected["delta"] = (delta, (batch, length, K, channels))
-    else:
-        R = delta.shape[-1]
-        expected["delta"] = (delta, (batch, length, K, R))
-        expected["dt_weight"] = (dt_weight, (K, channels, R))
-    for name, (v, shape) in expected.items():
-        if v is not None and tuple(v.size()) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(v.shape)}")
+    order = checked(orders, grid, x, K, expected)
     if dt_weight is not None:
-        delta = (delta.transpose(1, 2) @ dt_weight.to(delta.dtype).transpose(1, 2)).transpose(1, 2)
+        delta = low_rank_delta(delta, dt_weight)
 
-    arguments = (x.unsqueeze(2), delta, A, B, C, D, delta_bias, initial_state, table.index, delta_softplus, merge)
+    arguments = (x.unsqueeze(2), delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
     y, state = scan(*arguments, backend, want_state=return_last_state)
     return (y, state) if return_last_state else y
+
+
+def sizes(x: Tensor, A: Tensor) -> tuple[int, int, int, int, int]:
+    """batch, L, D, K and N."""
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"x must be (batch, L, D) with L at least 1, got {tuple(x.shape)}")
+    if A.dim() != 3 or A.shape[1] != x.shape[2]:
+        raise ValueError(f"A must be (K, {x.shape[2]}, N), got {tuple(A.shape)}")
+    return *x.shape, A.shape[0], A.shape[2]
+
+
+def checked(
+    orders: Preset | Sequence[ScanOrder | ArrayLike | Tensor] | OrderTable,
+    grid: Grid,
+    x: Tensor,
+    K: int,
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]],
+) -> Tensor:
+    """The table of K orders over the tokens of x; raises ValueError where a tensor has not its expected shape."""
+    tokens = 1
+    for size in grid:
+        tokens *= size
+    if tokens != x.shape[1]:
+        raise ValueError(f"grid {tuple(grid)} has {tokens} tokens, x has {x.shape[1]}")
+    table = orders if isinstance(orders, OrderTable) else order_table(orders, grid, x.device)
+    for name, (v, shape) in ({"orders": (table.index, (K, tokens))} | expected).items():
+        if v is not None and tuple(v.size()) != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(v.shape)}")
+    return table.index
+
+
+def low_rank_delta(dt: Tensor, weight: Tensor) -> Tensor:
+    """(batch, L, K, D) from dt (batch, L, K, R) and weight (K, D, R): a product for each scan, and no copy of dt."""
+    batch, length, K, _ = dt.shape
+    delta = torch.bmm(dt.flatten(0, 1).transpose(0, 1), weight.to(dt.dtype).mT)  # (K, batch L, D)
+    return delta.view(K, batch, length, weight.shape[1]).permute(1, 2, 0, 3)

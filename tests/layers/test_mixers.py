@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from mambavision.layers import SS2D, BiMambaMixer, MambaMixer, SelectiveSSM, init_mamba_yolo
-from mambavision.layers.mixers import causal_conv1d
 from tests.parity import check_module, load
 
 
@@ -55,15 +54,6 @@ def test_ss2d_is_mamba_yolos(name):
     fixture = load(name)
     ss2d = SS2D(32, act_layer=nn.GELU, init=init_mamba_yolo)
     check_module(fixture, ChannelsFirst(fitted(ss2d, fixture.weights())), tol=1e-5, grad_tol=1e-4)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_causal_conv1d_looks_one_way_only(reverse):
-    x, weight = torch.randn(2, 9, 3), torch.randn(3, 1, 4)
-    flipped = x.flip(1) if reverse else x
-    expected = F.conv1d(F.pad(flipped.transpose(1, 2), (3, 0)), weight, groups=3).transpose(1, 2)
-    expected = expected.flip(1) if reverse else expected
-    torch.testing.assert_close(causal_conv1d(x, weight, reverse=reverse), expected)
 
 
 def test_mamba_mixer_is_causal_and_bi_mamba_is_not():
@@ -125,3 +115,80 @@ def test_ss2d_compiles_without_a_graph_break():
     module, x = SS2D(8), torch.randn(1, 4, 6, 8)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x))
+
+
+def step(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    leaf = x.detach().requires_grad_()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = layer(leaf)
+    return [y, *torch.autograd.grad(y, [leaf, *layer.parameters()], torch.ones_like(y))]
+
+
+def on_gpu(mixer: type[nn.Module], device: str = "cuda") -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = mixer(32).to(device)
+    return layer, torch.randn((2, 6, 8, 32) if mixer is SS2D else (2, 48, 32), device=device, dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", [MambaMixer, BiMambaMixer, SS2D])
+def test_a_training_step_in_a_cuda_graph(mixer):
+    layer, x = on_gpu(mixer)
+    other = torch.randn_like(x)
+    expected = step(layer, other)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(layer, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(layer, x)
+    x.copy_(other)
+    graph.replay()
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", [BiMambaMixer, SS2D])
+def test_on_another_stream(mixer):
+    layer, x = on_gpu(mixer)
+    expected = step(layer, x)
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(x)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # what runs on the other stream before this one ends sees zeros
+        late.copy_(x)
+        found = step(layer, late)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("mixer", [BiMambaMixer, SS2D])
+def test_on_a_device_that_is_not_the_current_one(mixer):
+    layer, x = on_gpu(mixer, "cuda:1")
+    found = step(layer, x)
+    with torch.cuda.device(1):
+        expected = step(layer, x)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", [BiMambaMixer, SS2D])
+def test_compiled_with_dynamic_lengths_on_cuda(mixer):
+    layer, x = on_gpu(mixer)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (6, 5):
+        part = x[:, :length] if mixer is SS2D else x[:, : 8 * length]
+        for one, two in zip(step_of(compiled, layer, part), step_of(layer, layer, part), strict=True):
+            torch.testing.assert_close(one, two)
+
+
+def step_of(call, layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    leaf = x.float().detach().requires_grad_()
+    y = call(leaf)
+    return [y, *torch.autograd.grad(y, [leaf, *layer.parameters()], torch.ones_like(y))]

@@ -1,0 +1,116 @@
+"""Layer normalisation and gate of a mixer's output, and their registration with torch."""
+
+import functools
+import importlib
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambavision.ops import dispatch
+from mambavision.ops.choice import Around, choose
+from mambavision.ops.depthwise_conv import Activation
+
+WIDEST = 8192  # channels of a row, which a program holds in registers
+
+
+def norm_gate(
+    x: Tensor,
+    z: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation | None = "silu",
+    eps: float = 1e-5,
+    backend: Around | None = None,
+) -> Tensor:
+    """Normalise a mixer's output over its channels where ``weight`` is given, and gate it: layer_norm(x) activation(z).
+
+    Args:
+        x, z: (..., D); without z there is no gate.
+        weight, bias: (D,), of the normalisation; they may be float32 where x is not.
+        activation: of z.
+        eps: added to the variance.
+        backend: "torch", or "triton" (up to 8192 channels, on a GPU; first derivatives only); by default as in
+            :func:`depthwise_conv`.
+
+    Returns:
+        The same shape in x's dtype; computed in float32 and rounded once with "triton".
+
+    Raises:
+        ValueError: shapes or options that do not fit.
+        RuntimeError: the backend asked for cannot run the call.
+    """
+    channels = x.shape[-1]
+    for name, v, shape in (("z", z, x.shape), ("weight", weight, (channels,)), ("bias", bias, (channels,))):
+        if v is not None and tuple(v.shape) != tuple(shape):
+            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(v.shape)}")
+    if bias is not None and weight is None:
+        raise ValueError("bias belongs to the normalisation: give weight too")
+    if activation is not None and activation not in get_args(Activation):
+        raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
+    arguments = (x, z, weight, bias, activation, eps)
+    if choose("norm_gate", backend, x, channels, WIDEST, "channels") == "torch":
+        return _torch(*arguments)
+    if dispatch._nothing_listens((x, z, weight, bias)):
+        return _kernel().norm_gate(*arguments)
+    return torch.ops.mambavision.norm_gate(*arguments)
+
+
+def _torch(
+    x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None, eps: float
+) -> Tensor:
+    y = x
+    if weight is not None:
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        bias = None if bias is None else bias.to(dtype)
+        y = F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias, eps).to(x.dtype)
+    if z is None:
+        return y
+    return (y * (z if activation is None else F.silu(z) if activation == "silu" else F.gelu(z))).to(x.dtype)
+
+
+@functools.cache
+def _kernel():
+    return importlib.import_module("mambavision.kernels.norm_gate_triton")
+
+
+@torch.library.custom_op("mambavision::norm_gate", mutates_args=())
+def _norm_gate(
+    x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None, eps: float
+) -> Tensor:
+    return _kernel().norm_gate(x, z, weight, bias, activation, eps)
+
+
+@_norm_gate.register_fake
+def _(x, z, weight, bias, activation, eps):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("mambavision::norm_gate_backward", mutates_args=())
+def _norm_gate_backward(
+    grad: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None,
+    eps: float,
+) -> list[Tensor]:  # fmt: skip
+    grads = _kernel().norm_gate_backward(grad, x, z, weight, bias, activation, eps)
+    return [g.to(v.dtype) for g, v in zip(grads, (x, z, weight, bias), strict=True) if v is not None]
+
+
+@_norm_gate_backward.register_fake
+def _(grad, x, z, weight, bias, activation, eps):
+    return [v.new_empty(v.shape) for v in (x, z, weight, bias) if v is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _autograd(ctx, grad):
+    tensors = ctx.saved_tensors
+    grads = iter(torch.ops.mambavision.norm_gate_backward(grad, *tensors, *ctx.options))
+    return *(None if v is None else next(grads) for v in tensors), None, None
+
+
+_norm_gate.register_autograd(_autograd, setup_context=_setup_context)
