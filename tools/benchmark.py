@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 import torch
-from bench import goals, ops, report
+from bench import goals, ops, report, roofs
 from bench.rows import FIRST_CALLS, ROWS
 
 from mambavision.ops import describe_backends
@@ -39,12 +39,7 @@ def time_ops(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "bfloat16"))
     budget_s = args.budget or BUDGET_S[args.device]
     print(describe_backends(), flush=True)
-    roofs = None
-    if not on_cpu:
-        from bench.roofs import measure
-
-        roofs = measure(budget_s)
-    host = ops.Host(args.device, dtype, budget_s, roofs)
+    host = ops.Host(args.device, dtype, budget_s, None if on_cpu else roofs.measure(budget_s))
     lines, names = [], args.rows or every
     first_calls = list(FIRST_CALLS) if FIRST in names else []
     for more in ops.run({name: rows[name] for name in names if name != FIRST}, first_calls, host):
@@ -60,6 +55,8 @@ def time_ops(args: argparse.Namespace) -> None:
 def print_tables(args: argparse.Namespace) -> None:
     """Print the tables of kernels/README.md."""
     figures = report.Figures(report.read(args.csv))
+    if not figures.lines or figures.lines[0].copy_tb_s is None:
+        raise ValueError(f"{args.csv} holds no figures of a GPU")
     print(f"{report.host(figures)}\n\n{goals.tables(figures)}")
 
 

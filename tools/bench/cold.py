@@ -1,4 +1,4 @@
-"""The first call in a fresh process: run as a script it prints seconds as JSON; `measure` gives it empty caches."""
+"""The first call in a fresh process: run as a module it prints seconds as JSON; `measure` gives it empty caches."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def measure(op: str, device: str) -> dict[str, float]:
         caches = {name: f"{folder}/{name}" for name in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")}
         paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(
-            [sys.executable, __file__, op, device],
+            [sys.executable, "-m", "bench.cold", op, device],
             env={**os.environ, **caches, "PYTHONPATH": paths}, capture_output=True, text=True,
         )  # fmt: skip
     if done.returncode:

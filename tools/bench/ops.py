@@ -13,6 +13,7 @@ from torch import Tensor
 from bench import cold
 from bench.problem import Contender, Problem, refusal, solve
 from bench.report import Line
+from bench.roofs import Roofs
 from bench.rows import FIRST_CALLS, Row
 from bench.timing import Graph, Times, allocated_mb, in_turn, launches
 
@@ -31,7 +32,7 @@ class Host(NamedTuple):
     device: str
     dtype: torch.dtype
     budget_s: float
-    roofs: "Roofs | None"  # noqa: F821  roofs.py needs triton
+    roofs: Roofs | None = None
 
     def line(self, op: str, row: str, shape: str, implementation: str, call: str, mode: str, times: Times) -> Line:
         on_gpu = self.device == "cuda"

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, get_args, get_type_hints
 
 Cell = str | float | int | None
+CALLS = ("forward", "backward")
 
 
 class Line(NamedTuple):
@@ -44,7 +45,7 @@ def write(path: str, lines: Iterable[Line]) -> None:
         table = csv.writer(f)
         table.writerow(Line._fields)
         for line in lines:
-            table.writerow("" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in line)
+            table.writerow("" if v is None else f"{v:.9g}" if isinstance(v, float) else v for v in line)
 
 
 def read(path: str) -> list[Line]:
@@ -107,8 +108,8 @@ def cpu_table(figures: Figures) -> str:
     rows = []
     for row, line in figures.rows("selective_scan", "multi_scan", "ssd").items():
         for name in figures.implementations(row):
-            cells = [number(figures.get("median_ms", row, name, call)) for call in ("forward", "backward")]
-            cells += [number(figures.get("vs_reference", row, name, c), ".1f", "x") for c in ("forward", "backward")]
+            cells = [number(figures.get("median_ms", row, name, call)) for call in CALLS]
+            cells += [number(figures.get("vs_reference", row, name, c), ".1f", "x") for c in CALLS]
             rows.append([line.shape, name, *cells])
     header = ["(B, D, L, N, G)", "implementation", "forward ms", "backward ms", "fwd vs reference", "bwd vs reference"]
     return markdown(header, rows)
@@ -137,18 +138,19 @@ def gpu_table(figures: Figures, call: str) -> str:
     return markdown(["row", "shape", "implementation", "floor", f"{call}, {eager}", *rest], rows)
 
 
-def first_call_table(figures: Figures) -> str:
-    lines = [v for v in figures.lines if v.op == "first call"]
-    rows = []
-    for op in dict.fromkeys(v.row for v in lines):
-        rows.append([op, *(f"{v.median_ms / 1e3:.2f}" for v in lines if v.row == op)])
-    return markdown(["first call, seconds", *dict.fromkeys(v.call for v in lines)], rows)
+def first_calls(figures: Figures) -> dict[str, dict[str, float]]:
+    """Seconds of each part of an operator's first call."""
+    found: dict[str, dict[str, float]] = {}
+    for line in figures.lines:
+        if line.op == "first call":
+            found.setdefault(line.row, {})[line.call] = line.median_ms / 1e3
+    return found
 
 
 def everything(figures: Figures) -> str:
     if not any(line.copy_tb_s for line in figures.lines):
         return cpu_table(figures)
-    tables = [gpu_table(figures, call) for call in ("forward", "backward")]
-    if any(line.op == "first call" for line in figures.lines):
-        tables.append(first_call_table(figures))
+    tables = [gpu_table(figures, call) for call in CALLS]
+    for op, seconds in first_calls(figures).items():
+        tables.append(f"first call of {op}: " + ", ".join(f"{part} {s:.2f} s" for part, s in seconds.items()))
     return "\n\n".join(tables)

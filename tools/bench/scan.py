@@ -99,10 +99,10 @@ class MultiScan(NamedTuple):
         contenders = {name: Contender(partial(ours, backend=name)) for name in names}
         if device == "cuda":
             contenders = {"default": Contender(partial(ours, backend=None))} | contenders
-            contenders["mamba_ssm"] = self._materialised(table.index.long())
+            contenders["mamba_ssm"] = self.materialised(table.index.long())
         return [(problem, contenders)]
 
-    def _materialised(self, order: Tensor) -> Contender:
+    def materialised(self, order: Tensor) -> Contender:
         """mamba_ssm's scan on the K directions as groups, permuted beforehand; merging them is not timed either."""
         inverse = order.argsort(1)
 
