@@ -91,7 +91,7 @@ def broken(right, *inputs):
         (wrong_by_two_percent, "y is off by 2.0e-02"),
         (wrong_in_a_gradient, "is off by 1.0e+00 (allowed 1e-05)"),
         (wrong_in_the_last_image, "y is off by"),
-        (broken, "not timed, this GPU is not served"),
+        (broken, "not timed, RuntimeError: this GPU is not served"),
     ],
 )
 def test_gate_refuses_wrong_implementations(name, sliced, wrong, said, capsys):

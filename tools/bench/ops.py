@@ -17,8 +17,7 @@ from bench.roofs import Roofs
 from bench.rows import FIRST_CALLS, Row
 from bench.timing import Graph, Times, allocated_mb, in_turn, launches
 
-PEERS = ("reference", "mamba_ssm", "SDPA")
-BY_PEER = {f"vs_{peer.lower()}": peer for peer in PEERS}
+PEERS = {"vs_reference": "reference", "vs_mamba_ssm": "mamba_ssm", "vs_sdpa": "SDPA"}
 REFUSED = "not timed"
 
 
@@ -145,7 +144,7 @@ def measure(row: Row, name: str, host: Host, entrants: dict[str, Entrant]) -> li
     lines = []
     for (call, mode), of_all in times.items():
         for n, t in of_all.items():
-            ratios = {key: of_all[peer].median / t.median for key, peer in BY_PEER.items() if peer in of_all}
+            ratios = {key: of_all[peer].median / t.median for key, peer in PEERS.items() if peer in of_all}
             floor = floors.get(call) if n != "SDPA" else None  # the floor of another operator
             line = host.line(row.op, name, f"{row}", n, call, mode, t)
             lines.append(
@@ -155,7 +154,7 @@ def measure(row: Row, name: str, host: Host, entrants: dict[str, Entrant]) -> li
                     **ratios,
                     memory_mb=memory.get(call, {}).get(n),
                     launches=counts.get(call, {}).get(n),
-                )  # fmt: skip
+                )
             )
     return lines
 
@@ -192,6 +191,7 @@ def run(rows: dict[str, Row], first_calls: list[str], host: Host) -> Iterator[li
             continue
         if host.device == "cuda":
             torch.cuda.empty_cache()  # graphs had pools of their own
-        for line in lines:
-            say(f"{name} {line.implementation} {line.call} {line.mode}: {line.median_ms:.3f} ms")
+        for n in entrants:
+            parts = [f"{v.call} {v.mode} {v.median_ms:.3f}" for v in lines if v.implementation == n]
+            say(f"{name}: {n}: {', '.join(parts)} ms")
         yield lines
