@@ -98,7 +98,7 @@ def launches(runs: dict[str, Call]) -> dict[str, int]:
     for run in runs.values():
         run()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for run in runs.values():
             run()
             torch.cuda._sleep(1000)
