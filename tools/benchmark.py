@@ -28,6 +28,8 @@ def time_ops(args: argparse.Namespace) -> None:
         raise ValueError(f"no folder to write {args.csv} to")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs an NVIDIA GPU that torch can use")
+    if args.device == "cuda" and not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph"):
+        raise ValueError(f"--device cuda needs torch 2.8 or later, this is {torch.__version__}")
     rows = ROWS[args.device]
     every = [*rows, FIRST] if args.device == "cuda" else [*rows]
     if unknown := [name for name in args.rows or () if name not in every]:

@@ -2,6 +2,7 @@
 
 import datetime
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from bench.problem import Contender, Problem, refusal, solve
 from bench.report import Line
 from bench.roofs import Roofs
 from bench.rows import FIRST_CALLS, Row
-from bench.timing import Graph, Times, allocated_mb, in_turn, launches
+from bench.timing import Graph, Times, allocated_mb, in_turn
 
 PEERS = {"vs_reference": "reference", "vs_mamba_ssm": "mamba_ssm", "vs_sdpa": "SDPA"}
 REFUSED = "not timed"
@@ -134,11 +135,11 @@ def measure(row: Row, name: str, host: Host, entrants: dict[str, Entrant]) -> li
     }
     counts, memory, floors = {}, {}, {}
     if host.device == "cuda":
-        counts = {"forward": launches(forward), "backward": launches(backward)}
         del backward
         steps = {"forward": "forward", "backward": "step"}
         memory = {c: {n: allocated_mb(getattr(e, step)) for n, e in entrants.items()} for c, step in steps.items()}
         for call, graphs in _captured(entrants, name).items():
+            counts[call] = {n: graph.launches() for n, graph in graphs.items()}
             times[call, "graph"] = in_turn(graphs, host.device, host.budget_s)
         floors = {call: host.roofs.floor_ms(*work) for call, work in row.work(host.dtype.itemsize).items()}
     lines = []
@@ -175,7 +176,7 @@ def run(rows: dict[str, Row], first_calls: list[str], host: Host) -> Iterator[li
         ]
     right: dict[tuple, set[str]] = {}  # who passed at a small row of the same kind
     for name, row in rows.items():
-        small = row.small()
+        small, started = row.small(), time.perf_counter()
         try:
             if (row.op, small) not in right:
                 check_yardstick(small, host.device)
@@ -185,12 +186,14 @@ def run(rows: dict[str, Row], first_calls: list[str], host: Host) -> Iterator[li
             entrants = gate(row.problems(host.device, host.dtype, sliced=True), name, names)
             if not entrants:
                 continue
+            gated = time.perf_counter()
             lines = measure(row, name, host, entrants)
         except RuntimeError as error:  # out of memory, a launch that failed
             say(f"{name}: {REFUSED}, {type(error).__name__}: {error}".partition("\n")[0])
             continue
         if host.device == "cuda":
             torch.cuda.empty_cache()  # graphs had pools of their own
+        say(f"{name}: {gated - started:.1f} s for the gate, {time.perf_counter() - gated:.1f} s for the times")
         for n in entrants:
             parts = [f"{v.call} {v.mode} {v.median_ms:.3f}" for v in lines if v.implementation == n]
             say(f"{name}: {n}: {', '.join(parts)} ms")

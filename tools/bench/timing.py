@@ -1,5 +1,6 @@
-"""How long calls take, one by one or replayed from a CUDA graph, what they launch and what they allocate."""
+"""How long calls take, queued one by one or replayed from a CUDA graph, what they launch and what they allocate."""
 
+import ctypes
 import math
 import statistics
 import time
@@ -25,13 +26,14 @@ class Times(NamedTuple):
 
 
 def sample(run: Call, device: str, calls: int = 1) -> float:
-    """Milliseconds of a call, averaged over some: device events on a GPU, the wall clock on a CPU."""
+    """Milliseconds of a call, averaged over some in a row: device events on a GPU, the wall clock on a CPU."""
     if device == "cpu":
         start = time.perf_counter()
         for _ in range(calls):
             run()
         return 1e3 * (time.perf_counter() - start) / calls
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()  # while the GPU is busy with this one the next is on its way: the clock sees it idle only if the host is slower
     begin.record()
     for _ in range(calls):
         run()
@@ -77,7 +79,7 @@ class Graph:
     """A call captured in a CUDA graph; calling it replays. ``run`` must have run before, on ``stream``."""
 
     def __init__(self, run: Call, stream: torch.cuda.Stream) -> None:
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph = torch.cuda.CUDAGraph(keep_graph=True)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):  # torch.cuda.graph would also collect garbage, for a second a graph
             self._graph.capture_begin()
@@ -85,34 +87,25 @@ class Graph:
                 self._kept = run()
             finally:
                 self._graph.capture_end()
+        self._graph.instantiate()
 
     def __call__(self) -> None:
         self._graph.replay()
 
-
-def launches(runs: dict[str, Call]) -> dict[str, int]:
-    """Kernels, copies and fills that a call of each puts on the GPU.
-
-    One profile for all, as starting one takes long; a kernel of torch.cuda._sleep ends each part of it.
-    """
-    for run in runs.values():
-        run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
-        for run in runs.values():
-            run()
-            torch.cuda._sleep(1000)
-        torch.cuda.synchronize()
-    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    parts = [0]
-    for event in sorted(on_gpu, key=lambda e: e.time_range.start):
-        if "spin_kernel" in event.name:
-            parts.append(0)
-        else:
-            parts[-1] += 1
-    if len(parts) != len(runs) + 1:
-        raise RuntimeError(f"the profile has {len(parts) - 1} parts, not {len(runs)}")
-    return dict(zip(runs, parts, strict=False))
+    def launches(self) -> int:
+        """Kernels, copies and fills in it: counted here, as a profiler leaves all later launches slower."""
+        driver = ctypes.CDLL("libcuda.so.1")
+        graph, count, kind = ctypes.c_void_p(self._graph.raw_cuda_graph()), ctypes.c_size_t(), ctypes.c_int()
+        failed = driver.cuGraphGetNodes(graph, None, ctypes.byref(count))
+        nodes = (ctypes.c_void_p * count.value)()
+        failed = failed or driver.cuGraphGetNodes(graph, nodes, ctypes.byref(count))
+        kinds = []
+        for node in nodes:
+            failed = failed or driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind))
+            kinds.append(kind.value)
+        if failed:
+            raise RuntimeError(f"the driver does not list a graph's nodes: error {failed}")
+        return sum(kind in (0, 1, 2) for kind in kinds)  # CU_GRAPH_NODE_TYPE_KERNEL, MEMCPY, MEMSET
 
 
 def allocated_mb(run: Call) -> float:
