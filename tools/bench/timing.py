@@ -33,7 +33,7 @@ def sample(run: Call, device: str, calls: int = 1) -> float:
             run()
         return 1e3 * (time.perf_counter() - start) / calls
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()  # while the GPU is busy with this one the next is on its way: the clock sees it idle only if the host is slower
+    run()  # keeps the GPU busy while the next is on its way: the clock sees it idle only where the host is slower
     begin.record()
     for _ in range(calls):
         run()
