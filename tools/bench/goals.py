@@ -121,5 +121,6 @@ def tables(figures: Figures) -> str:
         parts.append(against(figures, SCANS, "mamba_ssm", scan_goal, mode))
         parts.append(against(figures, ("ssd",), "SDPA", attention_goal, mode))
         parts.append(against(figures, ("ssd",), "mamba_ssm", ssd_goal, mode))
+        parts.append(against(figures, ("ssd",), "mamba_ssm with flips", lambda row, call: None, mode))
     parts += [floors(figures), costs(figures), cold(figures)]
     return "\n\n".join(part for part in parts if part.count("\n") > 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench import cold
-from bench.problem import Contender, Problem, refusal, solve
+from bench.problem import Contender, Problem, refusal, results, solve
 from bench.report import Line
 from bench.roofs import Roofs
 from bench.rows import FIRST_CALLS, Row
@@ -20,6 +20,7 @@ from bench.timing import Graph, Times, allocated_mb, in_turn
 
 PEERS = {"vs_reference": "reference", "vs_mamba_ssm": "mamba_ssm", "vs_sdpa": "SDPA"}
 REFUSED = "not timed"
+SLOW_MS = 50.0  # a graph would tell nothing else
 
 
 def say(text: str) -> None:
@@ -60,22 +61,22 @@ def _triton_version() -> str:
 class Entrant(NamedTuple):
     """A contender that passed the gate, with its inputs laid out."""
 
-    run: Callable[..., Tensor]
+    run: Callable[..., Tensor | tuple[Tensor, ...]]
     leaves: list[Tensor]
 
-    def forward(self) -> Tensor:
+    def forward(self) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad():
             return self.run(*self.leaves)
 
     def step(self) -> tuple[Tensor, ...]:
         """Forward and backward."""
-        y = self.run(*self.leaves)
-        return torch.autograd.grad(y, self.leaves, torch.empty_like(y))
+        y = results(self.run(*self.leaves))
+        return torch.autograd.grad(y, self.leaves, [torch.empty_like(v) for v in y])
 
     def backward(self) -> Callable[[], tuple[Tensor, ...]]:
         """A backward that can be called again and again."""
-        y = self.run(*self.leaves)
-        return partial(torch.autograd.grad, y, self.leaves, torch.randn_like(y), retain_graph=True)
+        y = results(self.run(*self.leaves))
+        return partial(torch.autograd.grad, y, self.leaves, [torch.randn_like(v) for v in y], retain_graph=True)
 
     def again(self) -> "Entrant":
         """With leaves that no other graph knows: a captured backward must not meet one that ran on another stream."""
@@ -138,7 +139,8 @@ def measure(row: Row, name: str, host: Host, entrants: dict[str, Entrant]) -> li
         del backward
         steps = {"forward": "forward", "backward": "step"}
         memory = {c: {n: allocated_mb(getattr(e, step)) for n, e in entrants.items()} for c, step in steps.items()}
-        for call, graphs in _captured(entrants, name).items():
+        slow = {n for of_all in times.values() for n, t in of_all.items() if t.median > SLOW_MS}
+        for call, graphs in _captured({n: e for n, e in entrants.items() if n not in slow}, name).items():
             counts[call] = {n: graph.launches() for n, graph in graphs.items()}
             times[call, "graph"] = in_turn(graphs, host.device, host.budget_s)
         floors = {call: host.roofs.floor_ms(*work) for call, work in row.work(host.dtype.itemsize).items()}

@@ -33,11 +33,11 @@ class Problem(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """``run`` is what is timed; ``prepare`` lays the problem's inputs out for it, ``restore`` its result for us."""
+    """``run`` is what is timed; ``prepare`` lays the problem's inputs out for it, ``restore`` its results for us."""
 
-    run: Callable[..., Tensor]
+    run: Callable[..., Tensor | tuple[Tensor, ...]]
     prepare: Callable[..., list[Tensor]] = _same
-    restore: Callable[[Tensor], Tensor] = _whole
+    restore: Callable[..., Tensor] = _whole
 
 
 class Solution(NamedTuple):
@@ -46,6 +46,10 @@ class Solution(NamedTuple):
     y: Tensor
     dy: Tensor
     gradients: tuple[Tensor, ...]
+
+
+def results(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (y,) if isinstance(y, Tensor) else y
 
 
 def solve(problem: Problem, dtype: torch.dtype = torch.float64) -> Solution:
@@ -59,7 +63,7 @@ def solve(problem: Problem, dtype: torch.dtype = torch.float64) -> Solution:
 def errors(contender: Contender, problem: Problem, solution: Solution) -> dict[str, float]:
     """Distance of the result and of every gradient from the solution, each over the solution's norm."""
     leaves = [v.detach().requires_grad_() for v in problem.inputs.values()]
-    y = problem.part(contender.restore(contender.run(*contender.prepare(*leaves))))
+    y = problem.part(contender.restore(*results(contender.run(*contender.prepare(*leaves)))))
     gradients = torch.autograd.grad(y, leaves, solution.dy.to(y.dtype))
     pairs = zip(("y", *problem.inputs), (y, *gradients), (solution.y, *solution.gradients), strict=True)
     return {name: ((got.detach().double() - want).norm() / want.norm()).item() for name, got, want in pairs}

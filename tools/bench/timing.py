@@ -51,7 +51,6 @@ def in_turn(runs: dict[str, Call], device: str, budget_s: float) -> dict[str, Ti
     calls = dict.fromkeys(runs, 1)
     if device != "cpu":
         for name, run in runs.items():
-            sample(run, device)
             calls[name] = min(MOST_CALLS, math.ceil(SAMPLE_MS / sample(run, device)))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
