@@ -190,7 +190,7 @@ def run(rows: dict[str, Row], first_calls: list[str], host: Host) -> Iterator[li
                 continue
             gated = time.perf_counter()
             lines = measure(row, name, host, entrants)
-        except RuntimeError as error:  # out of memory, a launch that failed
+        except Exception as error:  # out of memory, a launch that failed: the other rows are still worth their time
             say(f"{name}: {REFUSED}, {type(error).__name__}: {error}".partition("\n")[0])
             continue
         if host.device == "cuda":
