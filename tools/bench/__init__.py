@@ -1,0 +1,1 @@
+"""What tools/benchmark.py times: problems with their float64 solution, contenders, clocks, floors, tables."""
