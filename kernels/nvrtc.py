@@ -168,7 +168,7 @@ def _call(device: int, what: str, function, *arguments) -> None:
 
 
 class Kernel(ctypes.c_void_p):
-    """A loaded kernel; ``shared``: the bytes of dynamic shared memory that a block of it gets, of ``most`` asked for."""
+    """A loaded kernel; ``shared``: the bytes of dynamic shared memory a block of it gets, of ``most`` asked for."""
 
     shared = most = 0
 

@@ -102,9 +102,7 @@ def _kernel():
 
 
 @torch.library.custom_op("mambavision::depthwise_conv", mutates_args=())
-def _conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pad: list[int], flip: bool, activation: str | None
-) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, pad: list[int], flip: bool, activation: str | None) -> Tensor:
     return _kernel().conv(x, weight, bias, pad, flip, activation)
 
 
