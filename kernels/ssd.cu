@@ -2,18 +2,18 @@
 //
 // Compiled by ssd_cuda.py through NVRTC behind intrinsics.cuh, one ENTRY at a time. Tokens are cut into chunks of
 // STRIPS strips of 32. `outputs` is attention whose scores C B^T all heads of a group share: a warp forms those of its
-// strip's 32 rows once, keeps them in registers as bfloat16, and for every head weighs them with decays and multiplies
+// 16 or 32 rows once, keeps them in registers as bfloat16, and for every head weighs them with decays and multiplies
 // by x. A decay between two strips is a product of three numbers, none above 1: token to its strip's border, strips in
 // between, border to token. Only the 32 x 32 pairs of a strip with itself take an exponential each.
 //
 // What other chunks send are states: `sums` forms each chunk's own, with B^T in registers in place of the scores;
 // `chain` turns them into those that enter each chunk; to `outputs` they are 2 N more columns, with C for scores.
 //
-// Macros: KERNEL, ENTRY; THREADS, RESIDENT (blocks a processor); X_TYPE (of x, B, C and y: 1 bfloat16); STRIPS; N, WIDTH:
-// states and a slice of P, padded to multiples of 16; SLICES of P: a head and a slice are a job; DIRECTIONS; SOFTPLUS;
-// DT_TYPE, D_TYPE (0 float, 1 bfloat16, 2 half, 3 none); ALL: every chunk and slice is full; STATES: those
-// that enter, DIRECT: one from each other chunk of few, which `chain` has not seen; SLOTS: jobs in shared memory; BLOCKS of 16 rows a warp;
-// TENSOR_ASYNC: products by four warps together.
+// Macros: KERNEL, ENTRY; THREADS, RESIDENT (blocks a processor); X_TYPE (of x, B, C and y: 1 bfloat16); STRIPS;
+// N, WIDTH: states and a slice of P, padded to multiples of 16; SLICES of P: a head and a slice are a job; DIRECTIONS;
+// SOFTPLUS; DT_TYPE, D_TYPE (0 float, 1 bfloat16, 2 half, 3 none); ALL: every chunk and slice is full; STATES: those that
+// enter, DIRECT: one from each other chunk of few, which `chain` has not seen; SLOTS: jobs in shared memory; BLOCKS of 16
+// rows a warp; TENSOR_ASYNC: products by four warps together.
 
 #define LOG2E 1.4426950408889634f
 #define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
@@ -39,8 +39,8 @@ struct Call {
     float diagonal;
 };
 
-// One head's decays: logarithms to base 2 but for `sent`. A strip's tokens lie as lanes want them: 2 q, 2 q + 1, 2 q + 8,
-// 2 q + 9 of each 16 together
+// One head's decays: logarithms to base 2 but for `sent`. A strip's tokens lie as lanes want them: 2 q, 2 q + 1,
+// 2 q + 8, 2 q + 9 of each 16 together
 struct alignas(16) Sent {
     float total[STRIPS < 4 ? 4 : STRIPS];
     unsigned short sent[2][TOKENS];  // dt times decay to the strip's right border, left border
@@ -56,7 +56,8 @@ template <int OF> INLINE unsigned fetch_scalar(const char *p) {
     return OF == 0 ? __ldg((const unsigned *)p) : __ldg((const unsigned short *)p);
 }
 template <int OF> INLINE float scalar(unsigned bits) {
-    return OF == 0 ? __uint_as_float(bits) : OF == 1 ? __uint_as_float(bits << 16) : half_to_float((unsigned short)bits);
+    if (OF == 2) return half_to_float((unsigned short)bits);
+    return __uint_as_float(OF == 0 ? bits : bits << 16);
 }
 
 // log(1 + exp(v)) = max(v, 0) + log(1 + e), as in scan.cu
@@ -157,14 +158,14 @@ INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int co
         }
     } else {
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const int at = threadIdx.x + i * THREADS, row = at / PIECES, piece = at % PIECES;
-        if (ROWS * PIECES % THREADS && at >= ROWS * PIECES) break;
-        const bool inside = WHOLE || (row < rows && piece * 8 < columns);
-        copy_async_16(
-            tile + row * ROW + ((piece ^ row % 8) << 4), from + (inside ? row * stride + piece * 16 : 0), inside
-        );
-    }
+        for (int i = 0; i < EACH; i++) {
+            const int at = threadIdx.x + i * THREADS, row = at / PIECES, piece = at % PIECES;
+            if (ROWS * PIECES % THREADS && at >= ROWS * PIECES) break;
+            const bool inside = WHOLE || (row < rows && piece * 8 < columns);
+            copy_async_16(
+                tile + row * ROW + ((piece ^ row % 8) << 4), from + (inside ? row * stride + piece * 16 : 0), inside
+            );
+        }
     }
 }
 
@@ -304,7 +305,8 @@ INLINE void scale(unsigned to[4], const unsigned from[4], uint2 columns, unsigne
 
 // y of a chunk's rows, BLOCKS of 16 a warp
 INLINE void outputs(const Call &call) {
-    constexpr int ROWS = WARPS * BLOCKS * 16, TOGETHER = TENSOR_ASYNC ? 2 * BLOCKS : 1;  // strips of warps that go together
+    constexpr int ROWS = WARPS * BLOCKS * 16;
+    constexpr int TOGETHER = TENSOR_ASYNC ? 2 * BLOCKS : 1;  // strips of warps that go together
     char *const tiles = dynamic_shared(), *const B_tile = tiles + (SLOTS - PANELS) * TILE_BYTES;
     char *const C_tile = tiles + SLOTS * TILE_BYTES, *const entering = C_tile + PANELS * ROWS * ROW;
     char *const stage = entering + 2 * STATES * STATE_BYTES + threadIdx.x / 32 * (8 * ROW);
@@ -346,7 +348,7 @@ INLINE void outputs(const Call &call) {
         place.tokens - place.rest * ROWS, call.n
     );
     copy_async_commit();
-    const int last = place.end - 1;  // from the last job to the first: what `sums` read last may still be in the L2 cache
+    const int last = place.end - 1;  // begins with the last job: what `sums` read last may still be in the L2 cache
     const auto next = [&](int k) { return max(last - k, place.begin); };
     constexpr int FREE = SLOTS - PANELS;  // slots that B does not take
 #pragma unroll
@@ -358,8 +360,8 @@ INLINE void outputs(const Call &call) {
     copy_async_wait<FREE < AHEAD ? FREE : AHEAD>();
     __syncthreads();
 
-    // Of strip (first + i) % STRIPS at max(i - 1, 0), its 16 columns each, the warp's 16 rows each; the warp's own strip, one
-    // of the first TOGETHER, in shared memory: the others of these make room for each other
+    // Of strip (first + i) % STRIPS at max(i - 1, 0), its 16 columns each, the warp's 16 rows each. The warp's own strip,
+    // one of the first TOGETHER, is in shared memory
     unsigned scores[STRIPS > 1 ? STRIPS - 1 : 1][2][BLOCKS][4];
     {
         unsigned c[STEPS][BLOCKS][4];
@@ -386,10 +388,14 @@ INLINE void outputs(const Call &call) {
                 for (int m = 0; m < BLOCKS; m++) {
                     unsigned v[4];
 #pragma unroll
-                    for (int k = 0; k < 4; k++) v[k] = pack2<X_TYPE>(sum[m][k / 2][k % 2 * 2], sum[m][k / 2][k % 2 * 2 + 1]);
+                    for (int k = 0; k < 4; k++) {
+                        const float *const pair = sum[m][k / 2] + k % 2 * 2;
+                        v[k] = pack2<X_TYPE>(pair[0], pair[1]);
+                    }
                     const bool itself = TOGETHER == 1 ? i == 0 : i < TOGETHER && first + i == strip;
                     if (itself)
-                        *(uint4 *)(own_scores + (half * BLOCKS + m) * (THREADS * 16)) = make_uint4(v[0], v[1], v[2], v[3]);
+                        *(uint4 *)(own_scores + (half * BLOCKS + m) * (THREADS * 16)) =
+                            make_uint4(v[0], v[1], v[2], v[3]);
                     if (TOGETHER == 1 ? i == 0 : i == 1 && itself) continue;
 #pragma unroll
                     for (int k = 0; k < 4; k++) scores[i ? i - 1 : 0][half][m][k] = v[k];
@@ -523,7 +529,9 @@ INLINE void outputs(const Call &call) {
                     const uint2 sent = *(const uint2 *)(own.sent[BOTH && !before] + other * 32 + half * 16 + q * 4);
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
-                        scale(weight[half][m], scores[i ? i - 1 : 0][half][m], sent, received[2 * m], received[2 * m + 1]);
+                        scale(
+                            weight[half][m], scores[i ? i - 1 : 0][half][m], sent, received[2 * m], received[2 * m + 1]
+                        );
                 }
                 const char *const rows = tile + (other * 32 + half * 16) * ROW;
                 if (i || half) multiply<BLOCKS, true>(out, weight[half], rows, rows_first);

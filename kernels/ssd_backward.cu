@@ -10,16 +10,17 @@
 // log-decay on the path from j to i: paths are sorted by where in the tile they begin and end, and those that cross it
 // are what enters times what leaves on the other side.
 //
-// Macros: KERNEL, ENTRY, ARGUMENT; THREADS, RESIDENT (blocks a processor); TILE; STAGES of a walk, in flight;
-// BUFFERS of gradients, 1 or 2; P, N: widths, multiples of 16; OPERAND, type of
-// x, dy, B and C, DT_TYPE of dt (0 float, 1 bfloat16, 2 half); BOTH directions; DIAGONAL: directions that count a token's own
-// pair; SOFTPLUS; HAS_D; PARTIAL: dB and dC are parts of a sum, in float.
+// Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); TILE; in
+// flight: STAGES of a walk, BUFFERS of gradients, 1 or 2; P, N: widths, multiples of 16; DT_TYPE of dt (0 float, 1
+// bfloat16, 2 half; x, dy, B and C are bfloat16); BOTH directions; DIAGONAL: directions that count a token's own pair;
+// SOFTPLUS; HAS_D; PARTIAL: dB and dC are parts of a sum, in float; TENSOR_ASYNC: products by four warps together.
 
 #define LOG2E 1.4426950408889634f
 #define ROUND_UP(a, b) (((a) + (b) - 1) / (b))
 
 typedef unsigned short bits16;
 
+constexpr int OPERAND = 1;  // bfloat16
 constexpr int WARPS = THREADS / 32, KINDS = BOTH ? 4 : 2, STATE = N * P;
 
 struct View { i64 batch, head, token; };  // strides in bytes; a tile of tokens stays below 2^31
@@ -46,8 +47,8 @@ struct Sum {
     i64 parts, inner, rows, H;
 };
 
-// Planes of `decays`: log2-decay from the tile's left border through a token, through it to the right border, dt, D; then
-// what each kind of state multiplies its tokens by
+// Planes of `decays`: log2-decay from the tile's left border through a token, through it to the right border, dt, D;
+// then what each kind of state multiplies its tokens by
 enum { FROM_LEFT, TO_RIGHT, STEP, SKIP, SCALE, PLANES = SCALE + 4 };
 
 // Kinds: what x sends to the right, what dy sends back to the left; of the other direction, the same mirrored
@@ -93,7 +94,7 @@ template <int WIDTH> struct Rows {
     static INLINE const char *by_rows(const bits16 *tile, unsigned row, unsigned column) {
         return place(tile, at(threadIdx.x % 32 / 16 * 8 + threadIdx.x % 8, threadIdx.x / 8 % 2), row, column);
     }
-    // Copies from memory: a thread takes chunk `chunk()` of every PASS-th row from row() on. `own`: that chunk's address;
+    // Copies from memory: a thread takes chunk `chunk()` of every PASS-th row from row() on. `own`: its address;
     // zeros from row `rows` and element `width` on
     static constexpr int CHUNKS = WIDTH / 8, PASS = THREADS / CHUNKS;
     static INLINE int row() { return threadIdx.x / CHUNKS; }
@@ -108,7 +109,8 @@ template <int WIDTH> struct Rows {
 #pragma unroll
         for (int j = 0; j < ROUND_UP(ROWS, PASS); j++)
             if (takes<ROWS>(j))
-                copy_async_16(to + j * PASS * PITCH, own + j * PASS * pitch, row() + j * PASS < rows && chunk() * 8 < width);
+                copy_async_16(to + j * PASS * PITCH, own + j * PASS * pitch,
+                              row() + j * PASS < rows && chunk() * 8 < width);
     }
     // 16 x 16 at (row, column): as left factor, its transpose as left factor, as right factor, its transpose as that
     static INLINE void left(unsigned *r, const bits16 *tile, unsigned row, unsigned column) {
@@ -138,7 +140,7 @@ INLINE void multiply(float (*c)[4], const unsigned *a, const unsigned *b) {
 // This thread's warp, which the compiler then knows to be the same for the warp
 INLINE int warp_of_block() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
-// c (16 x COLUMNS of a warp) = or, ADD, += the sum over STEPS of a[k] (16 x 16) times 16 rows of a tile from row `row` on;
+// c (16 x COLUMNS of a warp) = or, ADD, += the sum over STEPS of a[k] (16 x 16) times 16 rows of a tile from `row` on;
 // or times the transpose of 16 of its columns. TENSOR_ASYNC: four warps together, each with its own a and c, which are
 // in use until `finish_products`
 template <int WIDTH, int COLUMNS, int STEPS, bool ADD>
@@ -208,8 +210,7 @@ INLINE void publish_copies() {
 #endif
 }
 
-// A warp's 16 x 16 product as pairs of elements, [block of columns * 2 + block of rows]; each lane gets 8 neighbours: row
-// row_of_lane(), column 8 * (lane % 4 / 2) on
+// Of a warp's 16 x 16 product each lane gets 8 neighbours: of row row_of_lane(), from column 8 * (lane % 4 / 2) on
 INLINE int row_of_lane() { return threadIdx.x % 2 * 8 + threadIdx.x % 32 / 4; }
 INLINE uint4 neighbours(const float (*c)[4]) {
     const bool odd = threadIdx.x % 2, upper = threadIdx.x / 2 % 2;
@@ -218,7 +219,7 @@ INLINE uint4 neighbours(const float (*c)[4]) {
     for (int block = 0; block < 2; block++) {
         const unsigned top = pack2<OPERAND>(c[block][0], c[block][1]), low = pack2<OPERAND>(c[block][2], c[block][3]);
         const unsigned far = __shfl_xor_sync(~0u, odd ? top : low, 1);
-        mine[block] = odd ? far : top, other[block] = odd ? low : far;  // the row's columns of the even lane, of the odd
+        mine[block] = odd ? far : top, other[block] = odd ? low : far;  // the even lane's, the odd one's
     }
     const unsigned x = __shfl_xor_sync(~0u, upper ? mine[0] : mine[1], 2);
     const unsigned y = __shfl_xor_sync(~0u, upper ? other[0] : other[1], 2);
@@ -255,7 +256,7 @@ INLINE float sum_of_warp(float v) {
     return v;
 }
 
-// Sums over a warp of COUNT neighbours a lane, in order from the first lane (or the last): v[j] gets those up to its own
+// Sums over a warp of COUNT neighbours a lane, from the first lane on (or the last): v[j] gets those up to its own
 template <int COUNT> INLINE void scan_of_warp(float *v, bool from_last) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -313,7 +314,7 @@ INLINE void decays(const Call &c) {
     float raw[TILE / TOKENS];
 #pragma unroll
     for (int j = 0; j < TILE / TOKENS * HAS_D; j++)
-        skips[head][t + j * TOKENS] = t + j * TOKENS < rows ? *(const float *)(skip + j * TOKENS * c.D_view.token) : 0.f;
+        skips[head][t + j * TOKENS] = t + j * TOKENS < rows ? decode<0>(skip + j * TOKENS * c.D_view.token, 0) : 0.f;
 #pragma unroll
     for (int j = 0; j < TILE / TOKENS; j++)
         raw[j] = t + j * TOKENS < rows ? decode<DT_TYPE>(from + j * TOKENS * c.dt_view.token, 0) + bias : 0.f;
@@ -437,7 +438,8 @@ INLINE void walk(const Call &c) {
 #pragma unroll
         for (int e = 0; e < TILE / 4; e++) {
             unsigned &k = keys_left[e / 4][e % 4];
-            const float2 scale = *(const float2 *)(at.scale + e / 4 * 16 + e / 2 % 2 * 8 + 2 * q), pair = unpack2<OPERAND>(k);
+            const float2 scale = *(const float2 *)(at.scale + e / 4 * 16 + e / 2 % 2 * 8 + 2 * q);
+            const float2 pair = unpack2<OPERAND>(k);
             k = pack2<OPERAND>(pair.x * scale.x, pair.y * scale.y);
         }
         add_rows<P, P, TILE / 16, true>(state, keys_left, at.values, 0);
@@ -451,7 +453,7 @@ struct alignas(16) Paths {
     float pairs[WARPS][TILE];  // of the pairs of a warp's senders with each receiver; within the warp, forward ones
     float pairs_back[TILE];    // and backward ones
     float all[TILE], ahead[TILE], itself[TILE];  // of a sender's pairs, per unit of its dt; those to the right; its own
-    float borders[KINDS][TILE];  // by kind, what a token receives, or per unit of its dt sends, through the tile's border
+    float borders[KINDS][TILE];  // by kind, what a token receives, or per unit of its dt sends, through a border
     float step[TILE], crossing[WARPS];
 };
 
@@ -485,7 +487,8 @@ INLINE void finish(const Call &c, const Paths &paths, i64 b, i64 tile, i64 h) {
     const int lane = threadIdx.x % 32, first = lane * EACH;
     const auto load = [&](const float *v) { return Each::load(v + first); };
     const Each all = load(paths.all), forth = load(paths.ahead), step = load(paths.step);
-    Each ahead = load(paths.borders[STATE_RIGHT]), back = {}, behind = {};  // of paths that end at a token or, negative, begin
+    // sums of paths that end at a token or, negative, begin there
+    Each ahead = load(paths.borders[STATE_RIGHT]), back = {}, behind = {};
     Each sent = load(paths.borders[COSTATE_LEFT]), unit = load(paths.itself);
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
@@ -549,7 +552,8 @@ INLINE void gradients(const Call &c) {
     Shared &shared = *(Shared *)dynamic_shared();
     const i64 heads = c.H / c.groups, part = blockIdx.x % c.parts, group = blockIdx.x / c.parts % c.groups;
     const i64 tile = blockIdx.x / c.parts / c.groups % c.tiles, b = blockIdx.x / c.parts / c.groups / c.tiles;
-    const int begin = (int)(group * heads + part * c.part), end = (int)(group * heads + min((part + 1) * c.part, heads));
+    const int begin = (int)(group * heads + part * c.part);
+    const int end = (int)(group * heads + min((part + 1) * c.part, heads));
     const i64 token0 = tile * TILE, padded = c.tiles * TILE, plane = c.batch * c.H * padded;
     const int rows = (int)min(c.length - token0, (i64)TILE);
     const int warp = warp_of_block(), lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, own = warp * 16;
@@ -566,7 +570,8 @@ INLINE void gradients(const Call &c) {
     const auto fetch = [&](int h) {
         if (h < end) {
             Stage &to = shared.stages[(h - begin) % BUFFERS];
-            const unsigned thread = opaque(threadIdx.x), row = thread / Rows<P>::CHUNKS, chunk = thread % Rows<P>::CHUNKS * 16;
+            const unsigned thread = opaque(threadIdx.x), own = thread % 32 * 4;
+            const unsigned row = thread / Rows<P>::CHUNKS, chunk = thread % Rows<P>::CHUNKS * 16;
             const char *const x_own = x + h * c.x_view.head + (row * (unsigned)c.x_view.token + chunk);
             const char *const dy_own = dy + h * c.dy_view.head + (row * (unsigned)c.dy_view.token + chunk);
             const char *const states_own = (const char *)(states + h * KINDS * STATE) + (row * (P * 2) + chunk);
@@ -575,8 +580,8 @@ INLINE void gradients(const Call &c) {
 #pragma unroll
             for (int kind = 0; kind < KINDS; kind++)
                 if (present[kind]) Rows<P>::fetch<N>(to.states[kind], states_own + kind * STATE * 2, P * 2, N, P);
-            if (warp < SKIP + HAS_D && thread % 32 < TILE / 4)
-                copy_async_16(to.planes[warp] + thread % 32 * 4, planes + warp * plane + h * padded + thread % 32 * 4, true);
+            if (warp < SKIP + HAS_D && own < TILE)
+                copy_async_16(to.planes[warp] + own, planes + warp * plane + h * padded + own, true);
         }
         copy_async_commit();
     };
@@ -648,12 +653,13 @@ INLINE void gradients(const Call &c) {
                 const float scale[2] = {to_border(kind, 0), to_border(kind, 1)};
                 finish_products<P / 16>(v);
 #pragma unroll
-                for (int e = 0; e < P / 2; e++) dx[e / 8][e / 4 % 2][e % 4] += scale[e / 2 % 2] * v[e / 8][e / 4 % 2][e % 4];
+                for (int e = 0; e < P / 2; e++)
+                    dx[e / 8][e / 4 % 2][e % 4] += scale[e / 2 % 2] * v[e / 8][e / 4 % 2][e % 4];
             }
         }
 
         // pairs inside the tile, two blocks of receivers at once
-        float all[2] = {}, ahead[2] = {}, itself[2] = {};  // sums over the others, over those to the right; a token's own
+        float all[2] = {}, ahead[2] = {}, itself[2] = {};  // sums over other tokens, over those to the right; its own
 #pragma unroll
         for (int k0 = 0; k0 < 2 * BLOCKS; k0 += 2) {
             const int i0 = (four + k0) % (TILE / 16), i[2] = {i0, i0 + 1};
@@ -722,7 +728,8 @@ INLINE void gradients(const Call &c) {
                             if (to < from) column_back[block * 2 + f] += path;
                             if (to == from) itself[r] += mG * pair[f];
                             else all[r] += mG * pair[f];
-                            if (HAS_D && to == from && to < rows) c.dD[(b * c.length + token0 + to) * c.H + h] = product;
+                            if (HAS_D && to == from && to < rows)
+                                c.dD[(b * c.length + token0 + to) * c.H + h] = product;
                         }
                         W[u][e] = pack2<OPERAND>(w[0], w[1]);
                     }
@@ -785,13 +792,17 @@ INLINE void gradients(const Call &c) {
             unsigned keys[N / 16][4];
             Rows<N>::left(keys, sends ? shared.B : shared.C, own);
             finish_products<N / 16>(v);
-            float top[4] = {}, low[4] = {};  // keys times v transposed, of rows 0 to 7 and 8 to 15: wanted is its diagonal
+            float top[4] = {}, low[4] = {};  // keys times v transposed, of rows 0 to 7, 8 to 15, for its diagonal
 #pragma unroll
             for (int n = 0; n < N / 16; n++) {
-                const unsigned v_top[2] = {pack2<OPERAND>(v[n][0][0], v[n][0][1]), pack2<OPERAND>(v[n][1][0], v[n][1][1])};
-                const unsigned v_low[2] = {pack2<OPERAND>(v[n][0][2], v[n][0][3]), pack2<OPERAND>(v[n][1][2], v[n][1][3])};
-                mma_16x8x16<OPERAND>(top, keys[n], v_top);
-                mma_16x8x16<OPERAND>(low, keys[n], v_low);
+                unsigned rows[2][2];  // of v, as right factors
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float *const pair = v[n][e % 2] + e / 2 * 2;
+                    rows[e / 2][e % 2] = pack2<OPERAND>(pair[0], pair[1]);
+                }
+                mma_16x8x16<OPERAND>(top, keys[n], rows[0]);
+                mma_16x8x16<OPERAND>(low, keys[n], rows[1]);
 #pragma unroll
                 for (int e = 0; e < 8; e++)
                     (sends ? dB : dC)[n][e / 4][e % 4] += factor[e / 2 % 2] * v[n][e / 4][e % 4];

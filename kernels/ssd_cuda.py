@@ -74,11 +74,6 @@ def _kernel(entry: str, device: int, shared: int, **defines: int) -> nvrtc.Kerne
     return nvrtc.kernel(_SOURCES, name, tuple(f"{n}={v}" for n, v in defines.items()), device, shared)
 
 
-def _enter(device: int) -> None:
-    if device >= 0:
-        nvrtc._bind(device)
-
-
 def _asynchronous(device: int) -> bool:
     """Whether four warps' tensor cores can run on while the warps do, which sm_90 alone can."""
     return device >= 0 and nvrtc._architecture(device) == 90
@@ -117,67 +112,76 @@ def _strides(view: tuple | None) -> tuple[int, ...]:
     return tuple(s * dtype.itemsize if n > 1 else 0 for n, s in zip(shape[:3], strides, strict=False))
 
 
+class _Cut(NamedTuple):
+    """How tokens are cut; states that enter a chunk; whether they are other chunks' own; jobs in shared memory."""
+
+    chunk: int
+    entering: int
+    direct: bool
+    slots: int
+
+
+def _shared(cut: _Cut, states: int, rows: int) -> tuple[int, int]:
+    """Bytes of shared memory of a block of ``sums`` and of ``outputs``, where a warp takes so many rows."""
+    row, panels, chunk = 2 * SLICE, -(-states // SLICE), cut.chunk
+    tile, sent = chunk * row, 4 * chunk + 4 * max(4, chunk // STRIP)
+    outputs = panels * tile + cut.slots * (tile + sent + 16 * chunk)
+    outputs += (2 * cut.entering * states + 8 * (chunk // rows)) * row + 2 * STRIP * chunk
+    return 2 * (tile + sent), outputs
+
+
+def _cut(length: int, states: int, directions: int, asked: int, given: bool, rows: int, most: int) -> _Cut:
+    """The longest chunks whose blocks fit, or those asked for; ``given``: states enter or are to leave."""
+    longest = max(STRIP, 1 << (length - 1).bit_length())
+    for chunk in (min(asked, longest),) if asked else (c for c in CHUNK_SIZES[::-1] if c <= longest):
+        chunks = -(-length // chunk)
+        direct = 1 < chunks <= MOST_DIRECT and states <= SLICE and not given
+        entering = chunks - 1 if direct else directions if chunks > 1 or given else 0
+        for slots in (3, 2) if chunk == CHUNK_SIZES[-1] and states <= SLICE else (2,):
+            cut = _Cut(chunk, entering, direct, slots)
+            if max(_shared(cut, states, rows)) <= most:
+                return cut
+    raise ValueError(f"a block has {most} bytes of shared memory, which chunk_size={asked} exceeds: pass a smaller one")
+
+
 @functools.lru_cache(4096)
 def _layout(call: _Signature) -> _Layout:
     (batch, length, H, P), (_, _, G, N) = call.x[0], call.B[0]
-    strips = call.chunk // STRIP
-    chunks, slices = -(-length // call.chunk), -(-P // SLICE)
     states, width, directions = -(-N // 16) * 16, min(SLICE, -(-P // 16) * 16), 1 + call.both
-    panels = -(-states // SLICE)
-    row = 2 * SLICE  # bytes of a tile's row
-    tile, sent = call.chunk * row, 4 * call.chunk + 4 * max(4, strips)
-    decays = sent + 4 * 4 * call.chunk
+    asynchronous = _asynchronous(call.device) and width == SLICE
+    rows = 16 if asynchronous else 32
+    most = nvrtc.shared_memory(call.device)
+    cut = _cut(length, states, directions, call.chunk, call.initial or call.last, rows, most)
+    strips, chunks, slices = cut.chunk // STRIP, -(-length // cut.chunk), -(-P // SLICE)
+    entering = cut.entering if chunks > 1 or call.initial else 0
     defines = {"STRIPS": strips, "N": states, "WIDTH": width, "DIRECTIONS": directions}
-    defines["ALL"] = int(length % call.chunk == 0 and P % width == 0)
+    defines["ALL"] = int(length % cut.chunk == 0 and P % width == 0)
     views = [s for v in (call.x, call.dt, call.B, call.C, call.D) for s in _strides(v)]
     defines |= {"SLICES": slices, "SOFTPLUS": int(call.softplus), "DT_TYPE": _TYPES[call.dt[2]]}
     jobs = H // G * slices
-    asynchronous = _asynchronous(call.device) and width == SLICE
     sums, outputs = plan(batch, chunks, G, jobs, strips, states, nvrtc.processors(call.device), asynchronous)
 
-    def launch(entry: str, plan: Plan, blocks: int, shared: int, **more: int):
-        parts = -(-jobs // plan.share)
-        sizes = batch, length, H, G, P, N, chunks, parts, plan.share, call.diagonal
-        known = defines | {"THREADS": plan.warps * 32, "RESIDENT": plan.resident} | more
-        known["TENSOR_ASYNC"] = int(asynchronous and plan.warps % 4 == 0 and entry != "chain")
+    def launch(entry: str, laid: Plan, blocks: int, shared: int, **more: int):
+        parts = -(-jobs // laid.share)
+        sizes = batch, length, H, G, P, N, chunks, parts, laid.share, call.diagonal
+        known = defines | {"THREADS": laid.warps * 32, "RESIDENT": laid.resident} | more
+        known["TENSOR_ASYNC"] = int(asynchronous and laid.warps % 4 == 0 and entry != "chain")
         kernel = compilers.submit(_kernel, entry, call.device, shared, **known)
-        return kernel, blocks * parts, plan.warps * 32, _REST.pack(*views, *sizes)
+        return kernel, blocks * parts, laid.warps * 32, _REST.pack(*views, *sizes)
 
-    compilers = ThreadPoolExecutor(3, initializer=_enter, initargs=(call.device,))
     launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 1}
-    # few chunks receive each other's states as they are
-    direct = 1 < chunks <= MOST_DIRECT and states <= SLICE and not (call.initial or call.last)
-    entering = chunks - 1 if direct else directions if chunks > 1 or call.initial else 0
-    if entering or call.last:
-        launches.append(launch("sums", sums, batch * chunks * G, 2 * (tile + sent), **plain))
-    if (entering or call.last) and not direct:
-        each = Plan(4, 4, jobs)
-        pieces = batch * H * slices * directions * states * width // 8
-        launches.append(
-            launch("chain", each, -(-pieces // 128), 0, **plain | dict.fromkeys(("ALL", "SOFTPLUS", "DT_TYPE"), 0))
-        )
-    queries = panels * call.chunk * row
-    rows = call.chunk // outputs.warps
-    slots = 3 if panels == 1 and strips == 8 else 2
-    shared = queries + slots * (tile + decays) + (2 * entering * states + 8 * outputs.warps) * row
-    shared += 64 * call.chunk  # scores of the strips with themselves
-    blocks = batch * chunks * G
-    D_type = {"D_TYPE": _NONE if call.D is None else _TYPES[call.D[2]]}
-    launches.append(
-        launch(
-            "outputs",
-            outputs,
-            blocks,
-            shared,
-            STATES=entering,
-            DIRECT=int(direct),
-            SLOTS=slots,
-            BLOCKS=rows // 16,
-            **D_type,
-        )
-    )
-    launches = tuple((kernel.result(), *rest) for kernel, *rest in launches)
-    compilers.shutdown()
+    of_sums, of_outputs = _shared(cut._replace(entering=entering), states, rows)
+    with ThreadPoolExecutor(3) as compilers:
+        if entering or call.last:
+            launches.append(launch("sums", sums, batch * chunks * G, of_sums, **plain))
+        if (entering or call.last) and not cut.direct:
+            pieces = batch * H * slices * directions * states * width // 8
+            plain |= dict.fromkeys(("ALL", "SOFTPLUS", "DT_TYPE"), 0)
+            launches.append(launch("chain", Plan(4, 4, jobs), -(-pieces // 128), 0, **plain))
+        more = {"STATES": entering, "DIRECT": int(cut.direct), "SLOTS": cut.slots, "BLOCKS": rows // 16}
+        more["D_TYPE"] = _NONE if call.D is None else _TYPES[call.D[2]]
+        launches.append(launch("outputs", outputs, batch * chunks * G, of_outputs, **more))
+        launches = tuple((kernel.result(), *rest) for kernel, *rest in launches)
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
     return _Layout(launches, stored, stored + formed * batch * chunks * H * 4)
@@ -238,15 +242,16 @@ def ssd(
     A, bias, initial = _float(A), _float(dt_bias), _float(initial_state)
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     last = A.new_empty((batch, directions if return_last_state else 0, H, P, N))
-    if batch == 0 or H == 0:
-        return y, last
+    if x.numel() == 0 or N == 0:  # no states
+        return (torch.zeros_like(y) if D is None else (D[..., None] * x).to(x.dtype)), last
     diagonal = directions if scanned_diagonal else 0
-    chunk = chunk_size or CHUNK_SIZES[-1]
-    chunk = min(chunk, max(STRIP, 1 << (length - 1).bit_length()))
+    D = D if D is None or D.dtype in _TYPES else D.float()
     D_view = None if D is None else _view(D)
     device, taken = x.get_device(), initial is not None
     views = _view(x), _view(dt), _view(B), _view(C), D_view
-    layout = _layout(_Signature(device, dt_softplus, bidirectional, diagonal, chunk, taken, return_last_state, *views))
+    layout = _layout(
+        _Signature(device, dt_softplus, bidirectional, diagonal, chunk_size or 0, taken, return_last_state, *views)
+    )
     scratch = y.new_empty(-(-layout.scratch // 2)) if layout.scratch else None
     states = _address(scratch)
     argument = _POINTERS.pack(

@@ -110,7 +110,6 @@ def _layout(
     p: int,
     n: int,
     plan: Plan,
-    operand: torch.dtype,
     dt_type: torch.dtype,
     views: tuple[int, ...],
     options: tuple[bool, bool, bool, bool, bool, bool],
@@ -123,15 +122,15 @@ def _layout(
     tiles, parts = -(-length // tile), -(-(H // groups) // plan.part)
     steps = tiles if ends else tiles - 1
     walk, gradients = _shared(plan, P, N, kinds, steps)
-    macros = {"TILE": tile, "P": P, "N": N, "OPERAND": _TYPES[operand], "DT_TYPE": _TYPES[dt_type], "BOTH": int(both)}
+    macros = {"TILE": tile, "P": P, "N": N, "DT_TYPE": _TYPES[dt_type], "BOTH": int(both)}
     macros |= {"DIAGONAL": f"{(1 + both) * scanned}.f", "SOFTPLUS": int(softplus), "HAS_D": int(has_D)}
     macros |= {"PARTIAL": int(parts > 1), "STAGES": plan.stages, "BUFFERS": plan.buffers}
     macros["TENSOR_ASYNC"] = int(P == N == 64 and _asynchronous(device))
     read = {  # what an entry does not look at shall not compile it again
-        "decays": ("OPERAND", "TILE", "DT_TYPE", "SOFTPLUS", "HAS_D"),
-        "walk": ("OPERAND", "TILE", "P", "N", "BOTH", "STAGES", "TENSOR_ASYNC"),
+        "decays": ("TILE", "DT_TYPE", "SOFTPLUS", "HAS_D"),
+        "walk": ("TILE", "P", "N", "BOTH", "STAGES", "TENSOR_ASYNC"),
         "gradients": tuple(name for name in macros if name != "STAGES"),
-        "sums": ("OPERAND", "PARTIAL"),
+        "sums": ("PARTIAL",),
     }
     unread = dict.fromkeys(macros, 0) | {"TILE": 64, "P": 16, "N": 16, "DIAGONAL": "0.f", "STAGES": 2, "BUFFERS": 2}
     heads = -(-H // 32)
@@ -223,6 +222,8 @@ def ssd_backward(
     For bfloat16 x, P and N up to ``WIDTH``. States are formed again, none are kept; ``chunk_size`` is not looked at.
     ``chosen`` instead of :func:`plan`.
     """
+    if x.dtype is not torch.bfloat16:
+        raise ValueError(f"x must be bfloat16, got {str(x.dtype)[6:]}")
     device, (batch, length, H, P) = x.get_device(), x.shape
     G, N = B.shape[2:]
     if x.numel() == 0 or B.numel() == 0:
@@ -235,11 +236,13 @@ def ssd_backward(
     initial, gradient = _states(initial_state, p, n), _states(grad_state, p, n)
     sizes = batch, length, H, G, _up(p, 16), _up(n, 16), 2 + 2 * bidirectional
     chosen = chosen or plan(*sizes, nvrtc.processors(device), _room(device))
+    if chosen is None:
+        raise RuntimeError(f"{_room(device)} bytes of shared memory are too few for headdim {P} and d_state {N}")
     ends = initial is not None
     walked = length > chosen.tile or ends or gradient is not None
     views = sum((_view(v) for v in (x, dy, keys, queries, dt, D)), ())
     options = (dt_softplus, bidirectional, scanned_diagonal, D is not None, walked, ends)
-    layout = _layout(device, (batch, length, H), G, p, n, chosen, x.dtype, dt.dtype, views, options)
+    layout = _layout(device, (batch, length, H), G, p, n, chosen, dt.dtype, views, options)
 
     scratch = torch.empty(layout.offsets[-1], dtype=torch.uint8, device=x.device)
     planes, states, dA_rows, dbias_rows, dB_parts, dC_parts = (scratch.data_ptr() + o for o in layout.offsets[:-1])

@@ -104,6 +104,8 @@ def ssd(
     for name, (v, shape) in expected.items():
         if v is not None and tuple(v.shape) != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(v.shape)}")
+        if v is not None and v.device != x.device:
+            raise ValueError(f"{name} is on {v.device}, x on {x.device}: move one of them")
     allowed = (torch.float64,) if x.dtype == torch.float64 else dispatch.KERNEL_DTYPES
     for name, v in (("x", x), ("dt", dt), ("B", B), ("C", C)):
         if v.dtype not in allowed:

@@ -133,9 +133,10 @@ def check(case: Case, backend: str, device: str = "cpu") -> None:
 
 
 def check_forward(case: Case, device: str = "cpu") -> None:
-    """``cuda`` is at most twice as far from fp64 as ``chunked`` in the same types, and the same twice.
+    """``cuda`` is at most 2.1 times as far from fp64 as ``chunked`` in the same types, and the same twice.
 
-    Its last state may be off by a rounding to bfloat16, which ``chunked`` does not do; few numbers make no mean.
+    ``chunked`` computes in float32 and rounds y alone. Five more roundings to bfloat16 make 2.0: scores, decays from a
+    border and to it, both products. A last state is a sum of rounded ones; few numbers make no mean.
     """
     args, options = inputs(case, device=device)
     actual, again = forward(args, options, "cuda"), forward(args, options, "cuda")
@@ -146,7 +147,7 @@ def check_forward(case: Case, device: str = "cpu") -> None:
         errors = [relative(v[name].double(), value) for v in (actual, peer)]
         few = value.numel() < 4000
         least = FORWARD_LIMIT["bf16"] if value.numel() < 100 else 4e-3 if few or name == "last_state" else 0.0
-        if not errors[0] <= max(2 * errors[1], least):
+        if not errors[0] <= max(2.1 * errors[1], least):
             wrong[name] = errors
         assert torch.equal(actual[name], again[name]), f"{name} of {case} is not the same twice"
     assert not wrong, f"{case}: {wrong}"
@@ -212,6 +213,8 @@ CUDA = [
     Case(128, "free", 1, 64, 64, dtype="bf16", options=False),
     Case(193, "causal", 1, 64, 16, dtype="bf16", chunk=128),
     Case(300, "sum", 1, 64, 64, dtype="bf16", options=False),
+    Case(300, "causal", 1, 64, 64, dtype="bf16", options=False, chunk=128),
+    Case(520, "causal", 3, 64, 64, dtype="bf16"),
     Case(100, "sum", dtype="bf16", dt=0.5, decay=-1e-6, options=False, chunk=32),
     Case(65, "sum", dtype="bf16", size=1e3, options=False),
 ]
@@ -256,6 +259,44 @@ def test_triton_under_the_interpreter(case, interpreted):
 @pytest.mark.parametrize("case", CUDA, ids=str)
 def test_cuda_in_the_emulator(case, emulator):
     check_forward(case)
+
+
+@pytest.mark.parametrize("case", [CUDA[2], CUDA[5], CUDA[-3]], ids=str)
+def test_cuda_with_every_gradient_in_the_emulator(case, emulator):
+    check(case, "cuda")
+
+
+@pytest.mark.parametrize("most", [99 << 10, 163 << 10, 227 << 10])
+def test_blocks_fit(most):
+    """Of every size that is served, for which there is always a cut, and the longest chunks there are on sm_90."""
+    for length, states, directions, given, rows in product(
+        (1, 33, 256, 600, 4096), range(16, 129, 16), (1, 2), (False, True), (16, 32)
+    ):
+        cut = ssd_cuda._cut(length, states, directions, 0, given, rows, most)
+        assert max(ssd_cuda._shared(cut, states, rows)) <= most
+        if most == 227 << 10:
+            assert cut.chunk >= min(256, length) // 2
+    with pytest.raises(ValueError, match="chunk_size=256"):
+        ssd_cuda._cut(4096, 128, 2, 256, False, 32, 99 << 10)
+
+
+def test_a_smaller_gpu_gets_shorter_chunks(emulator):
+    case = Case(150, "sum", 1, 16, 64, dtype="bf16", options=False)
+    emulator.shared, emulator.architecture = 64 << 10, 860
+    ssd_cuda._layout.cache_clear()
+    check_forward(case)
+    ssd_cuda._layout.cache_clear()
+    assert "ssd_chain" in [name for name, _, _ in emulator.launches]
+
+
+@pytest.mark.parametrize("axis", [0, 2, 3])
+def test_nothing_in_nothing_out(axis, emulator):
+    args, options = inputs(Case(5, "sum", 2, 8, 8, dtype="bf16", options=False))
+    args["D"] = torch.ones(2)
+    for name in ("x", "dt", "A", "D") if axis == 2 else ("x", "dt", "B", "C") if axis == 0 else ("B", "C"):
+        args[name] = args[name].narrow(axis if args[name].dim() > 1 else 0, 0, 0)
+    y = forward(args, options, "cuda")["y"]
+    assert torch.equal(y, args["x"])
 
 
 @pytest.fixture

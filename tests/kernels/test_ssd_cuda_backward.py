@@ -10,6 +10,7 @@ from mambavision.kernels import ssd_chunked, ssd_cuda_backward, ssd_reference
 from mambavision.kernels.ssd_cuda_backward import Plan, _shared, plan, ssd_backward
 from tests.kernels.emulated import DESCENDING, RANDOM
 from tests.kernels.test_ssd import EXTREME, FULL, GRADIENT_LIMIT, LARGE, Case, make, relative, strided
+from tests.kernels.test_ssd import check as check_operator
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 SMALL = [
@@ -97,6 +98,25 @@ def test_sm_90_through_the_emulator(case, chosen, emulator, asynchronous):
     check(case, chosen)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(70, "sum", 2, 16, 16, dtype="bf16"),
+        Case(33, "causal", 2, 5, 4, 2, "bf16", strided=True),
+        Case(20, "free", 2, 64, 64, dtype="bf16"),
+        Case(9, "sum", dtype="bf16", options=False),
+    ],
+    ids=str,
+)
+def test_the_operator_with_gradients(case, emulator):
+    check_operator(case, "cuda")
+
+
+def test_other_types_are_refused():
+    with pytest.raises(ValueError, match="bfloat16"):
+        run(Case(3, dtype="fp16", options=False), None)
+
+
 def test_the_order_of_threads_changes_no_bit(emulator):
     case, chosen = Case(140, "sum", 3, 16, 16, dtype="bf16"), Plan(64, 2, 2)
     results = []
@@ -137,6 +157,12 @@ def test_a_plan_fits_its_block_and_covers_all_heads():
 @pytest.mark.parametrize("case", [c for c in FULL + EXTREME + LARGE if c.dtype == "bf16"], ids=str)
 def test_on_a_gpu(case):
     check(case, None, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in FULL if c.dtype == "bf16"][::4], ids=str)
+def test_the_operator_with_gradients_on_a_gpu(case):
+    check_operator(case, "cuda", "cuda")
 
 
 @pytest.mark.gpu

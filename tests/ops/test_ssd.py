@@ -154,6 +154,14 @@ def test_what_does_not_fit_is_refused(what):
         ssd(**args)
 
 
+@pytest.mark.parametrize("name", ["z", "dt", "A", "B", "C", "D", "dt_bias", "initial_state"])
+def test_a_tensor_left_on_another_device_is_named(name):
+    args = arguments(dtype=torch.float32, requires_grad=False)
+    args[name] = args[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta, x on cpu"):
+        ssd(**args)
+
+
 @pytest.fixture
 def no_environment(monkeypatch):
     monkeypatch.delenv("MAMBAVISION_BACKEND", raising=False)
