@@ -20,8 +20,6 @@ def scan(
     order: Tensor | None,
     delta_softplus: bool,
     merge: bool,
-    *,
-    z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`reference.scan`.
 
@@ -74,5 +72,5 @@ def scan(
 
     if order is not None:
         y = y[:, rows.argsort(0), scans]
-    y = y if z is None else y * F.silu(z.to(dtype))
-    return (y.sum(2) if merge else y).to(x.dtype), h[:, -1]
+    y = y.sum(2) if merge else y
+    return y.to(x.dtype), h[:, -1]

@@ -55,9 +55,22 @@ class Plan(NamedTuple):
 
     @property
     def partials(self) -> int:
-        """Bytes of a backward's two buffers of a tile's dB and dC, of four channels at a time."""
-        subsets = self.threads // 32 * max(1, 8 // self.split)
-        return 2 * 4 * subsets * (self.tile * (2 * self.states * self.split + 4) + 16)
+        """Bytes of a backward's buffers of a tile's dB and dC, of four channels at a time; one warp needs but one."""
+        warps = self.threads // 32
+        subsets = min(2, warps) * warps * max(1, 8 // self.split)
+        return 4 * subsets * (self.tile * (2 * self.states * self.split + 4) + 16)
+
+    def steps(self, gated: bool) -> int:
+        """Bytes of shared memory that a backward declares: of every step dt, x, dy, slope and gate; B, C and rows."""
+        of_warps = self.threads // 32 * self.tile * (32 // self.split + 1) * (24 if gated else 16)
+        return of_warps + self.tile * (16 * self.states * self.split + 16)
+
+    def fitting(self, gated: bool, shared: int) -> "Plan":
+        """A backward of as many threads as a block's ``shared`` bytes, and the declared ones' limit, allow."""
+        chosen = self
+        while chosen.threads > 32 and (chosen.steps(gated) > _STATIC or chosen.steps(gated) + chosen.partials > shared):
+            chosen = chosen._replace(threads=chosen.threads - 32)
+        return chosen
 
 
 def _power_of_two(n: int) -> int:
@@ -97,7 +110,7 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
         split *= 2
     states = padded // split
     tile = _tile(N) if backward else 16
-    blocks = -(-channels * split // (32 if backward and padded > 64 else 128))  # 48 KB of shared memory hold them
+    blocks = -(-channels * split // (32 if backward and padded > 64 else 128))
     threads = -(-channels * split // (32 * blocks)) * 32
     segment = -(-length // (segments * tile)) * tile
     lone = backward and N == 1
@@ -145,7 +158,7 @@ def merged_plan(
     ``row``: bytes of a token's 16 channels in all that is copied; ``shared``: bytes of shared memory a block may have.
     """
     blocks = batch * channels // _GROUP
-    if channels % _GROUP or length >= 2**24 or blocks < 7 / 8 * processors or shared < _SHARED_OF_SM80:
+    if channels % _GROUP or length >= 2**24 or blocks < 7 / 8 * processors or shared <= _WITHOUT_COPIES:
         return None
     if backward and length > 1600:
         return None
@@ -159,7 +172,7 @@ def merged_plan(
     return Merged(32 * warps, max(1, (256 if backward else 512) // (32 * warps)))
 
 
-_SHARED_OF_SM80 = 96 << 10  # older GPUs have less, and no asynchronous copies
+_WITHOUT_COPIES = 96 << 10  # bytes of shared memory of the largest GPU without asynchronous copies, sm_70
 
 
 _ORDERED = 1024  # steps from which B and C are ordered first: sums leave the L1 cache little
@@ -307,6 +320,8 @@ def _scan_layout(call: _Call) -> _Layout:
     if merge and not backward:
         chosen = team_plan(batch, length, K, channels, N, processors, nvrtc.shared_memory(device))
     chosen = chosen or plan(batch, length, K, channels, N, processors, backward=backward)
+    if backward:
+        chosen = chosen.fitting(views[5] is not None, nvrtc.shared_memory(device))
     segments, blocks = -(-length // chosen.segment), -(-channels // chosen.channels)
     kept = start_type is not None
     every = chosen.tile if backward else _tile(N) if kept else 0
@@ -357,7 +372,7 @@ def _merged(call: _Call) -> Merged | None:
     """The plan of scan_merged.cu where it can serve: merged, one state, channels side by side at addresses it reads."""
     x, delta, B, C, dy, _ = call.views
     batch, length, K, channels = call.shape
-    if not call.merge or not call.aligned or call.N > 1 or x[0][2] > 1 or K * length >= 2**31:
+    if not call.merge or not call.aligned or call.N > 1 or x[0][2] > 1 or K * length >= 2**31 or call.views[5]:
         return None
     if call.backward and (call.start_type is None or dy[0][2] > 1 or dy[2] is not x[2]):
         return None

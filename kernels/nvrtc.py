@@ -168,15 +168,15 @@ def _call(device: int, what: str, function, *arguments) -> None:
 
 
 class Kernel(ctypes.c_void_p):
-    """A loaded kernel; ``shared``: the bytes of dynamic shared memory that a block of it gets."""
+    """A loaded kernel; ``shared``: the bytes of dynamic shared memory that a block of it gets, of ``most`` asked for."""
 
-    shared = 0
+    shared = most = 0
 
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # a CUfunction_attribute
 
 
-def _load(cubin: bytes, name: str, device: int, shared: int = 0) -> Kernel:
+def _load(cubin: bytes, name: str, device: int) -> Kernel:
     driver, module, function, context = _driver(), ctypes.c_void_p(), Kernel(), ctypes.c_void_p()
     _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for a context")
     if not context:
@@ -184,24 +184,31 @@ def _load(cubin: bytes, name: str, device: int, shared: int = 0) -> Kernel:
     _call(device, "loading a kernel", driver.cuModuleLoadData, ctypes.byref(module), cubin)
     finding = (driver.cuModuleGetFunction, ctypes.byref(function), module, name.encode())
     _call(device, f"finding kernel {name}", *finding)
-    if shared:  # more than 48 KB are given to those that ask
-        function.shared = shared
-        asking = (driver.cuFuncSetAttribute, function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
-        _call(device, f"giving kernel {name} {shared} bytes of shared memory", *asking)
     return function
 
 
-def _built(source: str, name: str, options: tuple[str, ...], device: int, shared: int = 0) -> Kernel:
+def _sharing(function: Kernel, name: str, device: int, shared: int) -> Kernel:
+    """The same kernel with so many bytes of dynamic shared memory a block: over 48 KB are given to those that ask."""
+    if shared > function.most:
+        asking = (_driver().cuFuncSetAttribute, function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+        _call(device, f"giving kernel {name} {shared} bytes of shared memory", *asking)
+        function.most = shared
+    handle = Kernel(function.value)
+    handle.shared = shared
+    return handle
+
+
+def _built(source: str, name: str, options: tuple[str, ...], device: int) -> Kernel:
     path = _cache_file(source, options)
     cubin = _read(path)
     if cubin is not None:
         try:
-            return _load(cubin, name, device, shared)
+            return _load(cubin, name, device)
         except RuntimeError:  # what this driver does not take is compiled again, which replaces the file
             pass
     cubin = _cubin(source, options)
     _write(path, cubin)
-    return _load(cubin, name, device, shared)
+    return _load(cubin, name, device)
 
 
 @functools.cache
@@ -210,13 +217,19 @@ def kernel(
 ) -> Kernel:
     """Handle of a kernel, compiled for a device with macros "NAME=value" from source files put one behind the other.
 
-    ``shared``: the bytes of dynamic shared memory that a block needs.
+    ``shared``: the bytes of dynamic shared memory that a block needs. Kernels that differ in nothing else are one.
     """
+    loaded = _compiled(sources, name, defines, device)
+    return _sharing(loaded, name, device, shared) if shared else loaded
+
+
+@functools.cache
+def _compiled(sources: tuple[pathlib.Path, ...], name: str, defines: tuple[str, ...], device: int) -> Kernel:
     architecture = f"sm_{_architecture(device)}{'a' * ('TENSOR_ASYNC=1' in defines)}"  # what sm_90 alone can
     options = (f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{d}" for d in defines))
     text = "".join(f'#line 1 "{source.name}"\n{source.read_text()}\n' for source in sources)
     with torch.cuda.device(device):
-        return _built(text, name, options, device, shared)
+        return _built(text, name, options, device)
 
 
 _Argument = ctypes.c_char_p * 1

@@ -3,9 +3,9 @@
 // Compiled by cuda.py through NVRTC, behind intrinsics.cuh, one ENTRY at a time. A channel's states are spread over
 // SPLIT lanes of STATES each, so a warp walks WIDTH = 32 / SPLIT channels of one scan through time, TILE steps at once.
 // Of a tile, a lane loads, activates and stores only OWN = TILE / SPLIT steps of its channel; shared memory hands them
-// to the lanes that need them. Loads of the next tile are in flight while the present one is worked on. Long sequences are
-// cut into segments that run side by side: `reach` sums what each passes on, `carry` chains them, then all start right. Macros:
-// scan.cuh.
+// to the lanes that need them. Loads of the next tile are in flight while the present one is worked on. Long sequences
+// are cut into segments that run side by side: `reach` sums what each passes on, `carry` chains them, then all start
+// right. Macros: scan.cuh.
 
 constexpr int TEAM = THREADS / SCANS, WIDTH = 32 / SPLIT, CHANNELS = TEAM / SPLIT, PADDED = STATES * SPLIT;
 constexpr int OWN = TILE / SPLIT, PER_STATE = ROUND_UP(TILE * PADDED, TEAM);
@@ -248,9 +248,9 @@ template <int HALF> INLINE void sum_parts(float *v, const Place &at) {
     }
 }
 
-// dB and dC of GROUP steps, summed over the channels of four neighbouring lanes by tensor cores: a product with a matrix
-// of ones and zeros that gives lane q = lane % 4 the totals of step q / PARTS of the group and of part q % PARTS of the
-// quad. A product takes four values a lane: dB and dC of two states (or, with one state a lane, of two steps).
+// dB and dC of GROUP steps, summed over the channels of four neighbouring lanes by tensor cores: a product with a
+// matrix of ones and zeros that gives lane q = lane % 4 the totals of step q / PARTS of the group and of part q % PARTS
+// of the quad. A product takes four values a lane: dB and dC of two states (or, with one state a lane, of two steps).
 struct Totals {
     static constexpr int PARTS = WIDTH < 4 ? 4 / WIDTH : 1, SUBSETS = WIDTH < 4 ? 1 : WIDTH / 4;
     static constexpr int PAIR = STATES == 1 ? 2 : 1, GROUP = 4 / PARTS * PAIR, PRODUCTS = STATES == 1 ? 1 : STATES / 2;
@@ -378,7 +378,8 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
     fetch(rows[0]);
     for (int i = 0; i < at.tiles; i++) {
         const int count = at.steps(i), *here = rows[i % 4];
-        const float *B_t = shared_B[at.team][i % 2] + at.part * STATES, *C_t = shared_C[at.team][i % 2] + at.part * STATES;
+        const float *B_t = shared_B[at.team][i % 2] + at.part * STATES;
+        const float *C_t = shared_C[at.team][i % 2] + at.part * STATES;
         __syncwarp();
         publish(tile, delta, x);
         if (GATED && !ONLY_STARTS) z.publish(gates[at.warp]);
@@ -545,15 +546,15 @@ template <class X, class DY> INLINE void publish(BackwardStep *tile, const Delta
 }
 
 // With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}. Tiles from the last to the first; a tile's states are
-// recomputed from its start and stay in registers. One barrier a tile, as in `forward`; dB and dC of the tile before are
-// summed behind it.
+// recomputed from its start and stay in registers. One barrier a tile, as in `forward`; dB and dC of the tile before
+// are summed behind it.
 template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
     static_assert(PERIOD == TILE && TILE % Totals::GROUP == 0, "a tile begins at a kept state and holds whole groups");
-    constexpr int SUBSETS = WARPS * Totals::SUBSETS;
+    constexpr int SUBSETS = WARPS * Totals::SUBSETS, BUFFERS = WARPS == 1 ? 1 : 2;
     __shared__ int rows[4][TILE];
     __shared__ __align__(16) BackwardStep steps[WARPS][TILE * PITCH];
     __shared__ __align__(16) float shared_B[2][TILE * PADDED], shared_C[2][TILE * PADDED];
-    float *partials = (float *)dynamic_shared();  // (2, SUBSETS, PER_SUBSET): dB and dC of a tile
+    float *partials = (float *)dynamic_shared();  // (BUFFERS, SUBSETS, PER_SUBSET): dB and dC of a tile
     __shared__ float2 gates[GATED ? WARPS : 1][TILE * PITCH];
     const Place at(c, true);
     Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x, c.x_view);
@@ -584,7 +585,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
         start.fetch(c.starts, (first_start + max(at.tiles - 1 - i, 0)) * c.channels + at.d(), at.part, at.alive);
     };
     auto sum_partials = [&](int i) {  // of the i-th tile, once all warps have left it
-        const float *partial = partials + i % 2 * (SUBSETS * Totals::PER_SUBSET);
+        const float *partial = partials + i % BUFFERS * (SUBSETS * Totals::PER_SUBSET);
         const int count = at.steps(i), *here = rows[i % 4];
         constexpr int RUN = N == PADDED && N % 4 == 0 ? 4 : 1;  // neighbours that a lane sums
 #pragma unroll
@@ -619,7 +620,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
         blank_outside(tile, at, count);
         B.publish(shared_B[i % 2]), C.publish(shared_C[i % 2]);
         const float *B_t = shared_B[i % 2] + at.part * STATES, *C_t = shared_C[i % 2] + at.part * STATES;
-        float *partial = partials + i % 2 * (SUBSETS * Totals::PER_SUBSET);
+        float *partial = partials + i % BUFFERS * (SUBSETS * Totals::PER_SUBSET);
         if (threadIdx.x < TILE) rows[(i + 1) % 4][threadIdx.x] = ahead;
         float h[TILE + 1][STATES], a[KEEP_DECAY ? TILE : 1][STATES];  // h[t]: state before step t
 #pragma unroll
@@ -628,6 +629,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
         fetch(i + 1, rows[(i + 1) % 4]);
         if (threadIdx.x < TILE) ahead = at.row(c, i + 2);
         if (i) sum_partials(i - 1);
+        if (BUFFERS == 1) __syncwarp();
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             const BackwardStep step = tile[t * PITCH + at.c];

@@ -1,11 +1,11 @@
 // What the scan's kernels share: their argument, types of elements, exponentials. Behind intrinsics.cuh.
 //
-// Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); SCANS
-// of a block; N, STATES, SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes; KEEP_DECAY: the backward keeps a tile's decays
-// rather than compute them twice; SOFTPLUS; GATED: y is multiplied by silu(z);
-// X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE, Z_TYPE (0 float, 1 bfloat16, 2 half);
-// X_BY_TOKEN and so on: that tensor's tokens, not its channels or states, are neighbours in memory; EVERY: steps from one
-// kept state to the next, 0 if none are kept, START_TYPE: their type; and for `sum` VECTOR.
+// Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); SCANS of
+// a block; N, STATES, SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes; KEEP_DECAY: the backward
+// keeps a tile's decays rather than compute them twice; SOFTPLUS; GATED: y is multiplied by silu(z); X_TYPE,
+// DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE, Z_TYPE (0 float, 1 bfloat16, 2 half); X_BY_TOKEN and so on: that tensor's
+// tokens, not its channels or states, are neighbours in memory; EVERY: steps from one kept state to the next, 0 if
+// none are kept, START_TYPE: their type; and for `sum` VECTOR.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -72,7 +72,8 @@ INLINE float decay(float log2_decay, int i) {
     return i * POLYNOMIAL % 16 + POLYNOMIAL >= 16 ? exp2_polynomial(log2_decay) : exp2_fast(log2_decay);
 }
 
-// log(1 + e) / e for 0 <= e <= 1, BINARY the binary logarithm: relative error 3e-8, or 8e-6 for a delta of 16 bits, itself cut at 2e-3
+// log(1 + e) / e for 0 <= e <= 1, BINARY the binary logarithm: relative error 3e-8, or 8e-6 for a delta of 16 bits,
+// whose own is 2e-3
 template <bool BINARY> INLINE float log_over(float e) {
     constexpr float S = BINARY ? LOG2E : 1.f;
     float p;

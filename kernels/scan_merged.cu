@@ -1,5 +1,5 @@
-// The selective scan with one state a channel whose K scans add up in shared memory: x and dy are read from memory once,
-// y and dx written once, and nothing in between.
+// The selective scan with one state a channel whose K scans add up in shared memory: x and dy are read from memory
+// once, y and dx written once, and nothing in between.
 //
 // A block takes GROUP channels of one image through its K scans, one after the other; `sum`, (length, GROUP) in dynamic
 // shared memory, collects y or dx. Lanes are 8 pairs of channels x 4 stretches of STEPS steps, so a warp advances REACH
@@ -38,7 +38,7 @@ template <> struct Pair<0> {
     static INLINE void store(char *p, float2 v) { __stwb((float2 *)p, v); }
 };
 
-// A warp's rows of GROUP channels on their way: step j of stretch i lies at 4 j + i, so that lanes read without conflict
+// A warp's rows of GROUP channels on their way: step j of stretch i lies at 4 j + i, so that lanes do not conflict
 template <int TYPE> struct Stage {
     static constexpr int ROW = GROUP * sizeof(typename Element<TYPE>::bits), BYTES = REACH * ROW, PIECES = ROW / 16;
     char *stage;
@@ -391,8 +391,8 @@ INLINE void merged_backward(const Call &c) {
             for (int j = 0; j < STEPS; j++)
                 if (j >= left) raw_delta[j].blank(), raw_dy[j].clear();
         }
-        // dt log2(e), its slope log2(e), what the state before a step leaves, dy C, and then from a zero state after the
-        // stretch: g, and the decay down to it
+        // dt log2(e), its slope log2(e), what the state before a step leaves, dy C; and then, from a zero state after
+        // the stretch, g and the decay down to it
         float2 dt[STEPS], slope[STEPS], rest[STEPS], g[STEPS], p[STEPS], w[STEPS];
         float dC[STEPS], dB[STEPS];
 #pragma unroll
@@ -435,8 +435,8 @@ INLINE void merged_backward(const Call &c) {
         if (lane < PAIRS) totals[n][warp][pair] = make_float4(to_p.x, to_g.x, to_p.y, to_g.y);
         sum_pairs<STEPS / 2>(dC, pair);
         const bool own = here.i * SPAN + warp * REACH + lane < length;
-        float *to_C = c.dC + states_at + (i64)row * scans + here.k, *to_B = c.dB + states_at + (i64)row * scans + here.k;
-        if (own) *to_C = dC[0];
+        const i64 own_at = states_at + (i64)row * scans + here.k;
+        if (own) c.dC[own_at] = dC[0];
         __syncthreads();
 
         if (here.i == spans - 1 && here.k) store_gradients(n ^ 1, here.k - 1);
@@ -476,7 +476,7 @@ INLINE void merged_backward(const Call &c) {
             return make_float2(input.x * dt[j].x + skip_now.x * q.x, input.y * dt[j].y + skip_now.y * q.y);
         });
         sum_pairs<STEPS / 2>(dB, pair);
-        if (own) *to_B = dB[0] * LN2;
+        if (own) c.dB[own_at] = dB[0] * LN2;
         if (here.i == 0) {
 #pragma unroll
             for (int by = PAIRS; by < 32; by *= 2) {

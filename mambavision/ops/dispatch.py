@@ -25,7 +25,7 @@ FAST: dict[str, tuple[Backend, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "trito
 MOST_STATES: dict[Backend, int] = {"cuda": 128, "cpu": 1024}  # lanes that share a channel; a thread's stack
 PLAIN = (Tensor, torch.nn.Parameter)
 TENSORS = ("x or u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state", "z", "the order table")
-GATING: tuple[Backend, ...] = ("reference", "chunked", "cuda")  # backends that take z
+GATING: tuple[Backend, ...] = ("reference", "cuda")  # backends that take z; after others it multiplies what they return
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TYPED = ("x or u", "delta", "B", "C", "z")  # have one of them, the others are converted
 
@@ -168,12 +168,13 @@ def scan(
     backend = choose(backend, device.type, x.dtype, operator.index(A.shape[-1]))
     if z is not None and backend not in GATING:
         y, state = scan(*tensors[:8], order, delta_softplus, merge, backend)
-        return (y.float() * F.silu(z.float())).to(x.dtype), state
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return (y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype), state
     arguments = (*tensors[:8], order, delta_softplus, merge)
     if backend == "reference":
         return reference.scan(*arguments, z=z)
     if backend == "chunked":
-        return chunked.scan(*arguments, z=z)
+        return chunked.scan(*arguments)
     if _nothing_listens(tensors):
         options = {"z": z, "want_state": want_state} if backend == "cuda" else {}
         return _kernel(backend).scan(*arguments, **options)

@@ -84,3 +84,22 @@ def test_parameters_are_read_sixteen_bytes_at_once():
     assert copy.data_ptr() % 16 == 0 and torch.equal(copy, odd)
     assert cuda._parameter(whole) is whole and cuda._parameter(None) is None
     assert cuda._parameter(odd.mT.half()).is_contiguous()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shared", [64, 96, 99, 163, 227])
+def test_a_backward_fits_into_a_blocks_shared_memory(shared, gated):
+    for N, shape in product((1, 2, 3, 8, 16, 17, 64, 128), SHAPES):
+        p = plan(*shape, N, 132, backward=True).fitting(gated, shared << 10)
+        assert p.steps(gated) <= 48 << 10 and p.steps(gated) + p.partials <= shared << 10 and p.threads % 32 == 0
+
+
+@pytest.mark.parametrize("shared", [64, 96, 99, 163, 227])
+def test_merged_scans_and_teams_fit_into_a_blocks_shared_memory(shared):
+    for length, backward, row in product((1, 49, 784, 1600, 3136, 6400), (False, True), (64, 128, 192)):
+        p = cuda.merged_plan(64, length, 192, row, 132, shared << 10, backward=backward)
+        a_thread = row + (36 if backward else 20)  # of the stages and of what is declared
+        assert p is None or (shared > 96 and a_thread * p.threads + cuda._sums(length) < shared << 10)
+        team = cuda.team_plan(1, length, 4, 192, 16, 132, shared << 10)
+        assert team is None or team.threads == 128 and 4 * length * team.channels * 4 + (48 << 10) <= shared << 10
+    assert cuda.merged_plan(64, 3136, 192, 64, 132, 227 << 10, backward=False).threads == 352

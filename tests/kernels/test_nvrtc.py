@@ -114,16 +114,20 @@ def test_a_cached_cubin_is_not_compiled_again(driver, monkeypatch):
     assert nvrtc._built(SOURCE, NAME, OPTIONS, DEVICE).value == 5
 
 
-@pytest.mark.parametrize("shared", [0, 70_000])
-def test_a_kernel_gets_the_shared_memory_it_asked_for(driver, monkeypatch, shared):
-    used = driver(1)
-    kernel = nvrtc._load(b"\x7fELF", NAME, DEVICE, shared)
-    assert used.asked == ([(5, 8, shared)] if shared else [])
+def test_kernels_that_differ_in_shared_memory_are_loaded_once(driver, monkeypatch, tmp_path):
+    used, source = driver(1), tmp_path / "one.cu"
+    source.write_text(SOURCE)
+    monkeypatch.setattr(nvrtc, "_architecture", lambda device: 90)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    sizes = (0, 70_000, 60_000, 80_000)
+    kernels = [nvrtc.kernel((source,), NAME, (), DEVICE, shared) for shared in sizes]
+    assert len(used.images) == 1 and used.asked == [(5, 8, 70_000), (5, 8, 80_000)]
     monkeypatch.setattr(nvrtc, "_launcher", lambda: used.cuLaunchKernel)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 11 * device)
-    nvrtc.launch(kernel, 12, 64, b"argument", DEVICE)
-    assert used.launched == [(5, 12, 1, 1, 64, 1, 1, shared, 11 * DEVICE)]
+    for kernel in kernels:
+        nvrtc.launch(kernel, 12, 64, b"argument", DEVICE)
+    assert used.launched == [(5, 12, 1, 1, 64, 1, 1, shared, 11 * DEVICE) for shared in sizes]
 
 
 def test_an_error_is_found_in_the_source_it_is_in(driver, monkeypatch, tmp_path):

@@ -139,7 +139,12 @@ def gated(length: int, dim: int, N: int, dtype: torch.dtype, machine: str, chang
 @pytest.mark.parametrize("change", [by_token, lambda v: v], ids=["by_token", "by_channel"])
 @pytest.mark.parametrize(
     "length, dim, N, dtype, processors",
-    [(70, 5, 16, torch.float32, 1), (530, 3, 4, torch.bfloat16, 132), (33, 40, 1, torch.float16, 1)],
+    [
+        (70, 5, 16, torch.float32, 1),
+        (530, 3, 4, torch.bfloat16, 132),
+        (33, 40, 1, torch.float16, 1),
+        (40, 130, 2, torch.float32, 1),
+    ],
 )
 def test_a_gate_multiplies_outputs_and_has_a_gradient(length, dim, N, dtype, processors, change, machine, monkeypatch):
     monkeypatch.setattr(nvrtc, "processors", lambda device: processors)
@@ -164,3 +169,13 @@ def test_a_last_state_that_nobody_wants_is_not_made(case, small_machine):
     y, last = cuda.scan(*inputs, None, None, None, None, True, True)
     again, nothing = cuda.scan(*inputs, None, None, None, None, True, True, want_state=False)
     assert torch.equal(y, again) and nothing is None and last.isfinite().all()
+
+
+@pytest.mark.parametrize("case", [Case(40, 128, "fp32", 3), Case(40, 2, "fp32", 140), Case(33, 64, "bf16", 9)], ids=str)
+def test_backwards_of_few_warps_give_the_same_bits_in_any_order_of_threads(case, emulator):
+    """As many as fit into 64 KB; one warp sums dB and dC without a second buffer."""
+    emulator.shared, seen = 64 << 10, []
+    for emulator.order in ORDERS:
+        seen.append(direct(case))
+    assert next(threads for name, _, threads in emulator.launches if name == "scan_backward") <= 96
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
