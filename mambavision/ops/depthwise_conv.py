@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import operator
 from typing import Literal, get_args
 
 import torch
@@ -72,7 +73,8 @@ def depthwise_conv(
     stencil = weight[:, 0] if x.dim() == 4 else weight[:, 0, :, None]
     pad = [k // 2 if padding == "same" else k - 1 for k in stencil.shape[1:]]
     arguments = (image, stencil, bias, pad, padding == "future", activation)
-    if choose("depthwise_conv", backend, x, stencil.shape[1] * stencil.shape[2], MOST_TAPS, "taps") == "torch":
+    taps = operator.index(stencil.shape[1] * stencil.shape[2])
+    if choose("depthwise_conv", backend, x, taps, MOST_TAPS, "taps") == "torch":
         y = _torch(*arguments)
     elif dispatch._nothing_listens((x, weight, bias)):
         y = _kernel().conv(*arguments)

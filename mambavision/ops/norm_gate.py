@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import operator
 from typing import get_args
 
 import torch
@@ -51,7 +52,7 @@ def norm_gate(
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
     arguments = (x, z, weight, bias, activation, eps)
-    if choose("norm_gate", backend, x, channels, WIDEST, "channels") == "torch":
+    if choose("norm_gate", backend, x, operator.index(channels), WIDEST, "channels") == "torch":
         return _torch(*arguments)
     if dispatch._nothing_listens((x, z, weight, bias)):
         return _kernel().norm_gate(*arguments)

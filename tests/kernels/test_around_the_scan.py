@@ -84,7 +84,8 @@ TINY = [
     Gate((2, 9, 33), norm=False, layout="channels_first"),
     Gate((4, 12), gate=False),
     Gate((2, 3, 16), activation=None, dtype="fp16"),
-    Gate((1, 1)),
+    Gate((1, 1), norm=False),
+    Gate((1, 3)),
     Gate((2, 1100), layout="expanded"),
     Gate((0, 5)),
 ]

@@ -121,7 +121,8 @@ def step(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     leaf = x.detach().requires_grad_()
     with torch.autocast("cuda", dtype=torch.bfloat16):
         y = layer(leaf)
-    return [y, *torch.autograd.grad(y, [leaf, *layer.parameters()], torch.ones_like(y))]
+    # a graph kept by y would bind the parameters to the stream of this step
+    return [y.detach(), *torch.autograd.grad(y, [leaf, *layer.parameters()], torch.ones_like(y))]
 
 
 def on_gpu(mixer: type[nn.Module], device: str = "cuda") -> tuple[nn.Module, torch.Tensor]:
