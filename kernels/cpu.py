@@ -131,7 +131,7 @@ def scan_backward(
     packed_B, packed_C, order = _packed(B), _packed(C), _int32(order)
     threads = torch.get_num_threads()
     blocks = -(-channels // 16)
-    splits = max(1, min(blocks, -(-threads // (batch * K))))  # channel blocks per scan that run side by side
+    splits = max(1, min(blocks, -(-threads // max(1, batch * K))))  # channel blocks per scan that run side by side
     dx = A.new_empty(delta.shape, dtype=x.dtype if x.shape[2] == K else torch.float32)
     ddelta = torch.empty_like(delta, memory_format=torch.contiguous_format)
     dB, dC = (A.new_zeros(splits, batch, length, K, N) for _ in range(2))

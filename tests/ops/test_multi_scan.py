@@ -349,3 +349,11 @@ def test_wrong_argument_is_refused_with_numbers(changes, words):
     message = str(error.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_has_gradients(backend):
+    args = make(12, 2, batch=0)
+    y = multi_scan(**args, orders=["row", "col"], grid=(3, 4), backend=backend)
+    grads = torch.autograd.grad(y.sum(), list(args.values()))
+    assert all(grad.shape == v.shape and not grad.any() for grad, v in zip(grads, args.values(), strict=True))
