@@ -24,7 +24,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import mambavision.detection  # noqa: F401  registers the detectors
-from mambavision.detection import cli
+from mambavision.engine import cli
 
 WARM_UP = 4  # calls: kernels are compiled, CUDA graphs recorded
 

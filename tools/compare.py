@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mambavision.detection import cli
+from mambavision.engine import cli
 
 TOOLS = Path(__file__).resolve().parent
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mambavision.detection import cli
-from mambavision.detection.files import atomic_path
+from mambavision.engine.cli import run
+from mambavision.engine.files import atomic_path
 
 
 def main() -> None:
@@ -39,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,12 +1,11 @@
-"""What the detection tools share: one-line errors, configs from the command line, training and test runs."""
+"""What the detection tools share: configs from the command line, training and test runs, loading an inferencer."""
 
 import argparse
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
@@ -14,30 +13,12 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mambavision.detection.datasets import coco_classes
-from mambavision.detection.files import check_folder
 from mambavision.detection.hooks import InitialWeightsHook, unwrapped
 from mambavision.detection.inferencer import DetInferencer
-from mambavision.detection.photos import DatasetError
 from mambavision.detection.weights import check_fits, fitting_tensors, from_checkpoint
-
-
-def run(main: Callable[[], None]) -> None:
-    """Call a tool's main; a wrong input (ValueError, OSError) becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def fail(error: BaseException) -> NoReturn:
-    """Print an error's message as one line on stderr and exit with code 2."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if "in DataLoader worker process" in lines[0]:  # the worker's traceback, the message last
-        lines = [lines[-1].partition(": ")[2] or lines[-1]]
-    print(f"error: {lines[0]}", file=sys.stderr, flush=True)
-    sys.exit(2)
+from mambavision.engine.cli import choose_device
+from mambavision.engine.files import check_folder
+from mambavision.engine.photos import DatasetError
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,14 +162,7 @@ def load_inferencer(
         ValueError: If they do not fit each other, the device is not cpu or cuda or is not there, or no config comes
             with weights that are not published ones.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r} cannot be used: pass --device cpu, cuda or cuda:N")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    chosen = choose_device(device)
     if not Path(weights).is_file():
         raise FileNotFoundError(f"no weights at {weights}; name a file with --weights")
     if config is not None:

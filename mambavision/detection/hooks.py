@@ -13,9 +13,9 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mambavision.detection.files import atomic_path
 from mambavision.detection.transforms import LetterBox, LoadPhoto, MosaicAffine
 from mambavision.engine import hooks as _engine_hooks  # noqa: F401 (registers AtomicCheckpointHook)
+from mambavision.engine.files import atomic_path
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

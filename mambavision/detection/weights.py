@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mambavision.detection.detector import build_mamba_yolo
-from mambavision.detection.files import atomic_path
 from mambavision.engine import checkpoint as safe_checkpoint
 from mambavision.engine.checkpoint import CheckpointError
+from mambavision.engine.files import atomic_path
 
 _FORMAT = "mambavision-zoo/1"
 _FIELDS = ("task", "size", "variant", "classes", "input_size")

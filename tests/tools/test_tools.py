@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from mambavision.detection import build_mamba_yolo, cli
-from mambavision.detection.photos import DatasetError
+from mambavision.detection import build_mamba_yolo
 from mambavision.detection.weights import from_checkpoint, save_weights
+from mambavision.engine import cli
+from mambavision.engine.photos import DatasetError
 from tests.tools.torchrun_training import CONFIG, train
 from tests.tools.toy_data import CLASSES, forget_runs, make_coco, make_video, make_voc
 
