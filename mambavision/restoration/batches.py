@@ -13,12 +13,13 @@ import torch
 from mmengine.device import get_device
 from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
+from mmengine.registry import DATASETS
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from mambavision.engine.photos import DatasetError
-from mambavision.restoration.datasets import CleanFolder, Pair, PairedFolder, Photo, check_degradation
+from mambavision.restoration.datasets import CleanFolder, Pair, PairedFolder, Photo, resolve
 from mambavision.restoration.degradations import Degradation
 from mambavision.restoration.resize import mirror
 
@@ -72,6 +73,7 @@ class PhotoCache:
         return self._pixels[index[:, None] + channel].float() / 255
 
 
+@DATASETS.register_module()
 class CropLoader(IterableDataset):
     """Endless batches of dict(inputs=lq, gt=..., sigma=... of a noise), float32 (B, C, H, W) in [0, 1].
 
@@ -83,7 +85,7 @@ class CropLoader(IterableDataset):
     It is a loader by itself, and works as dataset of DataLoader(..., batch_size=None).
 
     Args:
-        photos: Clean photos with a degradation, or pairs without.
+        photos: Clean photos with a degradation, or pairs without; objects or their config dicts.
         degradation: Applied to a batch at once, on the device.
         schedule: Progressive patches, (iterations, patch, batch) each: crops of patch x patch pixels of gt, and how
             many over all processes. The last goes on for ever.
@@ -104,8 +106,8 @@ class CropLoader(IterableDataset):
 
     def __init__(
         self,
-        photos: CleanFolder | PairedFolder,
-        degradation: Degradation | None = None,
+        photos: CleanFolder | PairedFolder | dict,
+        degradation: Degradation | dict | None = None,
         *,
         schedule: Sequence[tuple[int, int, int]],
         seed: int = 0,
@@ -113,7 +115,7 @@ class CropLoader(IterableDataset):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        check_degradation(photos, degradation)
+        photos, degradation = resolve(photos, degradation)
         self.degradation, self.seed = degradation, seed
         self.device = torch.device(device or get_device())
         self.rank = get_rank() if rank is None else rank

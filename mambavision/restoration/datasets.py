@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from mmengine.registry import DATASETS, TRANSFORMS
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from mambavision.engine.photos import DatasetError, find_photos, imread_unchanged
 from mambavision.restoration.degradations import Degradation
@@ -61,6 +62,7 @@ def read_photo(path: Root, *, gray: bool = False, gray_range: Literal["full", "l
     return Photo(np.ascontiguousarray(pixels), Path(path), had_alpha)
 
 
+@DATASETS.register_module()
 class CleanFolder(Dataset):
     """The photos of folders and their subfolders, sorted; `dataset[i]` reads one as :class:`Photo`.
 
@@ -92,6 +94,7 @@ class CleanFolder(Dataset):
         return read_photo(self.paths[i], gray=self.gray, gray_range=self.gray_range)
 
 
+@DATASETS.register_module()
 class PairedFolder(Dataset):
     """Photos of two folders, degraded and clean, paired by their paths without suffix; `dataset[i]` is a :class:`Pair`.
 
@@ -143,45 +146,68 @@ class PairedFolder(Dataset):
         return Pair(lq.pixels, gt.pixels, lq.path, lq.had_alpha or gt.had_alpha)
 
 
+@DATASETS.register_module()
 class EvaluationSet(Dataset):
-    """Pictures for evaluation: dict(inputs=lq, gt=..., sigma=... if known, path=...), the same at every reading.
+    """Pictures for evaluation: dict(inputs=lq, gt=..., path=..., set=name, sigma=... of a noise), always the same.
 
-    lq and gt are float32 (C, H, W) in [0, 1] units, the sides of gt cropped to a multiple of the scale.
+    lq and gt are float32 (C, H, W) in [0, 1], the sides of gt cropped to a multiple of the scale.
 
     Args:
-        photos: Clean photos with a degradation, or pairs without.
+        photos: Clean photos with a degradation, or pairs without; objects or their config dicts.
         degradation: Applied by its `for_evaluation`.
+        name: Set that a metric counts the pictures to.
 
     Raises:
-        ValueError: If it is not one of these two.
+        ValueError: If photos and degradation do not fit.
     """
 
-    def __init__(self, photos: CleanFolder | PairedFolder, degradation: Degradation | None = None) -> None:
-        check_degradation(photos, degradation)
-        self.photos, self.degradation = photos, degradation
+    def __init__(
+        self,
+        photos: CleanFolder | PairedFolder | dict,
+        degradation: Degradation | dict | None = None,
+        *,
+        name: str = "",
+    ) -> None:
+        self.photos, self.degradation = resolve(photos, degradation)
+        self.name, self.metainfo = name, {}
 
     def __len__(self) -> int:
         return len(self.photos)
 
     def __getitem__(self, i: int) -> dict:
         item = self.photos[i]
+        names = dict(path=str(item.path), set=self.name)
         if self.degradation is None:
-            return dict(inputs=to_tensor(item.lq), gt=to_tensor(item.gt), path=str(item.path))
+            return dict(inputs=to_tensor(item.lq), gt=to_tensor(item.gt), **names)
         gt, scale = to_tensor(item.pixels), self.degradation.scale
         gt = gt[:, : gt.shape[1] // scale * scale, : gt.shape[2] // scale * scale]
-        degraded = self.degradation.for_evaluation(gt[None])
-        return dict(inputs=degraded.pop("lq")[0], gt=gt, path=str(item.path), **{k: v[0] for k, v in degraded.items()})
+        degraded = {key: value[0] for key, value in self.degradation.for_evaluation(gt[None]).items()}
+        return dict(inputs=degraded.pop("lq"), gt=gt, **names, **degraded)
 
 
-def check_degradation(photos: CleanFolder | PairedFolder, degradation: Degradation | None) -> None:
-    """Check that clean photos have a degradation, and pairs have none.
+@DATASETS.register_module()
+class EvaluationSets(ConcatDataset):
+    """Several evaluation sets, one after another; objects or their config dicts."""
+
+    def __init__(self, sets: Sequence[EvaluationSet | dict]) -> None:
+        super().__init__([DATASETS.build(item) if isinstance(item, dict) else item for item in sets])
+        self.metainfo: dict = {}
+
+
+def resolve(
+    photos: CleanFolder | PairedFolder | dict, degradation: Degradation | dict | None
+) -> tuple[CleanFolder | PairedFolder, Degradation | None]:
+    """Photos and their degradation, built where they are config dicts.
 
     Raises:
-        ValueError: If not.
+        ValueError: If clean photos come without a degradation, or pairs with one.
     """
+    photos = DATASETS.build(photos) if isinstance(photos, dict) else photos
+    degradation = TRANSFORMS.build(degradation) if isinstance(degradation, dict) else degradation
     if isinstance(photos, PairedFolder) != (degradation is None):
         has = "needs a" if degradation is None else "takes no"
         raise ValueError(f"a {type(photos).__name__} {has} degradation, got {degradation}")
+    return photos, degradation
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:

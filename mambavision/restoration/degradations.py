@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from mmengine.registry import TRANSFORMS
 from torch import Tensor
 
 from mambavision.restoration.jpeg import compress, compress_batch
@@ -47,6 +48,7 @@ class Degradation(ABC):
         return self(gt, torch.Generator().manual_seed(0))
 
 
+@TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class GaussianNoise(Degradation):
     """lq = gt + n, n ~ N(0, sigma^2), not clipped, not rounded.
@@ -71,6 +73,7 @@ class GaussianNoise(Degradation):
         return dict(lq=gt + _standard_noise(gt, sigma), sigma=torch.full((1,), sigma))
 
 
+@TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class GaussianBlur(Degradation):
     """lq = k * gt + n: a Gaussian k of sum 1, gt continued by reflection, n ~ N(0, noise^2); not clipped, not rounded.
@@ -119,6 +122,7 @@ class GaussianBlur(Degradation):
         return dict(lq=self.blur(gt) + _standard_noise(gt, self.noise))
 
 
+@TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class Downsample(Degradation):
     """lq = MATLAB's bicubic imresize(gt, 1 / scale) of 8-bit pixels, to 8-bit pixels, as in the super-resolution sets.
@@ -144,6 +148,7 @@ class Downsample(Degradation):
         return dict(lq=imresize(_to_bytes(gt[..., :h, :w]), scale=1 / self.scale).to(gt.dtype) / 255)
 
 
+@TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class JPEG(Degradation):
     """lq = gt compressed and decompressed: by OpenCV on the CPU, by batched torch code that follows it elsewhere.
@@ -171,6 +176,7 @@ class JPEG(Degradation):
         return super().for_evaluation(gt)
 
 
+@TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class InpaintingMask(Degradation):
     """lq = gt, 0 (black) under random straight strokes with round ends.
