@@ -1,16 +1,15 @@
-"""Training on endless crops, and several test sets as one."""
+"""Training on endless crops."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from mmengine.registry import DATASETS, LOOPS, TRANSFORMS
+from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader
 
 from mambavision.restoration.batches import CropLoader
-from mambavision.restoration.datasets import EvaluationSet
 
 
 class _CropBatches(DataLoader):
@@ -32,8 +31,7 @@ class CropTrainLoop(IterBasedTrainLoop):
 
     Args:
         runner: The runner.
-        dataloader: Arguments of :class:`~mambavision.restoration.batches.CropLoader`: config of ``photos`` and of
-            ``degradation``, ``schedule``, and ``device``.
+        dataloader: Arguments of :class:`~mambavision.restoration.batches.CropLoader`, without ``seed``.
         max_iters: Iterations in all.
         val_begin: First iteration that may be validated.
         val_interval: Iterations between two validations.
@@ -42,11 +40,7 @@ class CropTrainLoop(IterBasedTrainLoop):
     def __init__(
         self, runner: Runner, dataloader: dict, max_iters: int, val_begin: int = 1, val_interval: int = 1000
     ) -> None:
-        options = dict(dataloader)
-        photos, degradation = options.pop("photos"), options.pop("degradation", None)
-        self.crops = CropLoader(
-            DATASETS.build(photos), degradation and TRANSFORMS.build(degradation), seed=runner.seed, **options
-        )
+        self.crops = CropLoader(**dataloader, seed=runner.seed)
         super().__init__(runner, _CropBatches(self.crops, max_iters), max_iters, val_begin, val_interval)
 
     def run(self) -> torch.nn.Module:
@@ -89,26 +83,3 @@ class CropTrainLoop(IterBasedTrainLoop):
                     for value in batch.values():
                         value.record_stream(torch.cuda.current_stream())
                 yield batch
-
-
-@DATASETS.register_module()
-class TestSets(ConcatDataset):
-    """Named test sets one after another; each picture carries its ``set``, by which the metric groups.
-
-    Args:
-        sets: ``photos`` and ``degradation`` config of each, as in
-            :class:`~mambavision.restoration.datasets.EvaluationSet`, by name.
-    """
-
-    def __init__(self, sets: dict[str, dict]) -> None:
-        self.names = tuple(sets)
-        super().__init__(
-            EvaluationSet(
-                DATASETS.build(one["photos"]), TRANSFORMS.build(one["degradation"]) if "degradation" in one else None
-            )
-            for one in sets.values()
-        )
-
-    def __getitem__(self, i: int) -> dict:
-        number = next(n for n, size in enumerate(self.cumulative_sizes) if i < size)
-        return {**super().__getitem__(i), "set": self.names[number]}

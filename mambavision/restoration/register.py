@@ -1,16 +1,11 @@
 """Registration of everything that configs can name: importing this module fills mmengine's registries."""
 
-from mmengine.registry import DATASETS, MODELS, TRANSFORMS
+from mmengine.registry import MODELS
 
 from mambavision.backbones import serpent
 from mambavision.engine import cuda_graphs, hooks, optim  # noqa: F401  (their decorators register)
-from mambavision.restoration import degradations, losses, loops, metrics, restorer  # noqa: F401
-from mambavision.restoration.datasets import CleanFolder, PairedFolder
+from mambavision.restoration import datasets, degradations, losses, loops, metrics, restorer  # noqa: F401
 
 SIZES = (serpent.serpent_t, serpent.serpent_s, serpent.serpent_b, serpent.serpent_l, serpent.serpent_debug)
 for network in (serpent.Serpent, *SIZES):
     MODELS.register_module(module=network)
-for photos in (CleanFolder, PairedFolder):
-    DATASETS.register_module(module=photos)
-for degradation in degradations.Degradation.__subclasses__():
-    TRANSFORMS.register_module(module=degradation)

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 
 from mambavision.engine import runs
 from mambavision.restoration.batches import CropLoader
-from mambavision.restoration.loops import TestSets
+from mambavision.restoration.datasets import EvaluationSets
 from mambavision.restoration.restorer import Restorer
 
 
@@ -49,7 +49,7 @@ def test(cfg: Config, checkpoint: str | Path) -> dict[str, float]:
     return runs.test(cfg, checkpoint, check=_check_pictures)
 
 
-def _check_pictures(model: Restorer, dataset: CropLoader | TestSets) -> None:
+def _check_pictures(model: Restorer, dataset: CropLoader | EvaluationSets) -> None:
     config = model.network.config
     expected = config["in_channels"], config.get("scale", 1)
     parts = [dataset] if isinstance(dataset, CropLoader) else dataset.datasets

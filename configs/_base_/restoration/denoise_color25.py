@@ -6,27 +6,29 @@ train_dataloader = dict(
     schedule=[(20_000, 64, 32)],  # iterations, side of a crop, crops a batch
 )
 
-sets = {
-    f"{name}_s{sigma}": dict(
+sets = [
+    dict(
+        type="EvaluationSet",
+        name=f"{name}_s{sigma}",
         photos=dict(type="CleanFolder", root=f"{data_root}/test/{name}"),
         degradation=dict(type="GaussianNoise", sigma=(sigma, sigma)),
     )
     for name in ("cbsd68", "kodak24", "mcmaster", "urban100")
     for sigma in (25,)
-}
+]
 val_dataloader = dict(
     batch_size=1,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=False),
     collate_fn=dict(type="default_collate"),
-    dataset=dict(type="TestSets", sets=dict(kodak24_s25=sets["kodak24_s25"])),
+    dataset=dict(type="EvaluationSets", sets=[one for one in sets if one["name"] == "kodak24_s25"]),
 )
 test_dataloader = dict(
     batch_size=1,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=False),
     collate_fn=dict(type="default_collate"),
-    dataset=dict(type="TestSets", sets=sets),
+    dataset=dict(type="EvaluationSets", sets=sets),
 )
 val_evaluator = dict(type="RestorationMetric")
 test_evaluator = dict(type="RestorationMetric")

@@ -5,24 +5,26 @@ train_dataloader = dict(
     schedule=[(8000, 128, 32), (8000, 192, 16), (4000, 256, 8)],
 )
 
-sets = dict(
-    gopro=dict(
+sets = [
+    dict(
+        type="EvaluationSet",
+        name="gopro",
         photos=dict(type="PairedFolder", lq_root=f"{data_root}/test/blur", gt_root=f"{data_root}/test/sharp"),
     )
-)
+]
 val_dataloader = dict(
     batch_size=1,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=False),
     collate_fn=dict(type="default_collate"),
-    dataset=dict(type="TestSets", sets=sets),
+    dataset=dict(type="EvaluationSets", sets=sets),
 )
 test_dataloader = dict(
     batch_size=1,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=False),
     collate_fn=dict(type="default_collate"),
-    dataset=dict(type="TestSets", sets=sets),
+    dataset=dict(type="EvaluationSets", sets=sets),
 )
 val_evaluator = dict(type="RestorationMetric")
 test_evaluator = dict(type="RestorationMetric")

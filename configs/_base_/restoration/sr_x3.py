@@ -6,26 +6,28 @@ train_dataloader = dict(
     schedule=[(20_000, 144, 32)],  # iterations, side of a crop of the large photo, crops a batch
 )
 
-sets = {
-    name: dict(
+sets = [
+    dict(
+        type="EvaluationSet",
+        name=name,
         photos=dict(type="CleanFolder", root=f"{data_root}/test/{name}"),
         degradation=dict(type="Downsample", scale=3),
     )
     for name in ("set5", "set14", "bsd100", "urban100")
-}
+]
 val_dataloader = dict(
     batch_size=1,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=False),
     collate_fn=dict(type="default_collate"),
-    dataset=dict(type="TestSets", sets=dict(set5=sets["set5"])),
+    dataset=dict(type="EvaluationSets", sets=[one for one in sets if one["name"] == "set5"]),
 )
 test_dataloader = dict(
     batch_size=1,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=False),
     collate_fn=dict(type="default_collate"),
-    dataset=dict(type="TestSets", sets=sets),
+    dataset=dict(type="EvaluationSets", sets=sets),
 )
 val_evaluator = dict(type="RestorationMetric", y_only=True, crop_border=3)
 test_evaluator = dict(type="RestorationMetric", y_only=True, crop_border=3)
