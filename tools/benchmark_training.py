@@ -3,7 +3,7 @@
 
     python tools/benchmark_training.py configs/serpent/serpent_s_denoise_gray25.py --data-root data/restoration --amp bf16
 
-Runs of the real loop, data and optimiser, without validation and checkpoints; the second half of the iterations is timed.
+The real loop, data and optimiser, without validation and checkpoints; the second half of the iterations is timed.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 After the published description of Sepehri, Fabian and Soltanolkotabi, "Serpent: Scalable and Efficient Image
 Restoration via Multi-scale Structured State Space Models", arXiv 2403.17902: a hierarchy of blocks that turn an image
 into sequences, scan them in four directions and process them at several scales. The exact configuration was not
-available to us: widths, depths, the form of the multi-scale core (`StridedScan`, `WaveletScan`), the gated feed-forward,
-the resampling and the plain sums of the skips are choices made here.
+available to us: widths, depths, the form of the multi-scale core (`StridedScan`, `WaveletScan`), the gated
+feed-forward, resampling and the plain sums of the skips are choices made here.
 
 Images are (B, C, H, W) in [0, 1]; features are (B, H, W, C), channels last, so that pixels are tokens without a copy.
 """
@@ -48,9 +48,14 @@ class StridedScan(nn.Module):
         y = self.scans[0](x)
         for i, scan in enumerate(self.scans[1:], 1):
             s = 2**i
-            coarse = scan(F.avg_pool2d(x.permute(0, 3, 1, 2), s).permute(0, 2, 3, 1))  # (B, H / s, W / s, C)
-            y = (y.unflatten(2, (-1, s)).unflatten(1, (-1, s)) + coarse[:, :, None, :, None]).view_as(x)
+            coarse = scan(_cells(x, s).mean((2, 4)))  # (B, H / s, W / s, C)
+            y = (_cells(y, s) + coarse[:, :, None, :, None]).view_as(x)
         return y
+
+
+def _cells(x: Tensor, s: int) -> Tensor:
+    """x (B, H, W, C) as (B, H / s, s, W / s, s, C)."""
+    return x.unflatten(2, (-1, s)).unflatten(1, (-1, s))
 
 
 class WaveletScan(SelectiveSSM):
@@ -111,9 +116,9 @@ class GatedFeedForward(nn.Module):
     def __init__(self, dim: int, expand: float) -> None:
         super().__init__()
         hidden = int(expand * dim)
-        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.fc1 = nn.Linear(dim, 2 * hidden, bias=False)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C), same shape."""
@@ -152,7 +157,7 @@ def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return norm_gate(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
-def _on_pixels(conv: nn.Module, x: Tensor) -> Tensor:
+def on_pixels(conv: nn.Module, x: Tensor) -> Tensor:
     """A module of images on features (B, H, W, C)."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
@@ -243,27 +248,27 @@ class Serpent(nn.Module):
             raise ValueError("sigma was given to a network built without sigma_input")
         height, width = x.shape[-2:]
         y = F.pixel_unshuffle(pad_to_multiple(x, self.multiple), self.patch_size)
-        y = _on_pixels(self.embed, y.permute(0, 2, 3, 1))
+        y = on_pixels(self.embed, y.permute(0, 2, 3, 1))
         if sigma is not None:
             y = y + (sigma[:, None] * self.sigma).to(y.dtype)[:, None, None]
         skips = []
         for level, down in zip(self.encoder, self.downs, strict=False):
             skips.append(level(y))
-            y = _on_pixels(down, skips[-1])
+            y = on_pixels(down, skips[-1])
         y = self.encoder[-1](y)
         for i in reversed(range(len(self.ups))):
-            y = self.decoder[i](_on_pixels(self.ups[i], y) + skips[i])
-        y = F.pixel_shuffle(_on_images(self.head, self.refinement(y)), self.patch_size * self.scale)
+            y = self.decoder[i](on_pixels(self.ups[i], y) + skips[i])
+        y = F.pixel_shuffle(on_images(self.head, self.refinement(y)), self.patch_size * self.scale)
         return y[..., : self.scale * height, : self.scale * width].to(x.dtype) + enlarge(x, self.scale)
 
 
-def _on_images(conv: nn.Module, x: Tensor) -> Tensor:
+def on_images(conv: nn.Module, x: Tensor) -> Tensor:
     """A module of images on features (B, H, W, C), to an image."""
     return conv(x.permute(0, 3, 1, 2))
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Extend x (B, C, H, W) below and to the right to multiples: reflected, or by its last pixels if it is too small."""
+    """Extend x (B, C, H, W) below and to the right to multiples: reflected, or repeated where it is too small."""
     bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
     if not bottom and not right:
         return x

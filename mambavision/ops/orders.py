@@ -1,5 +1,6 @@
 """Scan orders: in which sequence a grid's tokens are visited. An order is an index table, never a copy of tokens."""
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
@@ -146,13 +147,26 @@ def order_table(
     if len(orders) == 0:
         raise ValueError("orders is empty: give at least one scan order")
     if all(isinstance(order, str) for order in orders):
-        return OrderTable(_named_table(tuple(orders), tuple([operator.index(size) for size in grid]), str(device)))
+        grid = tuple([operator.index(size) for size in grid])
+        if torch.compiler.is_dynamo_compiling():
+            return OrderTable(torch.ops.mambavision.order_table(",".join(orders), grid, str(device)))
+        return OrderTable(_named_table(tuple(orders), grid, str(device)))
     length = int(np.prod(grid))
     rows = [scan_order(o, grid) if isinstance(o, str) else _permutation(o, length) for o in orders]
     return OrderTable(torch.stack(rows).to(device=device, dtype=torch.int32))
 
 
-@constant_result
+@torch.library.custom_op("mambavision::order_table", mutates_args=())
+def _table_operator(orders: str, grid: Sequence[int], device: str) -> Tensor:
+    """:func:`_named_table` as a node of a compiled graph, in which Dynamo admits one constant tensor of a function."""
+    return _named_table(tuple(orders.split(",")), tuple(grid), device).clone()
+
+
+@_table_operator.register_fake
+def _(orders, grid, device):
+    return torch.empty(orders.count(",") + 1, math.prod(grid), dtype=torch.int32, device=device)
+
+
 def _named_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tensor:
     key = orders, grid, device
     if key not in _tables:
