@@ -98,7 +98,7 @@ def _pad(x: Tensor, multiple: int) -> Tensor:
 
 
 def _upsample(x: Tensor) -> Tensor:
-    """Twice the size: 3/4 of the nearer and 1/4 of the farther sample in each dimension, as libjpeg ("fancy upsampling")."""
+    """Twice the size, 3/4 of the nearer and 1/4 of the farther sample in each dimension: libjpeg's fancy upsampling."""
     for dim in (-2, -1):
         n = x.shape[dim]
         nearer = torch.arange(2 * n, device=x.device) // 2

@@ -52,11 +52,13 @@ def resample(x: Tensor, dim: int, index: Tensor, weights: Tensor) -> Tensor:
         weights: Float, the same shape.
     """
     index, weights = index.to(x.device), weights.to(x.device, x.dtype if x.is_floating_point() else torch.float32)
+    shape = list(x.shape)
+    shape[dim] = len(index)
     column = (-1, *(1,) * (-dim - 1))
-    # one tap after another: P copies of x at once would not fit, and a matrix product may be rounded to TF32
-    y = 0
+    y = weights.new_zeros(shape)
+    # one tap after another: P copies of x at once may not fit, and a matrix product may be rounded to TF32
     for tap in range(index.shape[1]):
-        y = y + x.index_select(dim, index[:, tap]) * weights[:, tap].view(column)
+        y.addcmul_(x.index_select(dim, index[:, tap]), weights[:, tap].view(column))
     return y
 
 
@@ -68,8 +70,8 @@ def mirror(index: Tensor, length: int | Tensor, border: Literal["symmetric", "re
     if border == "symmetric":
         index = index % (2 * length)
         return torch.minimum(index, 2 * length - 1 - index)
-    period = (2 * torch.as_tensor(length, device=index.device) - 2).clamp(min=1)
-    index = index % period
+    period = 2 * length - 2
+    index = index % (period + (period == 0))
     return torch.minimum(index, period - index)
 
 
