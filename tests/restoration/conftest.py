@@ -1,4 +1,4 @@
-"""Photos of the shared folder as tensors, and the photo sets that a user has gathered."""
+"""Photos as tensors, and the photo sets that a user has gathered."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,8 @@ import cv2
 import pytest
 import torch
 from torch import Tensor
+
+from mambavision.restoration.resize import imresize
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -33,6 +35,9 @@ def set5(shared_dir: Path) -> list[Path]:
 
 
 @pytest.fixture
-def photo(set5: list[Path]) -> Tensor:
-    """Set5's woman, float (1, 3, 344, 228) in [0, 1]."""
-    return bytes_of(set5[-1])[None].float() / 255
+def photo() -> Tensor:
+    """A picture of structures of all sizes, float (1, 3, 344, 228) in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = (torch.rand(1, 3, 43 * n, 29 * n, generator=generator) / n for n in (1, 2, 4, 8))
+    picture = sum(imresize(layer, size=(344, 228)) for layer in coarse)
+    return (picture - picture.min()) / (picture.max() - picture.min())
