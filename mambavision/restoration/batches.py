@@ -184,7 +184,10 @@ class CropLoader(IterableDataset):
         return np.column_stack([photo, corner, generator.integers(2, size=(count, 3))])
 
     def _moved(self, places: np.ndarray) -> Tensor:
-        return torch.from_numpy(places).to(self.device)
+        on_host = torch.from_numpy(places)
+        if self.device.type == "cuda":
+            on_host = on_host.pin_memory()  # from other memory, a copy waits for the GPU
+        return on_host.to(self.device, non_blocking=True)
 
     def _read(self, photos: CleanFolder | PairedFolder) -> list[Photo] | list[Pair]:
         def read(i: int) -> Photo | Pair | str:
