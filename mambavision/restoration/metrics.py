@@ -127,6 +127,8 @@ class RestorationMetric(BaseMetric):
         collect_device: As in mmengine.
     """
 
+    default_prefix = ""
+
     def __init__(
         self,
         *,
@@ -182,7 +184,7 @@ class RestorationMetric(BaseMetric):
             writer = csv.writer(file)
             writer.writerow(["set", "path", *results[0][2]])
             for name, path, values in results:
-                writer.writerow([name, path, *(f"{value:.4f}" for value in values.values())])
+                writer.writerow([name, path, *(f"{value:.6g}" for value in values.values())])
 
 
 def _decibel(mse: float) -> float:

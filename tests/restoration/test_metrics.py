@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.evaluator import Evaluator
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from mambavision.restoration.datasets import CleanFolder, EvaluationSet
+from mambavision.restoration.datasets import CleanFolder, EvaluationSet, EvaluationSets
 from mambavision.restoration.degradations import JPEG, GaussianNoise
 from mambavision.restoration.metrics import RestorationMetric, load_lpips, nmse, psnr, psnr_b, rgb_to_y, ssim
 from mambavision.restoration.resize import imresize
@@ -119,6 +121,17 @@ def test_metric_rounds_crops_and_names(tmp_path: Path):
     ]
     with pytest.raises(ValueError, match="b.png: restored to"):
         metric.process(dict(gt=[gt], path=["b.png"]), [gt[:, 1:]])
+
+
+def test_mmengine_evaluates_sets_together(shared_dir: Path):
+    photos = CleanFolder(shared_dir / "data" / "set12", gray=True)
+    sets = EvaluationSets([EvaluationSet(photos, GaussianNoise((s, s)), name=f"sigma{s}") for s in (15, 50)])
+    evaluator = Evaluator([dict(type="RestorationMetric")])
+    for i in (0, 12):
+        batch = default_collate([sets[i]])
+        evaluator.process(list(batch["inputs"]), batch)
+    means = evaluator.evaluate(len(sets))
+    assert means["sigma15/PSNR"] - means["sigma50/PSNR"] == pytest.approx(20 * math.log10(50 / 15), abs=0.5)
 
 
 def test_y_is_measured_in_bt601():
