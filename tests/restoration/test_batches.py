@@ -128,7 +128,7 @@ def test_bad_photos_are_skipped_and_counted(folder: Path):
     pixels = np.random.default_rng(0).integers(0, 65536, (64, 64, 4), dtype=np.uint16)
     cv2.imwrite(str(folder / "deep.png"), pixels)
     loader = _loader(folder)
-    assert len(loader.skipped) == 2 and "a.png: truncated" in loader.skipped[0] and loader.opaque == 1
+    assert len(loader.skipped) == 2 and "a.png: truncated" in loader.skipped[0] and loader.transparent == 1
     assert torch.isfinite(loader.batch(0)["gt"]).all()
     for name in ("b.png", "small.png", "deep.png"):
         (folder / name).unlink()
