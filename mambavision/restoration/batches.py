@@ -96,7 +96,7 @@ class CropLoader(IterableDataset):
     Attributes:
         iteration: The one whose batch comes next; may be set.
         skipped: A message for each photo that cannot be read.
-        opaque: How many photos have transparency, which is left out.
+        transparent: How many photos have transparency, which is left out.
 
     Raises:
         ValueError: If a patch is no multiple of the scale, a batch none of the processes, or degradation and photos do
@@ -131,10 +131,10 @@ class CropLoader(IterableDataset):
         self.iteration = 0
         self.skipped: list[str] = []
         items = self._read(photos)
-        self.opaque = sum(item.had_alpha for item in items)
-        if self.skipped or self.opaque:
+        self.transparent = sum(item.had_alpha for item in items)
+        if self.skipped or self.transparent:
             print_log(
-                f"{len(items)} of {len(photos)} photos are used, {self.opaque} of them without their transparency"
+                f"{len(items)} of {len(photos)} photos are used, {self.transparent} of them without their transparency"
                 + (f"; {len(self.skipped)} cannot be read, first {self.skipped[0]}" if self.skipped else ""),
                 logger="current",
                 level=logging.WARNING,
@@ -184,7 +184,10 @@ class CropLoader(IterableDataset):
         return np.column_stack([photo, corner, generator.integers(2, size=(count, 3))])
 
     def _moved(self, places: np.ndarray) -> Tensor:
-        return torch.from_numpy(places).to(self.device)
+        on_host = torch.from_numpy(places)
+        if self.device.type == "cuda":
+            on_host = on_host.pin_memory()  # from other memory, a copy waits for the GPU
+        return on_host.to(self.device, non_blocking=True)
 
     def _read(self, photos: CleanFolder | PairedFolder) -> list[Photo] | list[Pair]:
         def read(i: int) -> Photo | Pair | str:

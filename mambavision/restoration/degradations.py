@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -106,11 +107,8 @@ class GaussianBlur(Degradation):
 
     def blur(self, x: Tensor) -> Tensor:
         """k * x, without noise, for float (..., H, W)."""
-        kernel = self.kernel()
         for dim in (-2, -1):
-            length = x.shape[dim]
-            window = torch.arange(length)[:, None] + torch.arange(-self.margin, self.margin + 1)
-            x = resample(x, dim, mirror(window, length, "reflect"), kernel.expand(length, -1))
+            x = resample(x, dim, *_convolution(self, x.shape[dim], x.device))
         return x
 
     def __call__(self, gt: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -199,7 +197,8 @@ class InpaintingMask(Degradation):
         fewest, most = self.strokes
         count = torch.randint(fewest, most + 1, (b, 1), generator=generator, device=gt.device)
         radius = _uniform(self.width, b * most, generator).view(b, most) / 2
-        ends = torch.rand(b, most, 2, 2, generator=generator, device=gt.device) * gt.new_tensor([h, w])
+        ends = torch.rand(2, b, most, 2, generator=generator, device=gt.device)
+        ends = torch.stack([ends[0] * h, ends[1] * w], -1)  # (b, most, start and end, row and column)
         pixel = torch.stack(
             torch.meshgrid(torch.arange(h, device=gt.device), torch.arange(w, device=gt.device), indexing="ij"), -1
         )
@@ -214,6 +213,13 @@ class InpaintingMask(Degradation):
 
     def __call__(self, gt: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return dict(lq=gt.masked_fill(self.mask(gt, generator), 0))
+
+
+@lru_cache(64)  # made once: a copy to the GPU waits for it
+@torch.inference_mode(False)
+def _convolution(blur: GaussianBlur, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    window = torch.arange(length)[:, None] + torch.arange(-blur.margin, blur.margin + 1)
+    return mirror(window, length, "reflect").to(device), blur.kernel().expand(length, -1).to(device)
 
 
 def _check_range(name: str, bounds: tuple[float, float], lowest: float, highest: float) -> None:

@@ -69,9 +69,9 @@ def compress_batch(x: Tensor, quality: Tensor) -> Tensor:
 def _quantise(x: Tensor, table: tuple, quality: Tensor) -> Tensor:
     """Quantise the DCT coefficients of 8 x 8 blocks; sides are multiples of 8."""
     scale = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality).view(-1, 1, 1, 1, 1, 1)
-    steps = ((x.new_tensor(table) * scale + 50) / 100).floor().clamp(1, 255)
+    table, dct = _constants(table, x.device)
+    steps = ((table * scale + 50) / 100).floor().clamp(1, 255)
     b, c, h, w = x.shape
-    dct = _dct_matrix(x.device)
     blocks = x.view(b, c, h // 8, 8, w // 8, 8).transpose(3, 4)
     # sums instead of matrix products, which may be rounded to TF32
     coefficients = _transform(blocks, dct)
@@ -85,12 +85,14 @@ def _transform(blocks: Tensor, matrix: Tensor) -> Tensor:
     return (rows[..., None, :] * matrix).sum(-1)
 
 
-@lru_cache
-def _dct_matrix(device: torch.device) -> Tensor:
+@lru_cache  # made once: a copy to the GPU waits for it
+@torch.inference_mode(False)
+def _constants(table: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A quantisation table and the matrix of the orthonormal DCT."""
     k = torch.arange(8, dtype=torch.float64)
     matrix = torch.cos((2 * k + 1) * k[:, None] * math.pi / 16) / 2
     matrix[0] /= math.sqrt(2)
-    return matrix.float().to(device)
+    return torch.tensor(table).float().to(device), matrix.float().to(device)
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:
@@ -98,7 +100,7 @@ def _pad(x: Tensor, multiple: int) -> Tensor:
 
 
 def _upsample(x: Tensor) -> Tensor:
-    """Twice the size: 3/4 of the nearer and 1/4 of the farther sample in each dimension, as libjpeg ("fancy upsampling")."""
+    """Twice the size, 3/4 of the nearer and 1/4 of the farther sample in each dimension: libjpeg's fancy upsampling."""
     for dim in (-2, -1):
         n = x.shape[dim]
         nearer = torch.arange(2 * n, device=x.device) // 2

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 from torch import Tensor
@@ -60,18 +59,22 @@ def ssim(x: Tensor, gt: Tensor) -> float:
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs pictures of at least 11 x 11 pixels, got {tuple(x.shape[-2:])}")
     x, gt = x.double(), gt.double()
-    t = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
-    window = torch.exp(-0.5 * (t / 1.5) ** 2)
-    window = window / window.sum()
-    moments = torch.stack([x, gt, x * x, gt * gt, x * gt])
-    flat = moments.flatten(0, 1)[:, None]
-    flat = F.conv2d(F.conv2d(flat, window.view(1, 1, 1, -1)), window.view(1, 1, -1, 1))
-    mean_x, mean_gt, xx, yy, xy = flat.view(5, -1, *flat.shape[-2:])
+    mean_x, mean_gt, xx, yy, xy = _window_means(torch.stack([x, gt, x * x, gt * gt, x * gt]))
     var_x, var_gt, cov = xx - mean_x**2, yy - mean_gt**2, xy - mean_x * mean_gt
     c1, c2 = 0.01**2, 0.03**2
     similarity = (2 * mean_x * mean_gt + c1) * (2 * cov + c2)
     similarity = similarity / ((mean_x**2 + mean_gt**2 + c1) * (var_x + var_gt + c2))
     return similarity.mean((1, 2)).mean().item()
+
+
+def _window_means(x: Tensor) -> Tensor:
+    weights = [math.exp(-0.5 * (t / 1.5) ** 2) for t in range(-5, 6)]
+    for dim in (-2, -1):
+        means = torch.zeros_like(x.narrow(dim, 5, x.shape[dim] - 10))
+        for i, weight in enumerate(weights):
+            means.add_(x.narrow(dim, i, means.shape[dim]), alpha=weight / sum(weights))
+        x = means
+    return x
 
 
 def nmse(x: Tensor, gt: Tensor) -> float:
@@ -123,6 +126,8 @@ class RestorationMetric(BaseMetric):
         csv: File to write a line per picture to.
         collect_device: As in mmengine.
     """
+
+    default_prefix = ""
 
     def __init__(
         self,
@@ -179,7 +184,7 @@ class RestorationMetric(BaseMetric):
             writer = csv.writer(file)
             writer.writerow(["set", "path", *results[0][2]])
             for name, path, values in results:
-                writer.writerow([name, path, *(f"{value:.4f}" for value in values.values())])
+                writer.writerow([name, path, *(f"{value:.6g}" for value in values.values())])
 
 
 def _decibel(mse: float) -> float:

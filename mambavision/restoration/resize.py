@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -37,7 +38,7 @@ def imresize(x: Tensor, *, scale: float | None = None, size: tuple[int, int] | N
     else:
         scales = (size[0] / x.shape[-2], size[1] / x.shape[-1])
     for dim in (-2, -1):
-        resized = resample(x, dim, *_bicubic(x.shape[dim], size[dim], scales[dim]))
+        resized = resample(x, dim, *_bicubic(x.shape[dim], size[dim], scales[dim], x.device))
         x = (resized + 0.5).floor().clamp(0, 255).byte() if x.dtype is torch.uint8 else resized
     return x
 
@@ -48,15 +49,17 @@ def resample(x: Tensor, dim: int, index: Tensor, weights: Tensor) -> Tensor:
     Args:
         x: Float of any shape, or uint8, which is summed in float32.
         dim: Negative dimension that is summed along.
-        index: int64 (length of the output, P).
+        index: int64 (length of the output, P), on x's device.
         weights: Float, the same shape.
     """
-    index, weights = index.to(x.device), weights.to(x.device, x.dtype if x.is_floating_point() else torch.float32)
+    weights = weights.to(x.dtype if x.is_floating_point() else torch.float32)
+    shape = list(x.shape)
+    shape[dim] = len(index)
     column = (-1, *(1,) * (-dim - 1))
-    # one tap after another: P copies of x at once would not fit, and a matrix product may be rounded to TF32
-    y = 0
+    y = weights.new_zeros(shape)
+    # one tap after another: P copies of x at once may not fit, and a matrix product may be rounded to TF32
     for tap in range(index.shape[1]):
-        y = y + x.index_select(dim, index[:, tap]) * weights[:, tap].view(column)
+        y.addcmul_(x.index_select(dim, index[:, tap]), weights[:, tap].view(column))
     return y
 
 
@@ -68,12 +71,14 @@ def mirror(index: Tensor, length: int | Tensor, border: Literal["symmetric", "re
     if border == "symmetric":
         index = index % (2 * length)
         return torch.minimum(index, 2 * length - 1 - index)
-    period = (2 * torch.as_tensor(length, device=index.device) - 2).clamp(min=1)
-    index = index % period
+    period = 2 * length - 2
+    index = index % (period + (period == 0))
     return torch.minimum(index, period - index)
 
 
-def _bicubic(length: int, out: int, scale: float) -> tuple[Tensor, Tensor]:
+@lru_cache(64)  # made once: a copy to the GPU waits for it
+@torch.inference_mode(False)
+def _bicubic(length: int, out: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
     shrink = min(scale, 1.0)
     taps = math.ceil(4 / shrink) + 2
     centre = (torch.arange(out, dtype=torch.float64) + 0.5) / scale - 0.5
@@ -81,7 +86,8 @@ def _bicubic(length: int, out: int, scale: float) -> tuple[Tensor, Tensor]:
     weights = _cubic(shrink * (centre[:, None] - index))
     used = (weights != 0).any(0)
     index, weights = index[:, used], weights[:, used]
-    return mirror(index, length, "symmetric"), weights / weights.sum(1, keepdim=True)
+    index, weights = mirror(index, length, "symmetric"), weights / weights.sum(1, keepdim=True)
+    return index.to(device), weights.to(device)
 
 
 def _cubic(t: Tensor) -> Tensor:
