@@ -1,7 +1,8 @@
 data_root = "data/restoration"  # made by tools/prepare_restoration_data.py
 train_roots = [f"{data_root}/train/{name}" for name in ("bsd400", "t91", "coco128", "davis")]
 train_dataloader = dict(
-    photos=dict(type="CleanFolder", root=train_roots, gray=True, gray_range="limited"),  # Y of BT.601, as the benchmarks have it
+    # Y of BT.601, as the benchmarks have it
+    photos=dict(type="CleanFolder", root=train_roots, gray=True, gray_range="limited"),
     degradation=dict(type="JPEG", quality=(5, 95)),
     schedule=[(20_000, 96, 32)],  # iterations, side of a crop, crops a batch
 )

@@ -1,0 +1,95 @@
+"""Published weights: a safetensors file that says what it restores and rebuilds its network without a config."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from mambavision.engine import weights
+from mambavision.engine.checkpoint import CheckpointError
+from mambavision.restoration.networks import CLASSES
+
+Task = Literal[
+    "denoise_color",
+    "denoise_gray",
+    "sr_x2",
+    "sr_x3",
+    "sr_x4",
+    "sr_x8",
+    "deblur",
+    "jpeg",
+    "jpeg_gray",
+    "motion_deblur",
+    "inpaint",
+]
+
+_FIELDS = ("task", "class", "config")
+
+
+def save(
+    net: nn.Module,
+    path: str | Path,
+    *,
+    task: Task,
+    metadata: Mapping[str, str] | None = None,
+    precision: Literal["fp16", "fp32"] = "fp16",
+) -> None:
+    """Write a network's weights, whole or not at all.
+
+    Raw training weights of a run with EMA are not what to publish: ``tools/publish.py`` takes the averaged ones.
+
+    Args:
+        net: A network of :mod:`mambavision.restoration.networks`, which keeps its arguments as ``config``.
+        path: File to write, ``*.safetensors``.
+        task: What it restores.
+        metadata: What else to say, such as ``degradation`` and ``training_data``.
+        precision: Of the floats.
+
+    Raises:
+        ValueError: If the task is unknown, the network is none of ours, or its weights are not finite.
+    """
+    if task not in get_args(Task):
+        raise ValueError(f"task must be one of {', '.join(get_args(Task))}, got {task!r}")
+    if type(net) not in CLASSES:
+        raise ValueError(f"{type(net).__name__} cannot be rebuilt from a file; it must be one of {_names()}")
+    fields = {"task": task, "class": type(net).__name__, "config": json.dumps(net.config)}
+    weights.save_published(net.state_dict(), path, {**(metadata or {}), **fields}, precision=precision)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, str]]:
+    """Rebuild a network from a file of :func:`save`: fp32, in eval mode, on ``device``; and the file's metadata.
+
+    ``metadata["task"]`` is what it restores.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is not one of ours, or its tensors do not fit the network it names.
+    """
+    metadata = read_metadata(path)
+    try:
+        (network,) = (network for network in CLASSES if network.__name__ == metadata["class"])
+        net = network(**json.loads(metadata["config"]))
+    except (ValueError, TypeError) as error:  # another version's, or a damaged one
+        raise CheckpointError(
+            f"{path} is of a {metadata['class']} with arguments {metadata['config']}, which cannot be built here; the "
+            f"networks are {_names()}"
+        ) from error
+    weights.load_state(net, weights.read_published(path), path)
+    return net.to(device).eval(), metadata
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the metadata of a restoration network's file: ``task``, ``class``, ``config`` (JSON), and what is said.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is no safetensors file, or one that :func:`save` did not write.
+    """
+    return weights.read_metadata(path, _FIELDS, of="restoration network")
+
+
+def _names() -> str:
+    return ", ".join(network.__name__ for network in CLASSES)
