@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ Task = Literal[
 ]
 
 _FIELDS = ("task", "class", "config")
+_JSON_FIELDS = ("config", "degradation", "sigma_range")  # the others are text
 
 
 def save(
@@ -34,7 +35,7 @@ def save(
     path: str | Path,
     *,
     task: Task,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     precision: Literal["fp16", "fp32"] = "fp16",
 ) -> None:
     """Write a network's weights, whole or not at all.
@@ -45,7 +46,8 @@ def save(
         net: A network of :mod:`mambavision.restoration.networks`, which keeps its arguments as ``config``.
         path: File to write, ``*.safetensors``.
         task: What it restores.
-        metadata: What else to say, such as ``degradation`` and ``training_data``.
+        metadata: What else to say, as text; and ``degradation``, its config, and ``sigma_range``, the lowest and
+            highest noise level in units of 1/255 that a network with sigma_input was trained for.
         precision: Of the floats.
 
     Raises:
@@ -55,11 +57,12 @@ def save(
         raise ValueError(f"task must be one of {', '.join(get_args(Task))}, got {task!r}")
     if type(net) not in CLASSES:
         raise ValueError(f"{type(net).__name__} cannot be rebuilt from a file; it must be one of {_names()}")
-    fields = {"task": task, "class": type(net).__name__, "config": json.dumps(net.config)}
-    weights.save_published(net.state_dict(), path, {**(metadata or {}), **fields}, precision=precision)
+    fields = {**(metadata or {}), "task": task, "class": type(net).__name__, "config": net.config}
+    text = {name: json.dumps(value) if name in _JSON_FIELDS else value for name, value in fields.items()}
+    weights.save_published(net.state_dict(), path, text, precision=precision)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, str]]:
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild a network from a file of :func:`save`: fp32, in eval mode, on ``device``; and the file's metadata.
 
     ``metadata["task"]`` is what it restores.
@@ -71,7 +74,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
     metadata = read_metadata(path)
     try:
         (network,) = (network for network in CLASSES if network.__name__ == metadata["class"])
-        net = network(**json.loads(metadata["config"]))
+        net = network(**metadata["config"])
     except (ValueError, TypeError) as error:  # another version's, or a damaged one
         raise CheckpointError(
             f"{path} is of a {metadata['class']} with arguments {metadata['config']}, which cannot be built here; the "
@@ -81,14 +84,15 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
     return net.to(device).eval(), metadata
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the metadata of a restoration network's file: ``task``, ``class``, ``config`` (JSON), and what is said.
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Return the metadata of a restoration network's file: ``task``, ``class``, ``config``, and what else is said.
 
     Raises:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is no safetensors file, or one that :func:`save` did not write.
     """
-    return weights.read_metadata(path, _FIELDS, of="restoration network")
+    metadata = weights.read_metadata(path, _FIELDS, of="restoration network")
+    return {name: json.loads(value) if name in _JSON_FIELDS else value for name, value in metadata.items()}
 
 
 def _names() -> str:
