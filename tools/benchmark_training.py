@@ -46,7 +46,7 @@ def measure(cfg, iters: int, amp: str | None, graphs: bool) -> list[str]:
     """A row of the table."""
     cfg = copy.deepcopy(cfg)
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    cfg.train_cfg.max_iters = iters
+    cfg.train_cfg.max_iters, cfg.param_scheduler = iters, None  # a schedule may not fit so few iterations
     cfg.default_hooks.checkpoint, cfg.log_level = None, "ERROR"
     kept = ("EMAHook", "CudaGraphHook") if graphs else ("EMAHook",)
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type in kept]

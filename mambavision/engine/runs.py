@@ -63,13 +63,13 @@ def read_config(path: str | Path) -> Config:
 
 
 def task_of(args: argparse.Namespace) -> Task:
-    """The task of the config that the arguments name: its ``task``, or detection where it does not say.
+    """The task of ``args.config``: its ``task``, or detection where it does not say.
 
     Raises:
         FileNotFoundError, NotADirectoryError: If the config does not exist, or the work directory is a file.
         ValueError: If the config cannot be read, or is of an unknown task.
     """
-    if args.work_dir:
+    if getattr(args, "work_dir", None):
         check_folder(args.work_dir, "--work-dir")
     task = read_config(args.config).get("task", "detection")
     if task not in get_args(Task):
@@ -196,10 +196,9 @@ def _build_runner(cfg: Config) -> Iterator[Runner]:
     _start_processes(cfg)
     try:
         try:
-            runner = Runner.from_cfg(cfg)
+            yield Runner.from_cfg(cfg)
         except (TypeError, KeyError) as error:  # an argument or a type that does not exist
             raise ValueError(f"the config cannot be built: {error}") from error
-        yield runner
     except BaseException:
         if new_folders and is_main_process():
             shutil.rmtree(work_dir, ignore_errors=True)

@@ -40,7 +40,18 @@ def train(
     amp: Literal["bf16", "fp16"] | None = None,
     seed: int | None = None,
 ) -> Runner:
-    """Train a restoration network: :func:`mambavision.engine.runs.train`, for photos that fit it."""
+    """Train a restoration network: :func:`mambavision.engine.runs.train`, for photos that fit it.
+
+    Raises:
+        ValueError: Besides, if a part of the learning-rate schedule begins after the last iteration.
+    """
+    for part in cfg.get("param_scheduler") or ():
+        begin, last = part.get("begin", 0), cfg.train_cfg.max_iters
+        if begin >= last:
+            raise ValueError(
+                f"{part.type} begins at iteration {begin}, the run has {last}: give the schedule in the config, or "
+                f"--cfg-options param_scheduler.0.end=N param_scheduler.1.begin=N with an N below {last}"
+            )
     return runs.train(cfg, resume=resume, load_from=load_from, amp=amp, seed=seed, check=_check_pictures)
 
 

@@ -1,3 +1,4 @@
+restores = "inpaint"  # task of the weights
 data_root = "data/restoration"  # made by tools/prepare_restoration_data.py
 train_roots = [f"{data_root}/train/{name}" for name in ("bsd400", "t91", "coco128", "davis")]
 train_dataloader = dict(

@@ -1,3 +1,4 @@
+restores = "motion_deblur"  # task of the weights
 data_root = "data/gopro"  # train/blur, train/sharp, test/blur, test/sharp: photos of the same name are pairs
 train_dataloader = dict(
     photos=dict(type="PairedFolder", lq_root=f"{data_root}/train/blur", gt_root=f"{data_root}/train/sharp"),
