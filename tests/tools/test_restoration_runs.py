@@ -2,12 +2,13 @@
 
 import csv
 import json
+import os
 import signal
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import get_args
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,9 +16,10 @@ from mmengine.config import Config
 
 from mambavision.engine.checkpoint import load
 from mambavision.restoration import weights
-from tests.tools.running import ENVIRONMENT, ROOT, refusal, run_tool
+from tests.tools.running import ROOT, exit_status, fork_tool, refusal, run_tool
 
 CONFIG = ROOT / "configs/serpent/serpent_debug.py"
+SEED = ("--seed", 3)
 SMALL = """
 _base_ = "{config}"
 {imports}
@@ -42,8 +44,6 @@ def small_config(folder: Path, *, interval: int = 4, imports: str = "", more: st
     """The debug config on two small test sets of one photo."""
     photos = folder / "photos"
     if not photos.exists():
-        import cv2
-
         photos.mkdir(parents=True)
         cv2.imwrite(str(photos / "a.png"), cv2.imread(str(ROOT / "demo/cells/val/smear_000.jpg"))[:24, :32])
     path = folder / "small.py"
@@ -73,10 +73,9 @@ def losses(work: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Folder of a config, and the work directory of its whole run."""
+    os.chdir(ROOT)
     folder = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, ROOT / "tools/train.py", small_config(folder, interval=1), "--work-dir", folder / "work"]
-    done = subprocess.run([*map(str, command), "--seed", "3"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert exit_status(fork_tool("train", small_config(folder, interval=1), "--work-dir", folder / "work", *SEED)) == 0
     return folder
 
 
@@ -97,9 +96,7 @@ def test_killed_run_resumes_with_the_same_losses(whole, tmp_path, tool):
     killing = 'custom_imports = dict(imports=["mambavision.restoration.register", "tests.tools.kill_hook"])'
     hook = 'custom_hooks = [*_base_.custom_hooks, dict(type="KillHook", iteration=9)]\n'
     config = small_config(tmp_path, imports=killing, more=hook)
-    command = [sys.executable, ROOT / "tools/train.py", config, "--work-dir", tmp_path / "work", "--seed", 3]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert exit_status(fork_tool("train", config, "--work-dir", tmp_path / "work", *SEED)) == -signal.SIGKILL
     assert (tmp_path / "work/last_checkpoint").read_text().endswith("iter_8.pth")
     # without --seed: it is the checkpoint's
     code, _, err = tool("train", small_config(tmp_path), "--work-dir", tmp_path / "work", "--resume")
@@ -114,10 +111,13 @@ def test_killed_run_resumes_with_the_same_losses(whole, tmp_path, tool):
 
 
 def test_two_processes_train_like_one(whole, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "tools/train.py"]
-    command += [small_config(tmp_path), "--launcher", "pytorch", "--work-dir", tmp_path / "work", "--seed", 3]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [small_config(tmp_path), "--launcher", "pytorch", "--work-dir", tmp_path / "work", *SEED]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    torchrun = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=2)
+    ranks = [fork_tool("train", *arguments, **torchrun, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)]
+    assert [exit_status(rank) for rank in ranks] == [0, 0]
     ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
     for name, value in theirs["state_dict"].items():
         torch.testing.assert_close(ours["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=name)
