@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure training steps of a restoration config: eager and through CUDA graphs.
 
-    python tools/benchmark_training.py configs/serpent/serpent_s_denoise_gray25.py --data-root data/restoration --amp bf16
+    python tools/benchmark_training.py configs/serpent/serpent_s_denoise_gray25.py --amp bf16
 
 The real loop, data and optimiser, without validation and checkpoints; the second half of the iterations is timed.
 """

@@ -3,7 +3,7 @@
 from mmengine.registry import MODELS
 
 from mambavision.engine import cuda_graphs, hooks, optim  # noqa: F401  (their decorators register)
-from mambavision.restoration import batches, datasets, degradations, losses, loops, metrics, restorer  # noqa: F401
+from mambavision.restoration import batches, datasets, degradations, loops, losses, metrics, restorer  # noqa: F401
 from mambavision.restoration.networks import CLASSES, SIZES
 
 for network in (*CLASSES, *SIZES):

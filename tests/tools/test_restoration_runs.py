@@ -162,7 +162,7 @@ def test_evaluation_of_checkpoint_and_published_weights(whole, tmp_path, tool):
     [
         (["--train-json", "x.json"], "--train-json is for detection; restoration takes --data-root"),
         (["--data-root", "nowhere"], "nowhere/train"),
-        (["--cfg-options", "model.network.in_channels=1"], "the photos have 3 channels and scale 1, the network takes 1"),
+        (["--cfg-options", "model.network.in_channels=1"], "have 3 channels and scale 1, the network takes 1"),
         (["--cfg-options", "model.network.scale=2"], "has scale 2: change model.network"),
         (["--cfg-options", "train_dataloader.schedule=[(5,0,4)]"], "at least 1"),
         (["--cfg-options", "train_dataloader.bogus=1"], "bogus"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mambavision.detection import build_mamba_yolo
+from mambavision.detection import cli as detection_cli
 from mambavision.detection.weights import from_checkpoint, save_weights
 from mambavision.engine import cli
 from mambavision.engine.photos import DatasetError
@@ -152,10 +153,10 @@ def test_loaders_without_workers_keep_none(data, tmp_path):
             config=str(root / f"{name}.py"), work_dir=str(tmp_path / "work"), data_root=None, train_json=None,
             val_json=None, launcher="none", cfg_options={"train_dataloader.num_workers": 0},
         )  # fmt: skip
-        cfg = cli.load_config(args)
+        cfg = detection_cli.load_config(args)
         assert not cfg.train_dataloader.persistent_workers and cfg.val_dataloader.persistent_workers
         args.cfg_options = {"val_dataloader.num_workers": 0, "test_dataloader.num_workers": 0}
-        cfg = cli.load_config(args)
+        cfg = detection_cli.load_config(args)
         assert cfg.train_dataloader.persistent_workers
         assert not cfg.val_dataloader.persistent_workers and not cfg.test_dataloader.persistent_workers
 
