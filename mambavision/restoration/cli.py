@@ -20,11 +20,11 @@ from mambavision.engine.photos import DatasetError, find_photos
 from mambavision.engine.video import is_video, open_video, write_video
 from mambavision.restoration.images import (
     WRITABLE_SUFFIXES,
-    Photo,
+    PhotoFile,
     check_writable,
-    read_photo,
+    read_photo_file,
     side_by_side,
-    write_photo,
+    write_photo_file,
 )
 from mambavision.restoration.inferencer import RestorationInferencer, find_files
 
@@ -140,7 +140,7 @@ def _check_targets(job: Job, targets: Sequence[Path], overwrite: bool) -> None:
 
 
 def _restore_photo(inferencer: RestorationInferencer, source: Path, targets: Sequence[Path], *, nested: bool) -> None:
-    photo = read_photo(source)
+    photo = read_photo_file(source)
     for target in targets:
         check_writable(target, photo, inferencer.scale)
     options = dict(position=1, leave=False) if nested else {}
@@ -151,9 +151,9 @@ def _restore_photo(inferencer: RestorationInferencer, source: Path, targets: Seq
             bar.update(done - bar.n)  # backwards where it begins anew with smaller tiles
 
         restored = inferencer.restore(photo, progress)
-    write_photo(targets[0], restored)
+    write_photo_file(targets[0], restored)
     for target in targets[1:]:
-        write_photo(target, side_by_side(photo, restored))
+        write_photo_file(target, side_by_side(photo, restored))
 
 
 def _restore_video(inferencer: RestorationInferencer, source: Path, targets: Sequence[Path], *, nested: bool) -> None:
@@ -161,7 +161,7 @@ def _restore_video(inferencer: RestorationInferencer, source: Path, targets: Seq
     with open_video(source) as video, ExitStack() as stack:
         writers = []
         for frame in tqdm(video.frames, total=video.announced or None, unit="frame", desc=source.name, **options):
-            before = Photo(np.ascontiguousarray(frame[..., ::-1]))
+            before = PhotoFile(np.ascontiguousarray(frame[..., ::-1]))
             after = inferencer.restore(before)
             pictures = [after, side_by_side(before, after)][: len(targets)]
             if not writers:

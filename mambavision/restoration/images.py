@@ -32,7 +32,7 @@ _CONVERTED = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "HSV": "RGB", "LAB": "RGB
 
 
 @dataclass(frozen=True)
-class Photo:
+class PhotoFile:
     """A photo as it is displayed, upright.
 
     Attributes:
@@ -49,7 +49,7 @@ class Photo:
     exif: bytes | None = None
     dpi: tuple[float, float] | None = None
 
-    def restored(self, pixels: np.ndarray) -> Photo:
+    def restored(self, pixels: np.ndarray) -> PhotoFile:
         """The photo with other pixels; its transparency is enlarged to their size."""
         alpha = self.alpha
         if alpha is not None and alpha.shape != pixels.shape[:2]:
@@ -57,8 +57,8 @@ class Photo:
         return replace(self, pixels=pixels, alpha=alpha)
 
 
-def read_photo(path: str | os.PathLike) -> Photo:
-    """Read a photo of 8 or 16 bits; see :class:`Photo`.
+def read_photo_file(path: str | os.PathLike) -> PhotoFile:
+    """Read a photo of 8 or 16 bits; see :class:`PhotoFile`.
 
     Raises:
         DatasetError: If it is missing, empty, truncated, no photo, or has other than 1, 3 or 4 channels.
@@ -80,10 +80,10 @@ def read_photo(path: str | os.PathLike) -> Photo:
         pixels = _upright(pixels, orientation)
     alpha = np.ascontiguousarray(pixels[..., 3]) if channels == 4 else None
     colour = pixels[..., :1] if channels == 1 or mode == "LA" else pixels[..., 2::-1]
-    return Photo(np.ascontiguousarray(colour), alpha, _fitting_icc(icc, colour.shape[2]), exif, dpi)
+    return PhotoFile(np.ascontiguousarray(colour), alpha, _fitting_icc(icc, colour.shape[2]), exif, dpi)
 
 
-def write_photo(path: str | os.PathLike, photo: Photo) -> None:
+def write_photo_file(path: str | os.PathLike, photo: PhotoFile) -> None:
     """Write a photo in the format of the path's suffix, whole or not at all; makes the folder.
 
     JPEG is written at quality 95 without chroma subsampling, all else without loss. The colour profile is written but
@@ -105,7 +105,7 @@ def write_photo(path: str | os.PathLike, photo: Photo) -> None:
         raise OSError(error.errno, f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def check_writable(path: str | os.PathLike, photo: Photo, scale: int = 1) -> None:
+def check_writable(path: str | os.PathLike, photo: PhotoFile, scale: int = 1) -> None:
     """Check that a file format can hold a photo enlarged by ``scale``.
 
     Raises:
@@ -124,7 +124,7 @@ def check_writable(path: str | os.PathLike, photo: Photo, scale: int = 1) -> Non
         raise DatasetError(f"{path}: {encoder} holds at most {longest} pixels a side, not {side}; name a .png file")
 
 
-def from_array(array: np.ndarray) -> Photo:
+def from_array(array: np.ndarray) -> PhotoFile:
     """Take over an array: uint8 or uint16, (H, W) or (H, W, 1) gray, (H, W, 3) RGB; with alpha (H, W, 2 or 4).
 
     Raises:
@@ -137,18 +137,18 @@ def from_array(array: np.ndarray) -> Photo:
     if channels > 4:
         raise ValueError(f"{channels} channels; a picture has 1 (gray), 3 (RGB), or 2 or 4 with alpha")
     if channels in (2, 4):
-        return Photo(np.ascontiguousarray(array[..., :-1]), np.ascontiguousarray(array[..., -1]))
-    return Photo(np.ascontiguousarray(array))
+        return PhotoFile(np.ascontiguousarray(array[..., :-1]), np.ascontiguousarray(array[..., -1]))
+    return PhotoFile(np.ascontiguousarray(array))
 
 
-def to_array(photo: Photo) -> np.ndarray:
+def to_array(photo: PhotoFile) -> np.ndarray:
     """(H, W) gray, (H, W, 3) RGB, or with alpha (H, W, 2 or 4)."""
     if photo.alpha is not None:
         return np.concatenate([photo.pixels, photo.alpha[..., None]], axis=2)
     return photo.pixels[..., 0] if photo.pixels.shape[2] == 1 else photo.pixels
 
 
-def from_pil(image: Image.Image) -> Photo:
+def from_pil(image: Image.Image) -> PhotoFile:
     """Take over a Pillow image; palettes and other colour spaces become RGB, EXIF orientation is applied.
 
     Raises:
@@ -166,7 +166,7 @@ def from_pil(image: Image.Image) -> Photo:
     return replace(photo, icc=_fitting_icc(icc, photo.pixels.shape[2]))
 
 
-def to_pil(photo: Photo) -> Image.Image:
+def to_pil(photo: PhotoFile) -> Image.Image:
     """Pillow image of mode L, LA, RGB, RGBA or (16-bit gray) I;16, with the colour profile in ``info``."""
     image = Image.fromarray(to_array(photo))
     if photo.icc:
@@ -174,16 +174,16 @@ def to_pil(photo: Photo) -> Image.Image:
     return image
 
 
-def side_by_side(before: Photo, after: Photo) -> Photo:
+def side_by_side(before: PhotoFile, after: PhotoFile) -> PhotoFile:
     """A picture of both next to each other, the smaller one enlarged, on white where it is transparent."""
     height, width, channels = after.pixels.shape
     halves = [_on_white(before), _on_white(after)]
     halves[0] = cv2.resize(halves[0], (width, height), interpolation=cv2.INTER_CUBIC).reshape(after.pixels.shape)
     line = np.full((height, max(2, width // 200), channels), np.iinfo(after.pixels.dtype).max, after.pixels.dtype)
-    return Photo(np.concatenate([halves[0], line, halves[1]], axis=1), icc=after.icc)
+    return PhotoFile(np.concatenate([halves[0], line, halves[1]], axis=1), icc=after.icc)
 
 
-def _on_white(photo: Photo) -> np.ndarray:
+def _on_white(photo: PhotoFile) -> np.ndarray:
     if photo.alpha is None:
         return photo.pixels
     full = np.iinfo(photo.pixels.dtype).max
@@ -224,7 +224,7 @@ def _fitting_icc(icc: bytes | None, channels: int) -> bytes | None:
     return icc if icc and icc[16:20] == (b"GRAY" if channels == 1 else b"RGB ") else None
 
 
-def _encode_by_pillow(path: Path, photo: Photo) -> bytes:
+def _encode_by_pillow(path: Path, photo: PhotoFile) -> bytes:
     options = dict(_ENCODERS[path.suffix.lower()])
     if photo.exif and options["format"] in ("JPEG", "PNG", "WEBP"):
         options["exif"] = photo.exif
@@ -237,7 +237,7 @@ def _encode_by_pillow(path: Path, photo: Photo) -> bytes:
     return buffer.getbuffer()
 
 
-def _encode_by_opencv(path: Path, photo: Photo) -> bytes:
+def _encode_by_opencv(path: Path, photo: PhotoFile) -> bytes:
     array = to_array(photo)
     if photo.pixels.shape[2] == 3:
         array = array[..., [2, 1, 0, 3][: array.shape[2]]]

@@ -19,7 +19,7 @@ from mambavision.engine.cli import choose_device
 from mambavision.engine.memory import free_memory, is_out_of_memory
 from mambavision.engine.photos import find_photos
 from mambavision.restoration import weights as weight_files
-from mambavision.restoration.images import Photo, from_array, from_pil, read_photo, to_array, to_pil
+from mambavision.restoration.images import PhotoFile, from_array, from_pil, read_photo_file, to_array, to_pil
 from mambavision.restoration.tiles import (
     ALIGNMENT,
     MIN_TILE,
@@ -127,12 +127,12 @@ class RestorationInferencer:
                 return [self(file, progress) for file in find_files(str(path))]
             if path.is_dir():
                 return [self(file, progress) for file, _ in find_photos(path)]
-            return to_array(self.restore(read_photo(path), progress))
+            return to_array(self.restore(read_photo_file(path), progress))
         if isinstance(picture, Sequence):
             return [self(one, progress) for one in picture]
         raise ValueError(f"a picture is an array, a Pillow image or a path, not a {type(picture).__name__}")
 
-    def restore(self, photo: Photo, progress: Progress | None = None) -> Photo:
+    def restore(self, photo: PhotoFile, progress: Progress | None = None) -> PhotoFile:
         """Restore a photo with all that belongs to it; its transparency is kept, or enlarged. Raises as a call does."""
         return photo.restored(self._restored(photo.pixels, progress))
 
@@ -174,7 +174,7 @@ class RestorationInferencer:
     def _measured(self) -> float:
         if self._bytes_per_pixel is None:
             with torch.inference_mode():
-                self._bytes_per_pixel = measure_bytes_per_pixel(self._restore_tile, self.channels, self.device)
+                self._bytes_per_pixel = measure_bytes_per_pixel(self.restore_tile, self.channels, self.device)
         return self._bytes_per_pixel
 
     def _smaller(self, tile: int) -> int:
@@ -193,7 +193,7 @@ class RestorationInferencer:
         out = np.empty((height * self.scale, width * self.scale, channels), pixels.dtype)
         image = torch.from_numpy(pixels).permute(2, 0, 1).expand(self.channels, -1, -1)  # gray as three equal channels
         rows = tiled_rows(
-            self._restore_tile, image, tile=tile, overlap=min(self.overlap, tile // 2), scale=self.scale,
+            self.restore_tile, image, tile=tile, overlap=min(self.overlap, tile // 2), scale=self.scale,
             device=self.device, on_tile=progress,
         )  # fmt: skip
         for top, row in rows:
@@ -202,7 +202,8 @@ class RestorationInferencer:
             out[top : top + len(row)] = row.numpy()
         return out
 
-    def _restore_tile(self, x: Tensor) -> Tensor:
+    def restore_tile(self, x: Tensor) -> Tensor:
+        """Restore floats (1, C, H, W) in [0, 1] on the device in one piece; not clipped. In inference mode."""
         y = self._apply(x, _AUTOCAST[self.precision])
         if self.precision != "fp32" and not y.isfinite().all():
             self._say(f"{self.precision} gave values that are not finite: such tiles are done again in fp32")

@@ -10,15 +10,15 @@ from PIL import Image, ImageCms
 from mambavision.engine.photos import DatasetError
 from mambavision.restoration import images
 from mambavision.restoration.images import (
-    Photo,
+    PhotoFile,
     check_writable,
     from_array,
     from_pil,
-    read_photo,
+    read_photo_file,
     side_by_side,
     to_array,
     to_pil,
-    write_photo,
+    write_photo_file,
 )
 
 RNG = np.random.default_rng(0)
@@ -35,15 +35,15 @@ def smooth(height=30, width=41, channels=3, dtype=np.uint8):
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".webp"])
 def test_what_is_written_is_read_again(tmp_path, dtype, channels, has_alpha, suffix):
     alpha = smooth(channels=1, dtype=dtype)[..., 0] if has_alpha else None
-    photo = Photo(smooth(channels=channels, dtype=dtype), alpha)
+    photo = PhotoFile(smooth(channels=channels, dtype=dtype), alpha)
     path = tmp_path / "deep" / f"a{suffix}"
     if dtype == np.uint16 and suffix in (".bmp", ".webp"):
         with pytest.raises(DatasetError, match="16 bits a channel"):
-            write_photo(path, photo)
+            write_photo_file(path, photo)
         assert not path.parent.exists()
         return
-    write_photo(path, photo)
-    read = read_photo(path)
+    write_photo_file(path, photo)
+    read = read_photo_file(path)
     assert read.pixels.dtype == dtype
     np.testing.assert_array_equal(read.pixels, np.broadcast_to(photo.pixels, read.pixels.shape))
     assert read.pixels.shape[2] == channels or (has_alpha and dtype == np.uint16) or suffix in (".bmp", ".webp")
@@ -56,8 +56,8 @@ def test_what_is_written_is_read_again(tmp_path, dtype, channels, has_alpha, suf
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_profile_and_resolution_are_kept(tmp_path, suffix):
     Image.fromarray(smooth()).save(tmp_path / f"a{suffix}", icc_profile=ICC, dpi=(150, 150))
-    photo = read_photo(tmp_path / f"a{suffix}")
-    write_photo(tmp_path / f"b{suffix}", photo)
+    photo = read_photo_file(tmp_path / f"a{suffix}")
+    write_photo_file(tmp_path / f"b{suffix}", photo)
     with Image.open(tmp_path / f"b{suffix}") as image:
         assert image.info["icc_profile"] == ICC
         if suffix != ".webp":
@@ -66,13 +66,13 @@ def test_profile_and_resolution_are_kept(tmp_path, suffix):
 
 @pytest.mark.skipif(not hasattr(cv2, "imencodeWithMetadata"), reason="this OpenCV writes no profiles")
 def test_profile_of_16_bits_is_kept(tmp_path):
-    write_photo(tmp_path / "a.png", Photo(smooth(dtype=np.uint16), icc=ICC))
-    assert read_photo(tmp_path / "a.png").icc == ICC
+    write_photo_file(tmp_path / "a.png", PhotoFile(smooth(dtype=np.uint16), icc=ICC))
+    assert read_photo_file(tmp_path / "a.png").icc == ICC
 
 
 def test_profile_of_other_channels_is_dropped(tmp_path):
     Image.fromarray(smooth()).convert("CMYK").save(tmp_path / "a.jpg", icc_profile=ICC[:16] + b"CMYK" + ICC[20:])
-    photo = read_photo(tmp_path / "a.jpg")
+    photo = read_photo_file(tmp_path / "a.jpg")
     assert photo.pixels.shape == (30, 41, 3) and photo.icc is None
 
 
@@ -85,27 +85,27 @@ def test_photos_come_upright(tmp_path, suffix, orientation):
     Image.fromarray(smooth()).save(tmp_path / f"a.{suffix}", exif=exif, **options)
     with Image.open(tmp_path / f"a.{suffix}") as image:
         expected = from_pil(image).pixels
-    photo = read_photo(tmp_path / f"a.{suffix}")
+    photo = read_photo_file(tmp_path / f"a.{suffix}")
     np.testing.assert_allclose(photo.pixels.astype(int), expected.astype(int), atol=3)
     assert photo.pixels.shape[:2] == ((30, 41) if orientation < 5 else (41, 30))
-    write_photo(tmp_path / f"b.{suffix}", photo)
+    write_photo_file(tmp_path / f"b.{suffix}", photo)
     with Image.open(tmp_path / f"b.{suffix}") as image:
         assert image.getexif().get(0x0112, 1) == 1 and image.size == expected.shape[1::-1]
         assert suffix == "tif" or image.getexif()[0x010F] == "Maker"
 
 
 def test_jpeg_is_written_well(tmp_path):
-    photo = Photo(smooth(64, 64))
-    write_photo(tmp_path / "a.jpg", photo)
-    assert np.abs(read_photo(tmp_path / "a.jpg").pixels.astype(int) - photo.pixels).mean() < 1
+    photo = PhotoFile(smooth(64, 64))
+    write_photo_file(tmp_path / "a.jpg", photo)
+    assert np.abs(read_photo_file(tmp_path / "a.jpg").pixels.astype(int) - photo.pixels).mean() < 1
 
 
 def test_what_a_format_cannot_hold_is_refused():
-    transparent = Photo(smooth(), alpha=smooth(channels=1)[..., 0])
+    transparent = PhotoFile(smooth(), alpha=smooth(channels=1)[..., 0])
     with pytest.raises(DatasetError, match="JPEG holds no alpha"):
         check_writable("a.jpg", transparent)
     with pytest.raises(DatasetError, match="WEBP holds at most 16383 pixels a side, not 20000"):
-        check_writable("a.webp", Photo(np.zeros((2, 5000, 3), np.uint8)), scale=4)
+        check_writable("a.webp", PhotoFile(np.zeros((2, 5000, 3), np.uint8)), scale=4)
     with pytest.raises(DatasetError, match="photos are written as .jpg"):
         check_writable("a.gif", transparent)
 
@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(images.Path, "write_bytes", full)
     with pytest.raises(OSError, match=r"a\.png: cannot be written \(No space left on device\)"):
-        write_photo(path, Photo(smooth()))
+        write_photo_file(path, PhotoFile(smooth()))
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -138,7 +138,7 @@ def test_photos_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "huge.png").write_bytes(_png_of_huge_size())
     for name, message in (("f.tif", "float32 pixels"), ("huge.png", "not a photo"), ("gone.png", "no such file")):
         with pytest.raises(DatasetError, match=message) as error:
-            read_photo(tmp_path / name)
+            read_photo_file(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
@@ -176,14 +176,14 @@ def test_arrays_that_are_no_pictures_are_refused(shape, dtype):
 
 
 def test_before_and_after_lie_side_by_side():
-    before, after = Photo(np.full((4, 6, 3), 10, np.uint8)), Photo(np.full((8, 12, 3), 90, np.uint8))
+    before, after = PhotoFile(np.full((4, 6, 3), 10, np.uint8)), PhotoFile(np.full((8, 12, 3), 90, np.uint8))
     both = side_by_side(before, after).pixels
     assert both.shape == (8, 26, 3) and (both[:, :12] == 10).all() and (both[:, -12:] == 90).all()
-    glass = Photo(np.zeros((8, 12, 3), np.uint8), alpha=np.zeros((8, 12), np.uint8))
+    glass = PhotoFile(np.zeros((8, 12, 3), np.uint8), alpha=np.zeros((8, 12), np.uint8))
     assert (side_by_side(glass, after).pixels[:, :12] == 255).all()
 
 
 def test_transparency_is_enlarged_with_the_photo():
-    photo = Photo(smooth(), alpha=smooth(channels=1)[..., 0])
+    photo = PhotoFile(smooth(), alpha=smooth(channels=1)[..., 0])
     large = photo.restored(smooth(60, 82))
     assert large.alpha.shape == (60, 82) and abs(large.alpha.mean() - photo.alpha.mean()) < 2

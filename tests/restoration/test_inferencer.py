@@ -7,7 +7,7 @@ from torch import nn
 from mambavision.backbones.serpent import serpent_debug
 from mambavision.restoration import inferencer as module
 from mambavision.restoration import weights
-from mambavision.restoration.images import Photo, write_photo
+from mambavision.restoration.images import PhotoFile, write_photo_file
 from mambavision.restoration.inferencer import RestorationInferencer
 
 RNG = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def test_pillow_images_and_paths(make, tmp_path):
     image = inferencer(Image.fromarray(picture))
     assert image.mode == "RGB" and np.array_equal(np.asarray(image), inferencer(picture))
     for name in ("a.png", "deep/b.png"):
-        write_photo(tmp_path / "photos" / name, Photo(picture))
+        write_photo_file(tmp_path / "photos" / name, PhotoFile(picture))
     assert np.array_equal(inferencer(str(tmp_path / "photos" / "a.png")), inferencer(picture))
     assert len(inferencer(tmp_path / "photos")) == 2
     assert len(inferencer(tmp_path / "photos" / "*.png")) == 1

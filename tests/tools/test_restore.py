@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mambavision.restoration import cli
-from mambavision.restoration.images import Photo, read_photo, write_photo
+from mambavision.restoration.images import PhotoFile, read_photo_file, write_photo_file
 from tests.restoration.test_inferencer import save
 from tests.tools.running import refusal, run_tool
 from tests.tools.toy_data import make_video
@@ -29,7 +29,7 @@ def restore(monkeypatch, capfd, tmp_path):
 def write(path, height=40, width=56, dtype=np.uint8, **changes):
     coarse = RNG.uniform(0.1, 0.9, (4, 5, 3))
     pixels = (cv2.resize(coarse, (width, height)) * np.iinfo(dtype).max).astype(dtype)
-    write_photo(path, Photo(pixels, **changes))
+    write_photo_file(path, PhotoFile(pixels, **changes))
     return path
 
 
@@ -58,8 +58,8 @@ def test_a_photo_to_a_file(restore, tmp_path):
     code, text, err = restore(photo, "-o", out, "--sigma", 25)
     assert code == 0, err
     assert f"1 of 1 files restored, written to {out} (weights w.safetensors)" in text
-    restored = read_photo(out)
-    assert (restored.alpha == 77).all() and not np.array_equal(restored.pixels, read_photo(photo).pixels)
+    restored = read_photo_file(out)
+    assert (restored.alpha == 77).all() and not np.array_equal(restored.pixels, read_photo_file(photo).pixels)
 
 
 def test_a_folder_leaves_out_what_cannot_be_read(restore, photos, tmp_path):
@@ -70,8 +70,8 @@ def test_a_folder_leaves_out_what_cannot_be_read(restore, photos, tmp_path):
     line = refusal((code, text, err))
     assert "2 of 8 files could not be restored, they are listed above" in line
     assert "cut.jpg: truncated" in err and "text.png: not a photo" in err
-    assert read_photo(out / "tiny.png").pixels.shape == (1, 1, 3)
-    assert read_photo(out / "wide.tif").pixels.dtype == np.uint16
+    assert read_photo_file(out / "tiny.png").pixels.shape == (1, 1, 3)
+    assert read_photo_file(out / "wide.tif").pixels.dtype == np.uint16
     with Image.open(out / "a.jpg") as image:
         assert image.format == "JPEG"
 
@@ -90,7 +90,7 @@ def test_what_is_there_is_not_overwritten_unless_asked(restore, photos, tmp_path
     assert "b.png exists already; pass --overwrite" in refusal(restore(photos / "b.png", "-o", out))
     assert out.read_bytes() == b"mine"
     assert restore(photos / "b.png", "-o", out, "--overwrite")[0] == 0
-    assert read_photo(out).pixels.shape == (40, 56, 3)
+    assert read_photo_file(out).pixels.shape == (40, 56, 3)
     before = (photos / "b.png").read_bytes()
     line = refusal(restore(photos / "b.png", "-o", photos, "--overwrite"))
     assert "would be overwritten by its own result" in line and (photos / "b.png").read_bytes() == before
@@ -99,15 +99,15 @@ def test_what_is_there_is_not_overwritten_unless_asked(restore, photos, tmp_path
 def test_side_by_side(restore, photos, tmp_path):
     assert restore(photos / "b.png", "-o", tmp_path / "out", "--side-by-side", "--self-ensemble")[0] == 0
     assert written(tmp_path / "out") == ["b.png", "b_before_after.png"]
-    both = read_photo(tmp_path / "out" / "b_before_after.png").pixels
-    assert np.array_equal(both[:, :56], read_photo(photos / "b.png").pixels)
-    assert np.array_equal(both[:, -56:], read_photo(tmp_path / "out" / "b.png").pixels)
+    both = read_photo_file(tmp_path / "out" / "b_before_after.png").pixels
+    assert np.array_equal(both[:, :56], read_photo_file(photos / "b.png").pixels)
+    assert np.array_equal(both[:, -56:], read_photo_file(tmp_path / "out" / "b.png").pixels)
 
 
 def test_enlarging(restore, photos, tmp_path):
     weights = save(tmp_path / "x2.safetensors", task="sr_x2", scale=2)
     code, _, err = restore(photos / "b.png", "-o", tmp_path / "b.png", "--task", "sr_x2", "--weights", weights)
-    assert code == 0 and read_photo(tmp_path / "b.png").pixels.shape == (80, 112, 3), err
+    assert code == 0 and read_photo_file(tmp_path / "b.png").pixels.shape == (80, 112, 3), err
 
 
 def test_a_video(restore, tmp_path):
@@ -169,7 +169,7 @@ def test_bad_options_are_refused(restore, photos, tmp_path):
 
 
 def test_a_full_disk_ends_it_with_nothing_half_written(restore, photos, tmp_path, monkeypatch):
-    write_whole, count = cli.write_photo, []
+    write_whole, count = cli.write_photo_file, []
 
     def full(path, photo):
         count.append(path)
@@ -177,7 +177,33 @@ def test_a_full_disk_ends_it_with_nothing_half_written(restore, photos, tmp_path
             raise OSError(errno.ENOSPC, f"{path}: cannot be written (No space left on device)")
         write_whole(path, photo)
 
-    monkeypatch.setattr(cli, "write_photo", full)
+    monkeypatch.setattr(cli, "write_photo_file", full)
     line = refusal(restore(photos, "-o", tmp_path / "out"))
     assert written(tmp_path / "out") == ["a.jpg"] and len(count) == 2
     assert "b.png: cannot be written (No space left on device); 6 more not tried" in line
+
+
+@pytest.mark.parametrize("task, scale, degradation", [("denoise_color", 1, None), ("sr_x2", 2, "Downsample")])
+def test_tiles_are_measured(monkeypatch, capfd, tmp_path, task, scale, degradation):
+    write(tmp_path / "photos" / "a.png", 140, 181)
+    metadata = dict(degradation=dict(type=degradation, scale=scale)) if degradation else {}
+    weights = save(tmp_path / "w.safetensors", task=task, scale=scale, **metadata)
+    options = ["--sigma", 25] if task == "denoise_color" else []
+    arguments = [
+        tmp_path / "photos",
+        "--weights",
+        weights,
+        "--tile",
+        64,
+        "--overlap",
+        0,
+        32,
+        "--device",
+        "cpu",
+        *options,
+    ]
+    code, out, err = run_tool(monkeypatch, capfd, "benchmark_tiles", *arguments)
+    assert code == 0, err
+    rows = [line.replace("│", " ").split() for line in out.splitlines() if "│" in line and "." in line][-2:]
+    assert [row[0] for row in rows] == ["0", "32"]
+    assert all(5 < float(row[1]) < 50 and abs(float(row[2])) <= float(row[3]) + 0.001 for row in rows)
