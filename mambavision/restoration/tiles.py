@@ -19,7 +19,7 @@ from mambavision.engine.memory import free_memory
 MIN_TILE = 64
 ALIGNMENT = 32  # pixels; tiles start at multiples of a U-Net's stride, or its patches fall elsewhere than in the whole
 _SHARE = {"cuda": 0.8, "cpu": 0.5}  # of the free memory that tiles may take: the GPU's peak is measured, the CPU's near
-_LARGEST_ON_CPU = 512  # pixels; larger tiles are no faster there, and the progress bar stands still for minutes
+_LARGEST_ON_CPU = 768  # pixels; larger tiles are no faster there, and the progress bar stands still for minutes
 _PROBE = {"cuda": 256, "cpu": 128}  # pixels, side of the tile whose memory is measured
 _ASSUMED = 16384  # bytes a pixel, where the system does not tell how much memory a probe took
 _FULL = {torch.uint8: 255, torch.uint16: 65535}  # white

@@ -91,7 +91,7 @@ def test_a_network_in_tiles_comes_near_the_whole():
 
 def test_tiles_follow_the_memory():
     assert choose_tile(300, 400, 1000, 2**40, "cpu") == 400
-    assert choose_tile(4000, 3000, 1000, 2**40, "cpu") == 512
+    assert choose_tile(4000, 3000, 1000, 2**40, "cpu") == 768
     assert choose_tile(4000, 3000, 1000, 2**40, "cuda") == 4000
     side = choose_tile(4000, 3000, 1000, 10**9, "cuda")
     assert side % 32 == 0 and 0.8e9 * 0.85 < side**2 * 1000 <= 0.8e9
