@@ -8,18 +8,22 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LAYERS = ("kernels", "ops", "layers", "backbones", "engine", "detection")
-TASKS = ("detection",)
+LAYERS = ("kernels", "ops", "layers", "backbones", "engine", "detection", "restoration")
+TASKS = ("detection", "restoration")
 OPENMMLAB = {"mmengine", "mmdet", "mmcv"}
 THIRD_PARTY = {  # of each layer, beside the standard library
     "kernels": {"torch", "triton"},
     "ops": {"torch", "numpy"},
     "layers": {"torch", "numpy"},
     "backbones": {"torch", "numpy", "timm"},
-    "engine": {"torch", "torchvision", "numpy", "safetensors"} | OPENMMLAB,
+    "engine": {"torch", "torchvision", "numpy", "safetensors", "cv2"}
+    | {"matplotlib"}  # comes with mmengine and mmdet
+    | OPENMMLAB,
     "detection": {"torch", "torchvision", "numpy", "timm", "cv2", "PIL", "pycocotools", "safetensors", "rich", "tqdm"}
     | {"matplotlib"}  # comes with mmengine and mmdet
     | OPENMMLAB,
+    "restoration": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine"}
+    | {"lpips"},  # on demand
 }
 BELOW = {
     "kernels": {"kernels"},

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from mmengine.registry import DATASETS, init_default_scope
 
-from mambavision.detection.cli import add_config_arguments, load_config, run
+from mambavision.detection.cli import add_config_arguments, load_config
+from mambavision.engine.cli import run
 
 
 def main() -> None:

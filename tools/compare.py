@@ -3,16 +3,22 @@
 
     python tools/compare.py configs/mamba_yolo/mamba_yolo_t_bccd.py configs/rtmdet/rtmdet_tiny_bccd.py \\
         configs/yolox/yolox_tiny_bccd.py --seeds 0 1 2 --jobs 3 --amp bf16
+    python tools/compare.py configs/serpent/serpent_s_denoise_gray25.py configs/dncnn/dncnn_denoise_gray25.py \\
+        configs/conv_unet/conv_unet_denoise_gray25.py configs/window_transformer/window_transformer_denoise_gray25.py \\
+        --data-root data/restoration --amp bf16 --cfg-options train_cfg.max_iters=2000 train_cfg.val_interval=200
 
 Runs go side by side, ``--jobs`` at a time, each in a process of its own; work directories, logs and metrics stay under
-``--out``. A run whose metrics are there already is not repeated, one that was interrupted goes on.
+``--out``. A run whose metrics are there already is not repeated, one that was interrupted goes on. The mean validation
+metrics after so many iterations are written to curves.csv and drawn in curves.png.
 """
 
 import argparse
+import csv
 import json
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,9 +26,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mambavision.detection import cli
+from mambavision.engine import cli
+from mambavision.engine.files import atomic_path
 
 TOOLS = Path(__file__).resolve().parent
+
+Points = dict[tuple[str, str], dict[int, list[float]]]
+"""Values of the seeds at each iteration, by config and metric."""
 
 
 def call(log: Path, *command: object) -> None:
@@ -32,9 +42,13 @@ def call(log: Path, *command: object) -> None:
         raise ValueError(f"a run failed with exit code {code}: see {log}")
 
 
+def folder_of(config: str, seed: int, args: argparse.Namespace) -> Path:
+    return Path(args.out) / f"{Path(config).stem}_seed{seed}"
+
+
 def run(config: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Test metrics of one config and seed."""
-    folder = Path(args.out) / f"{Path(config).stem}_seed{seed}"
+    folder = folder_of(config, seed, args)
     folder.mkdir(parents=True, exist_ok=True)
     metrics = folder / "test.json"
     if not metrics.exists():
@@ -49,6 +63,49 @@ def run(config: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
         test = [TOOLS / "test.py", config, best[-1], "--work-dir", folder / "test", "--out", metrics, *shared]
         call(folder / "test.out", *test)
     return json.loads(metrics.read_text())
+
+
+def read_curves(jobs: list[tuple[str, int]], args: argparse.Namespace) -> Points:
+    """Validation metrics of all runs that left a loss_curve.csv."""
+    points: Points = defaultdict(lambda: defaultdict(list))
+    for config, seed in jobs:
+        path = folder_of(config, seed, args) / "loss_curve.csv"
+        if not path.exists():
+            continue
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and "/" in name:  # a metric of a set; losses and rates have no slash
+                        points[Path(config).stem, name][int(float(row["iter"]))].append(float(value))
+    return points
+
+
+def write_curves(points: Points, folder: Path) -> None:
+    """Write curves.csv and, for the first metric, curves.png with the spread of the seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with atomic_path(folder / "curves.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["config", "metric", "iter", "mean", "min", "max", "seeds"])
+        for (config, metric), values in points.items():
+            for i, seeds in sorted(values.items()):
+                writer.writerow([config, metric, i, statistics.mean(seeds), min(seeds), max(seeds), len(seeds)])
+    first = next(iter(points))[1]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for (config, metric), values in points.items():
+        if metric == first:
+            iters = sorted(values)
+            (line,) = axis.plot(iters, [statistics.mean(values[i]) for i in iters], marker=".", label=config)
+            low, high = ([pick(values[i]) for i in iters] for pick in (min, max))
+            axis.fill_between(iters, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axis.set(xlabel="iteration", ylabel=f"{first} on the validation set")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    with atomic_path(folder / "curves.png") as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def main() -> None:
@@ -77,6 +134,9 @@ def main() -> None:
             figures = [*values, statistics.mean(values), max(values) - min(values)]
             table.add_row(Path(config).stem, name, *(f"{v:.4f}" for v in figures))
     Console(width=140).print(table)
+    points = read_curves(jobs, args)
+    if points:
+        write_curves(points, Path(args.out))
 
 
 if __name__ == "__main__":

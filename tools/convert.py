@@ -12,10 +12,10 @@ which could run code and is refused; where the official code is installed, write
 import argparse
 from pathlib import Path
 
-from mambavision.detection.cli import run
 from mambavision.detection.convert import from_official, identify, unwrap
 from mambavision.detection.weights import save_weights
 from mambavision.engine import checkpoint
+from mambavision.engine.cli import run
 
 
 def main() -> None:

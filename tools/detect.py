@@ -13,8 +13,11 @@ import argparse
 from pathlib import Path
 
 from mambavision.detection import cli
-from mambavision.detection.files import check_folder
-from mambavision.detection.media import detect_photos, detect_video, find_photos, is_video
+from mambavision.detection.media import detect_photos, detect_video
+from mambavision.engine.cli import run
+from mambavision.engine.files import check_folder
+from mambavision.engine.photos import find_photos
+from mambavision.engine.video import is_video
 
 DEFAULT_WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "mamba_yolo_t_tinyimagenet.safetensors"
 DEFAULT_HELP = f"default: weights/{DEFAULT_WEIGHTS.name}, which finds few of its 200 classes on real photos"
@@ -45,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mambavision.detection import cli
+from mambavision.engine import cli
 
 CLASSES = ("Platelets", "RBC", "WBC")
 WIDTH, HEIGHT = 320, 240

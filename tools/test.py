@@ -3,8 +3,10 @@
 
     python tools/test.py configs/mamba_yolo/mamba_yolo_t_bccd.py work_dirs/mamba_yolo_t_bccd/epoch_100.pth
     python tools/test.py configs/mamba_yolo/mamba_yolo_t_1xb32_voc0712.py x.pth --data-root VOCdevkit --out voc.json
+    python tools/test.py configs/serpent/serpent_s_denoise_gray25.py weights/serpent_s_denoise_gray.safetensors
 
-Prints the metrics of the config's evaluator (COCO AP or VOC AP), in 0..1.
+Prints the metrics of the config's evaluator: COCO AP or VOC AP, in 0..1, or PSNR in dB and SSIM of each test set, with
+a line a photo in test.csv of the work directory.
 """
 
 import argparse
@@ -14,19 +16,24 @@ from mmengine.dist import is_main_process
 from rich.console import Console
 from rich.table import Table
 
-from mambavision.detection import cli
-from mambavision.detection.files import atomic_path
+from mambavision.detection import cli as detection
+from mambavision.engine import runs
+from mambavision.engine.cli import run
+from mambavision.engine.files import atomic_path
+from mambavision.restoration import runs as restoration
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cli.add_config_arguments(parser)
+    runs.add_config_arguments(parser)
+    detection.add_data_arguments(parser)
     parser.add_argument("checkpoint", help="checkpoint (.pth) or published weights (.safetensors)")
     parser.add_argument("--out", help="JSON file to write the metrics to")
     args = parser.parse_args()
-    metrics = {name: float(value) for name, value in cli.test(cli.load_config(args), args.checkpoint).items()}
+    task = {"detection": detection, "restoration": restoration}[runs.task_of(args)]
+    metrics = {name: float(value) for name, value in task.test(task.load_config(args), args.checkpoint).items()}
     if not is_main_process():
         return
     table = Table("metric", "value", title=args.checkpoint)
@@ -39,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

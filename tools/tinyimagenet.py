@@ -3,8 +3,8 @@
 
 import argparse
 
-from mambavision.detection.cli import run
 from mambavision.detection.tinyimagenet_pack import pack, shard, unpack
+from mambavision.engine.cli import run
 
 COMMANDS = {
     "pack": (pack, "decode the distributed folder tiny-imagenet-200 into a pack folder"),

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Train a detector from a config.
+"""Train a detector or a restoration network from a config.
 
     python tools/train.py configs/mamba_yolo/mamba_yolo_debug.py
     python tools/train.py configs/mamba_yolo/mamba_yolo_t_custom.py \\
         --data-root photos --train-json train.json --val-json val.json
+    python tools/train.py configs/serpent/serpent_s_denoise_gray25.py --data-root data/restoration --amp bf16 --seed 0
     torchrun --nproc-per-node 8 tools/train.py configs/mamba_yolo/mamba_yolo_t_8xb64_300e_coco.py --launcher pytorch
 
 Checkpoints, logs, loss_curve.png and loss_curve.csv go to the work directory.
@@ -15,21 +16,26 @@ import os
 # before torch loads OpenMP: threads that spin instead stall each other on a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from mambavision.detection import cli  # noqa: E402
+from mambavision.detection import cli as detection  # noqa: E402
+from mambavision.engine import runs  # noqa: E402
+from mambavision.engine.cli import run  # noqa: E402
+from mambavision.restoration import runs as restoration  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cli.add_config_arguments(parser)
+    runs.add_config_arguments(parser)
+    detection.add_data_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the work directory")
     parser.add_argument("--load-from", help="checkpoint (.pth) or published weights (.safetensors) to start from")
     parser.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision; fp16 needs a GPU")
     parser.add_argument("--seed", type=int, help="seed of weights, data order and augmentation")
     args = parser.parse_args()
-    cli.train(cli.load_config(args), resume=args.resume, load_from=args.load_from, amp=args.amp, seed=args.seed)
+    task = {"detection": detection, "restoration": restoration}[runs.task_of(args)]
+    task.train(task.load_config(args), resume=args.resume, load_from=args.load_from, amp=args.amp, seed=args.seed)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -29,7 +29,9 @@ from mmdet.datasets.base_det_dataset import BaseDetDataset
 from mmdet.registry import DATASETS
 from mmengine.logging import print_log
 
-from mambavision.detection.photos import PHOTO_SUFFIXES, DatasetError, imread, is_truncated, shrink
+from mambavision.detection.photos import imread, shrink
+from mambavision.engine.memory import free_memory
+from mambavision.engine.photos import PHOTO_SUFFIXES, DatasetError, is_truncated
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -160,7 +162,7 @@ class PhotoDataset(BaseDetDataset):
             w, h = info["width"], info["height"]
             factor = 1.0 if self.photo_side is None else min(1.0, self.photo_side / max(w, h))
             need += int(3 * w * h * factor**2)
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = free_memory("cpu")
         if need > 0.8 * free:
             raise DatasetError(
                 f'{self.ann_file}: cache="ram" needs {need / 2**30:.1f} GiB for {len(infos)} photos, '

@@ -6,6 +6,7 @@ from mmdet.models.detectors import SingleStageDetector
 from mmdet.models.utils import unpack_gt_instances
 from mmdet.registry import MODELS
 from mmdet.structures import SampleList
+from mmengine.registry import DefaultScope
 from torch import Tensor
 
 from mambavision.backbones.mamba_yolo import Size, Variant, mamba_yolo_size, set_batch_norm
@@ -63,17 +64,18 @@ def build_mamba_yolo(size: Size, *, variant: Variant = "aaai", classes: Sequence
     if len(classes) == 0:
         raise ValueError("classes must name at least one class")
     channels = mamba_yolo_size(size).channels[1:]
-    detector = MambaYOLO(
-        backbone={"type": "MambaYOLOBackbone", "size": size, "variant": variant},
-        neck={"type": "MambaYOLOPAFPN", "size": size, "variant": variant},
-        bbox_head={"type": "MambaYOLOHead", "num_classes": len(classes), "in_channels": channels},
-        data_preprocessor=BatchedDetDataPreprocessor(
-            mean=[0.0, 0.0, 0.0],
-            std=[255.0, 255.0, 255.0],
-            bgr_to_rgb=True,
-            pad_size_divisor=32,
-            pad_value=114 / 255,  # mmdet pads after it has normalised
-        ),
-    )
+    with DefaultScope.overwrite_default_scope("mmdet"):  # whatever the process did before
+        detector = MambaYOLO(
+            backbone={"type": "MambaYOLOBackbone", "size": size, "variant": variant},
+            neck={"type": "MambaYOLOPAFPN", "size": size, "variant": variant},
+            bbox_head={"type": "MambaYOLOHead", "num_classes": len(classes), "in_channels": channels},
+            data_preprocessor=BatchedDetDataPreprocessor(
+                mean=[0.0, 0.0, 0.0],
+                std=[255.0, 255.0, 255.0],
+                bgr_to_rgb=True,
+                pad_size_divisor=32,
+                pad_value=114 / 255,  # mmdet pads after it has normalised
+            ),
+        )
     detector.dataset_meta = {"classes": tuple(classes)}
     return detector

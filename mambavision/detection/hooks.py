@@ -1,26 +1,13 @@
-"""Training hooks that mmengine and mmdet lack: the YOLO learning-rate schedule and loss curves."""
-
-import csv
-from collections.abc import Sequence
-from pathlib import Path
+"""Training hooks of the YOLO recipe: the learning-rate schedule, the end of mosaic, the late L1 loss."""
 
 import numpy as np
 from mmdet.registry import HOOKS
-from mmengine.dist import master_only
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mambavision.detection.files import atomic_path
 from mambavision.detection.transforms import LetterBox, LoadPhoto, MosaicAffine
-from mambavision.engine import hooks as _engine_hooks  # noqa: F401 (registers AtomicCheckpointHook)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a data-parallel wrapper, or the model itself."""
-    return model.module if is_model_wrapper(model) else model
+from mambavision.engine.hooks import unwrapped
 
 
 @HOOKS.register_module()
@@ -156,129 +143,3 @@ class YOLOXL1Hook(Hook):
         """Switch the loss on."""
         model = unwrapped(runner.model)
         model.bbox_head.use_l1 = runner.epoch >= runner.max_epochs - self.last_epochs
-
-
-class InitialWeightsHook(Hook):
-    """Load tensors into the model before the first iteration, after mmengine has initialised it.
-
-    Args:
-        state: Names and tensors of the model, not necessarily all; :func:`~.weights.fitting_tensors` finds them.
-    """
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self.state = state
-
-    def before_train(self, runner: Runner) -> None:
-        """Load them; averaged weights start as a copy after the first iteration."""
-        model = unwrapped(runner.model)
-        model.load_state_dict(self.state, strict=False)
-        self.state = {}
-
-
-@HOOKS.register_module()
-class LossCurveHook(Hook):
-    """Write ``loss_curve.csv`` and ``loss_curve.png`` into the work directory, anew after every epoch.
-
-    A row of the table is a mean over ``interval`` iterations (iter, epoch, lr, losses) or, with its metrics filled in,
-    one validation. A resumed run drops the rows past its checkpoint and goes on in the same table.
-
-    Args:
-        interval: Iterations a row.
-        metrics: Names of the validation metrics to draw, where they occur.
-
-    Raises:
-        ValueError: If ``interval`` is less than 1.
-    """
-
-    priority = "LOW"  # after RuntimeInfoHook has filled the message hub
-
-    def __init__(
-        self,
-        *,
-        interval: int = 10,
-        metrics: Sequence[str] = ("coco/bbox_mAP", "coco/bbox_mAP_50", "pascal_voc/mAP"),
-    ) -> None:
-        if interval < 1:
-            raise ValueError(f"interval={interval} must be at least 1")
-        self.interval = interval
-        self.metrics = tuple(metrics)
-        self.rows: list[dict[str, float]] = []
-
-    @master_only
-    def before_train(self, runner: Runner) -> None:
-        """Take over the rows of the run that is being resumed."""
-        path = Path(runner.work_dir) / "loss_curve.csv"
-        if runner.iter > 0 and path.is_file():
-            with open(path, newline="") as file:
-                rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-            self.rows = [row for row in rows if row["iter"] <= runner.iter]
-
-    @master_only
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
-    ) -> None:
-        """Add a row every ``interval`` iterations."""
-        if not (self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)):
-            return
-        scalars = runner.message_hub.log_scalars
-        lr = scalars.get("train/base_lr", scalars["train/lr"]).current()
-        losses = {
-            name.removeprefix("train/"): float(history.mean(self.interval))
-            for name, history in scalars.items()
-            if name.startswith("train/") and "loss" in name
-        }
-        self.rows.append({"iter": runner.iter + 1, "epoch": runner.epoch + 1, "lr": float(lr), **losses})
-
-    @master_only
-    def after_train_epoch(self, runner: Runner) -> None:
-        """Write both files."""
-        self._write(Path(runner.work_dir))
-
-    @master_only
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Add a row of metrics and write both files, when training."""
-        numbers = {name: float(value) for name, value in (metrics or {}).items() if isinstance(value, int | float)}
-        if self.rows and numbers:
-            self.rows.append({"iter": runner.iter, "epoch": runner.epoch, **numbers})
-            self._write(Path(runner.work_dir))
-
-    def _write(self, folder: Path) -> None:
-        if not self.rows:
-            return
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        with atomic_path(folder / "loss_curve.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        with atomic_path(folder / "loss_curve.png") as temporary:
-            self._draw(temporary)
-
-    def _draw(self, path: Path) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        losses = [name for name in dict.fromkeys(name for row in self.rows for name in row) if "loss" in name]
-        metrics = [name for name in self.metrics if any(name in row for row in self.rows)]
-        figure = Figure(figsize=(8, 6 if metrics else 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(2 if metrics else 1, 1, sharex=True, squeeze=False)[:, 0]
-
-        def curve(axis, name: str, **style: object) -> None:
-            points = [(row["iter"], row[name]) for row in self.rows if name in row]
-            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=name, **style)
-
-        for name in losses:
-            curve(axes[0], name, linewidth=2 if name == "loss" else 1)
-        axes[0].set(ylabel="loss", ylim=(0, None))
-        rate = axes[0].twinx()
-        curve(rate, "lr", color="0.6", linestyle=":")
-        rate.set(ylabel="learning rate", ylim=(0, None))
-        for name in metrics:
-            curve(axes[1], name)
-        if metrics:
-            axes[1].set(ylabel="metric on the validation set", ylim=(0, 1))
-        axes[-1].set(xlabel="iteration")
-        for axis in axes:
-            axis.grid(alpha=0.3)
-            axis.legend(loc="best", frameon=False)
-        figure.savefig(path, dpi=120, format="png")

@@ -1,15 +1,10 @@
-"""Optimiser of the Mamba-YOLO recipe: parameter groups, scaled weight decay, bf16 autocast, averaged weights."""
+"""Optimiser of the Mamba-YOLO recipe: parameter groups and scaled weight decay."""
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
-import torch
-from mmdet.models.layers import ExpMomentumEMA
-from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmdet.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.dist import get_world_size
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
 ParamKind = Literal["weight", "norm", "bias"]
@@ -77,45 +72,3 @@ class MambaYOLOOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                         initial_lr=self.base_lr,
                     )
                 )
-
-
-@OPTIM_WRAPPERS.register_module()
-class BFloat16OptimWrapper(OptimWrapper):
-    """Run the forward pass under bfloat16 autocast, on CUDA or CPU, with no loss scaling.
-
-    bfloat16 has fp32's range, so nothing needs scaling; mmengine's ``AmpOptimWrapper`` insists on a scaler and a GPU.
-    """
-
-    @contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Enter autocast, besides what the plain wrapper does for gradient accumulation."""
-        device_type = next(model.parameters()).device.type
-        with super().optim_context(model), torch.autocast(device_type, dtype=torch.bfloat16):
-            yield
-
-
-@MODELS.register_module()
-class FusedExpMomentumEMA(ExpMomentumEMA):
-    """mmdet's ExpMomentumEMA in a few GPU launches an update instead of two a tensor.
-
-    avg += m * (source - avg) with m = (1 - momentum) * exp(-(1 + steps) / gamma) + momentum. Integer buffers are
-    copied.
-    """
-
-    def update_parameters(self, model: nn.Module) -> None:
-        """Average in the model's present weights (and, with ``update_buffers``, its buffers)."""
-        source = model.state_dict() if self.update_buffers else dict(model.named_parameters())
-        pairs = [(average, source[name].detach()) for name, average in self.avg_parameters.items()]
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        integers = [pair for pair in pairs if not pair[0].is_floating_point()]
-        if integers:
-            torch._foreach_copy_(*map(list, zip(*integers, strict=True)))
-        steps = int(self.steps)
-        if steps % self.interval == 0:
-            momentum = (1 - self.momentum) * math.exp(-(1 + steps) / self.gamma) + self.momentum if steps else 1.0
-            averages, values = zip(*floats, strict=True)
-            torch._foreach_lerp_([tensor.data for tensor in averages], values, momentum)
-        if not self.update_buffers:
-            for average, value in zip(self.module.buffers(), model.buffers(), strict=True):
-                average.copy_(value)
-        self.steps += 1

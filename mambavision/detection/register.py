@@ -17,6 +17,9 @@ from mambavision.detection import (  # noqa: F401  (their decorators register)
     tinyimagenet,
     transforms,
 )
+from mambavision.engine import cuda_graphs  # noqa: F401
+from mambavision.engine import hooks as engine_hooks  # noqa: F401
+from mambavision.engine import optim as engine_optim  # noqa: F401
 
 MODELS.register_module(module=MambaYOLOBackbone)
 MODELS.register_module(module=MambaYOLOPAFPN)

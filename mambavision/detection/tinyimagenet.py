@@ -12,8 +12,9 @@ from mmdet.registry import DATASETS
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.dataset import BaseDataset
 
-from mambavision.detection.photos import PAD_VALUE, DatasetError
+from mambavision.detection.photos import PAD_VALUE
 from mambavision.detection.tinyimagenet_pack import SIDE, Split
+from mambavision.engine.photos import DatasetError
 
 MIN_ZOOM, MAX_ZOOM = 0.75, 5.0
 MIN_BOX = 6.0  # pixels; a smaller side is not labelled

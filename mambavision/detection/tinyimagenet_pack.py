@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import cv2
 import numpy as np
 
-from mambavision.detection.photos import DatasetError
+from mambavision.engine.photos import DatasetError
 
 SIDE = 64
 Split = Literal["train", "val"]

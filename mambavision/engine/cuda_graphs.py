@@ -1,11 +1,13 @@
-"""Networks replayed as CUDA graphs: hundreds of small launches from Python become one."""
+"""Networks and training steps replayed as CUDA graphs: hundreds of small launches from Python become one."""
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -14,7 +16,21 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 _EAGER_CALLS = 2  # before a shape is recorded: a shape that comes once is not worth it, and libraries warm up in them
 
 
-class CudaGraphs:
+class _Recorder:
+    """What has recordings, in attributes whose names begin with an underscore.
+
+    Recordings hold addresses of one network; a copy of it starts without.
+    """
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+
+class CudaGraphs(_Recorder):
     """Calls of one method of a network, replayed as CUDA graphs where that can be done.
 
     Without gradients and in eval mode a shape that comes a third time is recorded, and replayed from then on. Training
@@ -38,9 +54,10 @@ class CudaGraphs:
     def __init__(self, owner: nn.Module, method: str, *, limit: int = 16) -> None:
         self.owner, self.method, self.limit = owner, method, limit
         self.record_training = False
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop all recordings and their memory."""
         self._calls: Counter[tuple] = Counter()
         self._recorded: dict[tuple, Callable] = {}
         self._modules: list[nn.Module] = []
@@ -55,14 +72,6 @@ class CudaGraphs:
             state += [buffer.data_ptr() for buffer in module._buffers.values() if buffer is not None]
         return state
 
-    def __getstate__(self) -> dict:
-        """Recordings hold addresses of this network; a copy of it starts without."""
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
     def __call__(self, x: Tensor):
         method = getattr(self.owner, self.method)
         trains = torch.is_grad_enabled()
@@ -73,7 +82,7 @@ class CudaGraphs:
         key = (trains, x.shape, x.dtype, x.device, _autocast_dtype())
         with torch.cuda.device(x.device):
             if key in self._recorded and self._recorded_state[trains] != self._state():
-                self._forget()  # the network was moved, cast, frozen or given other weights
+                self.forget()  # the network was moved, cast, frozen or given other weights
             if key not in self._recorded:
                 self._calls[key] += 1
                 full = sum(recorded[0] == trains for recorded in self._recorded) >= (1 if trains else self.limit)
@@ -199,23 +208,110 @@ class _Replay(torch.autograd.Function):
         return None, None, *(None if gradient is None else gradient.detach() for gradient in graphs.gradients)
 
 
+class StepGraphs(_Recorder):
+    """Training steps of a model whose forward, loss and backward pass are replayed as one CUDA graph.
+
+    For losses that depend on the shapes of a batch and not on its values, so that nothing of a step waits for the GPU.
+    A shape is recorded when it comes a third time, and one only: the recording of another shape, a progressive
+    schedule's next, replaces it. The optimiser steps outside, so its rate is free to change. Without a GPU, before a
+    recording, and unless ``record_training`` is set (see :class:`CudaGraphHook`), a step runs as mmengine's does.
+
+    The recording is of the model's weights where they lie: they may be written to, but not replaced, moved or frozen.
+
+    Args:
+        model: Its ``forward(**batch, mode="loss")`` returns losses.
+
+    Raises:
+        RuntimeError: From a step that cannot be recorded, because it waits for the GPU, for example.
+    """
+
+    def __init__(self, model: BaseModel) -> None:
+        self.model = model
+        self.record_training = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the recording and its memory."""
+        self._calls: Counter[tuple] = Counter()
+        self._recorded: tuple[tuple, _StepGraph] | None = None
+
+    def __call__(self, batch: Mapping[str, Tensor], optim_wrapper: OptimWrapper) -> dict[str, Tensor] | None:
+        """Step the weights by a replay; returns what mmengine logs, or None if this batch has to be stepped eagerly."""
+        if not self.record_training or not all(value.is_cuda for value in batch.values()):
+            return None
+        key = tuple((name, value.shape, value.dtype) for name, value in batch.items())
+        if self._recorded is None or self._recorded[0] != key:
+            self._calls[key] += 1
+            if self._calls[key] <= _EAGER_CALLS:
+                return None
+            self.forget()
+            try:
+                self._recorded = key, _StepGraph(self.model, batch, optim_wrapper)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"the training step of {type(self.model).__name__} cannot be recorded as a CUDA graph; leave "
+                    f"CudaGraphHook out of the config: {error}"
+                ) from error
+        log_vars = self._recorded[1](batch)
+        optim_wrapper.step()
+        optim_wrapper.zero_grad()
+        return log_vars
+
+
+class _StepGraph:
+    def __init__(self, model: BaseModel, batch: Mapping[str, Tensor], optim_wrapper: OptimWrapper) -> None:
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # the same memory as new leaves: the parameters' own accumulators belong to the stream of the steps before
+        leaves = {name: p.detach().requires_grad_() for name, p in named.items()}
+        self.batch = {name: value.clone() for name, value in batch.items()}
+
+        def step() -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            with optim_wrapper.optim_context(model):
+                losses = torch.func.functional_call(model, leaves, kwargs={**self.batch, "mode": "loss"})
+            loss, log_vars = model.parse_losses(losses)
+            self.names = tuple(log_vars)
+            gradients = torch.autograd.grad(loss, tuple(leaves.values()), allow_unused=True)
+            return torch.stack([value.detach().float() for value in log_vars.values()]), gradients
+
+        statistics = [buffer.clone() for buffer in model.buffers()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set up what they need for this stream
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with _capture(self.graph, torch.cuda.graph_pool_handle(), stream):
+            self.values, gradients = step()
+        for buffer, value in zip(model.buffers(), statistics, strict=True):
+            buffer.copy_(value)  # as if the step had not run here
+        self.gradients = tuple(zip(named.values(), gradients, strict=True))
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        torch._foreach_copy_(list(self.batch.values()), list(batch.values()))
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        return dict(zip(self.names, self.values.clone(), strict=True))
+
+
 @HOOKS.register_module()
 class CudaGraphHook(Hook):
-    """Train through CUDA graphs: for models that keep a :class:`CudaGraphs` as ``graphs``.
+    """Train through CUDA graphs: for models that keep :class:`CudaGraphs` or :class:`StepGraphs` as ``graphs``.
 
-    One GPU, pictures of one size and no gradient accumulation (a replay writes to the gradients of the one before);
-    elsewhere training goes on as without this hook.
+    One GPU, pictures of one size at a time and no gradient accumulation (a replay writes to the gradients of the one
+    before); elsewhere training goes on as without this hook.
     """
 
     def before_train(self, runner) -> None:
         """Switch recording on where it can be done."""
         graphs = getattr(runner.model, "graphs", None)  # a data-parallel wrapper has none
         accumulates = getattr(runner.optim_wrapper, "_accumulative_counts", 1) > 1
-        if isinstance(graphs, CudaGraphs) and not accumulates:
+        if isinstance(graphs, CudaGraphs | StepGraphs) and not accumulates:
             graphs.record_training = True
 
     def after_train(self, runner) -> None:
         """Give the graphs' memory back."""
         graphs = getattr(runner.model, "graphs", None)
-        if isinstance(graphs, CudaGraphs):
-            runner.model.graphs = CudaGraphs(graphs.owner, graphs.method, limit=graphs.limit)
+        if isinstance(graphs, CudaGraphs | StepGraphs):
+            graphs.record_training = False
+            graphs.forget()

@@ -1,13 +1,26 @@
-"""Checkpoint writing that survives a kill at any moment."""
+"""Training hooks: checkpoints that survive a kill, losses read without waiting for the GPU, loss curves."""
 
+import csv
 import os
 import os.path as osp
+from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.dist import is_main_process
+import torch
+from mmengine.dist import is_main_process, master_only
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook, RuntimeInfoHook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mambavision.engine.files import atomic_path
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a data-parallel wrapper, or the model itself."""
+    return model.module if is_model_wrapper(model) else model
 
 
 @register_backend("atomic_local", force=True)
@@ -96,3 +109,185 @@ class AtomicCheckpointHook(CheckpointHook):
         for path in self.file_backend.outdated - best - {self.last_ckpt}:
             Path(path).unlink(missing_ok=True)
         self.file_backend.outdated.clear()
+
+
+@HOOKS.register_module()
+class DeferredRuntimeInfoHook(RuntimeInfoHook):
+    """RuntimeInfoHook that reads the losses of ``interval`` iterations at once.
+
+    mmengine's waits for the GPU in every iteration to read its losses. Here they stay on the device until iteration
+    ``interval``, 2 ``interval`` ..., a validation, a checkpoint, or the end; then every single one is recorded.
+    Whatever reads them in an iteration, such as LoggerHook and :class:`LossCurveHook`, wants an interval that is a
+    multiple of this one. An optimiser wrapper's ``grad_norm`` is recorded too.
+
+    Args:
+        interval: Iterations between two readings; 1 waits for every loss.
+
+    Raises:
+        ValueError: If ``interval`` is less than 1.
+    """
+
+    def __init__(self, *, interval: int = 50) -> None:
+        if interval < 1:
+            raise ValueError(f"interval={interval} must be at least 1")
+        self.interval = interval
+        self._pending: list[dict[str, Tensor]] = []
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
+        """Keep this iteration's losses, and read all that were kept every ``interval`` iterations."""
+        norm = getattr(runner.optim_wrapper, "grad_norm", None)
+        values = {**(outputs or {}), **({} if norm is None else {"grad_norm": norm})}
+        self._pending.append({name: torch.as_tensor(value).detach() for name, value in values.items()})
+        if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
+            self._read(runner)
+
+    def before_val(self, runner: Runner) -> None:
+        """Read what was kept, besides what RuntimeInfoHook does."""
+        self._read(runner)
+        super().before_val(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Read what was kept, so that a resumed run has every loss before it."""
+        if self._pending:
+            self._read(runner)
+            checkpoint["message_hub"] = runner.message_hub.state_dict()
+
+    def _read(self, runner: Runner) -> None:
+        tensors = [value.float() for values in self._pending for value in values.values()]
+        if tensors:
+            numbers = iter(torch.stack(tensors).tolist())
+            for values in self._pending:
+                for name in values:
+                    runner.message_hub.update_scalar(f"train/{name}", next(numbers))
+        self._pending.clear()
+
+
+class InitialWeightsHook(Hook):
+    """Load tensors into the model before the first iteration, after mmengine has initialised it.
+
+    Args:
+        state: Names and tensors of the model, not necessarily all; :func:`~.weights.fitting_tensors` finds them.
+    """
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+
+    def before_train(self, runner: Runner) -> None:
+        """Load them; averaged weights start as a copy after the first iteration."""
+        model = unwrapped(runner.model)
+        model.load_state_dict(self.state, strict=False)
+        self.state = {}
+
+
+@HOOKS.register_module()
+class LossCurveHook(Hook):
+    """Write ``loss_curve.csv`` and ``loss_curve.png`` into the work directory, anew after every epoch and validation.
+
+    A row of the table is a mean over ``interval`` iterations (iter, epoch, lr, losses) or, with its metrics filled in,
+    one validation. A resumed run drops the rows past its checkpoint and goes on in the same table.
+
+    Args:
+        interval: Iterations a row.
+        metrics: Validation metrics to draw, where they occur, by what follows the last "/" of their names.
+
+    Raises:
+        ValueError: If ``interval`` is less than 1.
+    """
+
+    priority = "LOW"  # after RuntimeInfoHook has filled the message hub
+
+    def __init__(
+        self,
+        *,
+        interval: int = 10,
+        metrics: Sequence[str] = ("bbox_mAP", "bbox_mAP_50", "mAP", "PSNR"),
+    ) -> None:
+        if interval < 1:
+            raise ValueError(f"interval={interval} must be at least 1")
+        self.interval = interval
+        self.metrics = tuple(metrics)
+        self.rows: list[dict[str, float]] = []
+
+    @master_only
+    def before_train(self, runner: Runner) -> None:
+        """Take over the rows of the run that is being resumed."""
+        path = Path(runner.work_dir) / "loss_curve.csv"
+        if runner.iter > 0 and path.is_file():
+            with open(path, newline="") as file:
+                rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+            self.rows = [row for row in rows if row["iter"] <= runner.iter]
+
+    @master_only
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
+        """Add a row every ``interval`` iterations."""
+        if not (self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner)):
+            return
+        scalars = runner.message_hub.log_scalars
+        lr = scalars.get("train/base_lr", scalars["train/lr"]).current()
+        losses = {
+            name.removeprefix("train/"): float(history.mean(self.interval))
+            for name, history in scalars.items()
+            if name.startswith("train/") and "loss" in name
+        }
+        self.rows.append({"iter": runner.iter + 1, "epoch": runner.epoch + 1, "lr": float(lr), **losses})
+
+    @master_only
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Write both files."""
+        self._write(Path(runner.work_dir))
+
+    @master_only
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Add a row of metrics and write both files, when training."""
+        numbers = {name: float(value) for name, value in (metrics or {}).items() if isinstance(value, int | float)}
+        if self.rows and numbers:
+            self.rows.append({"iter": runner.iter, "epoch": runner.epoch, **numbers})
+            self._write(Path(runner.work_dir))
+
+    def _write(self, folder: Path) -> None:
+        if not self.rows:
+            return
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        with atomic_path(folder / "loss_curve.csv") as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        with atomic_path(folder / "loss_curve.png") as temporary:
+            self._draw(temporary)
+
+    def _draw(self, path: Path) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        losses = [name for name in names if "loss" in name]
+        metrics = [name for name in names if name.rpartition("/")[2] in self.metrics]
+        figure = Figure(figsize=(8, 6 if metrics else 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2 if metrics else 1, 1, sharex=True, squeeze=False)[:, 0]
+
+        def curve(axis, name: str, **style: object) -> None:
+            points = [(row["iter"], row[name]) for row in self.rows if name in row]
+            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=name, **style)
+
+        for name in losses:
+            curve(axes[0], name, linewidth=2 if name == "loss" else 1)
+        positive = all(row.get(name, 0) >= 0 for row in self.rows for name in losses)
+        axes[0].set(ylabel="loss", ylim=(0, None) if positive else None)
+        rate = axes[0].twinx()
+        curve(rate, "lr", color="0.6", linestyle=":")
+        rate.set(ylabel="learning rate", ylim=(0, None))
+        for name in metrics:
+            curve(axes[1], name)
+        if metrics:
+            parts = all(0 <= row.get(name, 0) <= 1 for row in self.rows for name in metrics)  # AP, not dB
+            axes[1].set(ylabel="metric on the validation set", ylim=(0, 1) if parts else None)
+        axes[-1].set(xlabel="iteration")
+        for axis in axes:
+            axis.grid(alpha=0.3)
+            axis.legend(loc="best", frameon=False)
+        figure.savefig(path, dpi=120, format="png")

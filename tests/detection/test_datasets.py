@@ -317,34 +317,6 @@ def test_imread_large(tmp_path):
     assert small.shape == (480, 640, 3) and factor == 0.08
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-@pytest.mark.parametrize("left", [0.3, 0.9, 0.999])
-def test_imread_truncated(tmp_path, suffix, left):
-    path = tmp_path / f"a.{suffix}"
-    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8))
-    data = path.read_bytes()
-    assert imread(path).shape == (80, 80, 3)
-    path.write_bytes(data[: int(len(data) * left)])
-    with pytest.raises(DatasetError, match="truncated") as error:
-        imread(path)
-    one_line(error)
-    path.write_bytes(data + b"\0" * 500)  # trailing bytes are harmless
-    if suffix == "jpg":
-        assert imread(path).shape == (80, 80, 3)
-
-
-@pytest.mark.parametrize("content, message", [(b"", "empty file"), (b"hello", "not a photo"), (None, "no such file")])
-def test_imread_no_photo(tmp_path, content, message):
-    path = tmp_path / "a.jpg"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DatasetError, match=message) as error:
-        imread(path)
-    one_line(error)
-    with pytest.raises(DatasetError, match="cannot be read"):
-        imread(tmp_path)
-
-
 # Pascal VOC
 
 

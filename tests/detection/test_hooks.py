@@ -1,5 +1,3 @@
-import csv
-
 import numpy as np
 import pytest
 import torch
@@ -148,20 +146,3 @@ def test_mosaic_closes_in_every_dataset_and_worker(tmp_path, workers):
         assert isinstance(letterbox, LetterBox) and letterbox.size == (64, 64)
         assert isinstance(affine, RandomScaleTranslate) and affine.scale == (1.0, 1.0)
         assert not any(isinstance(step, MosaicAffine) for step in dataset.pipeline.transforms)
-
-
-def test_loss_curve_goes_on_in_the_same_table_after_a_resume(tmp_path):
-    hook = dict(type="LossCurveHook", interval=1)
-    run(tmp_path, [hook])
-    (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "work" / "epoch_2.pth"))
-    run(tmp_path, [hook], resume=True)
-    with open(tmp_path / "work" / "loss_curve.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [int(float(row["iter"])) for row in rows] == list(range(1, 9))
-    assert all(float(row["loss"]) > 0 for row in rows)
-    assert (tmp_path / "work" / "loss_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_loss_curve_refuses_a_bad_interval():
-    with pytest.raises(ValueError, match="interval=0"):
-        mambavision.detection.hooks.LossCurveHook(interval=0)

@@ -8,6 +8,7 @@ import mambavision.detection  # noqa: F401  makes mmdet importable
 from mambavision.detection import build_mamba_yolo, media
 from mambavision.detection.inferencer import DetInferencer
 from mambavision.detection.weights import save_weights
+from mambavision.engine import video
 
 
 class Camera:
@@ -40,7 +41,9 @@ def test_a_webcam_is_filmed_until_ctrl_c(tmp_path, inferencer, monkeypatch):
         writer.write(np.full((48, 64, 3), value, np.uint8))
     writer.release()
     camera, numbers = Camera(film), []
-    monkeypatch.setattr(media.cv2, "VideoCapture", lambda number: numbers.append(number) or camera)
+    opened = cv2.VideoCapture
+    cameras = lambda source: numbers.append(source) or camera if isinstance(source, int) else opened(source)  # noqa: E731
+    monkeypatch.setattr(video.cv2, "VideoCapture", cameras)
     media.detect_video(inferencer, 3, tmp_path / "out")
     assert numbers == [3]
     found = json.loads((tmp_path / "out" / "detections.json").read_text())["video"]

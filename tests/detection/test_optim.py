@@ -1,5 +1,4 @@
 import copy
-import math
 
 import pytest
 import torch
@@ -7,7 +6,8 @@ from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from mambavision.detection import build_mamba_yolo
-from mambavision.detection.optim import BFloat16OptimWrapper, FusedExpMomentumEMA, split_parameters
+from mambavision.detection.optim import split_parameters
+from mambavision.engine.optim import FusedExpMomentumEMA
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +69,6 @@ def test_batch_size_is_required(paramwise):
         )
 
 
-def test_bfloat16_wrapper_autocasts_on_the_cpu():
-    model = nn.Linear(4, 4)
-    wrapper = BFloat16OptimWrapper(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    before = model.weight.detach().clone()
-    with wrapper.optim_context(model):
-        out = model(torch.ones(2, 4))
-    assert out.dtype == torch.bfloat16
-    wrapper.update_params(out.float().sum())
-    assert model.weight.dtype == torch.float32
-    assert not torch.equal(model.weight, before)
-
-
 @pytest.mark.parametrize("update_buffers", [True, False])
 def test_fused_average_is_mmdets(detector, update_buffers):
     options = dict(momentum=1e-3, gamma=5, update_buffers=update_buffers)
@@ -99,16 +87,3 @@ def test_fused_average_is_mmdets(detector, update_buffers):
         elif name != "steps":
             assert torch.equal(value, source.state_dict()[name.removeprefix("module.")]), name
     assert fused.steps == 4
-
-
-def test_average_follows_the_published_formula():
-    # decay d(t) = 0.9999 (1 - exp(-t / 2000)) at update t, from the second update on
-    model = nn.Linear(1, 1, bias=False)
-    average = FusedExpMomentumEMA(model, momentum=1e-4, gamma=2000)
-    value = None
-    for update in range(1, 6):
-        model.weight.data.fill_(float(update))
-        average.update_parameters(model)
-        decay = 0.9999 * (1 - math.exp(-update / 2000))
-        value = float(update) if value is None else decay * value + (1 - decay) * update
-    assert average.module.weight.item() == pytest.approx(value, rel=1e-6)

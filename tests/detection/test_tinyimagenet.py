@@ -18,9 +18,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 
 from mambavision.detection import cli
-from mambavision.detection.photos import DatasetError
 from mambavision.detection.tinyimagenet import TinyImageNetMosaic, _partition
 from mambavision.detection.tinyimagenet_pack import class_names, pack, read_entries, shard, unpack
+from mambavision.engine.photos import DatasetError
 from tests.tools.toy_data import forget_runs
 
 CLASSES = {"n03": "crane, heavy lifter", "n01": "gold fish, Carassius", "n02": "crane, bird"}

@@ -1,5 +1,6 @@
-"""A tiny mmengine Runner trains, resumes, and survives being killed at any write of a checkpoint."""
+"""A tiny mmengine Runner trains, resumes, logs, and survives being killed at any write of a checkpoint."""
 
+import csv
 import os
 import resource
 import subprocess
@@ -12,7 +13,7 @@ from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 
 from mambavision.engine.checkpoint import load
-from mambavision.engine.hooks import AtomicLocalBackend
+from mambavision.engine.hooks import AtomicLocalBackend, DeferredRuntimeInfoHook, LossCurveHook
 from tests.engine.tiny_training import build
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -83,3 +84,44 @@ def test_full_disk_keeps_the_old_file(tmp_path: Path, backend: type[LocalBackend
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == left
+
+
+def logged(folder: Path, epochs: int, hook: DeferredRuntimeInfoHook | None, **options) -> dict:
+    """All scalars of a training whose RuntimeInfoHook is `hook`."""
+    runner = build(folder, epochs, **options)
+    if hook:
+        runner._hooks[[type(h).__name__ for h in runner.hooks].index("RuntimeInfoHook")] = hook
+    runner.train()
+    return {name: history.data[0].tolist() for name, history in runner.message_hub.log_scalars.items()}
+
+
+@pytest.mark.parametrize("interval", [1, 3, 100])
+def test_losses_read_later_are_the_same(tmp_path: Path, interval: int):
+    expected = logged(tmp_path / "plain", 3, None)
+    found = logged(tmp_path / "deferred", 3, DeferredRuntimeInfoHook(interval=interval))
+    for name in ("train/loss", "train/lr", "val/acc"):
+        assert found[name] == pytest.approx(expected[name]), name
+    checkpoint = final(tmp_path / "deferred", 2)["message_hub"]["log_scalars"]
+    assert len(checkpoint["train/loss"].data[0]) == 8  # those before it, also where they were not yet read
+    resumed = logged(tmp_path / "deferred", 4, DeferredRuntimeInfoHook(interval=interval), resume=True)
+    assert len(resumed["train/loss"]) == 16
+
+
+def test_loss_curve_goes_on_in_the_same_table_after_a_resume(tmp_path: Path):
+    for epochs, resume in ((2, False), (4, True)):
+        runner = build(tmp_path, epochs, resume=resume)
+        runner.register_hook(LossCurveHook(interval=1))
+        runner.train()
+    with open(tmp_path / "loss_curve.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = [row for row in rows if row["loss"]]
+    assert [int(float(row["iter"])) for row in steps] == list(range(1, 17))
+    assert all(float(row["loss"]) > 0 for row in steps)
+    assert [float(row["acc"]) for row in rows if row["acc"]] == [0.1, 0.5, 0.2, 0.9]
+    assert (tmp_path / "loss_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("hook", [DeferredRuntimeInfoHook, LossCurveHook])
+def test_bad_intervals_are_refused(hook: type[Hook]):
+    with pytest.raises(ValueError, match="interval=0"):
+        hook(interval=0)

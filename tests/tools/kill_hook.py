@@ -3,8 +3,8 @@
 import os
 import signal
 
-from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 
 
 @HOOKS.register_module(force=True)

@@ -1,7 +1,5 @@
 import csv
 import json
-import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,40 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from mambavision.detection import build_mamba_yolo, cli
-from mambavision.detection.photos import DatasetError
+from mambavision.detection import build_mamba_yolo
+from mambavision.detection import cli as detection_cli
 from mambavision.detection.weights import from_checkpoint, save_weights
+from mambavision.engine import cli
+from mambavision.engine.photos import DatasetError
+from tests.tools.running import ENVIRONMENT, ROOT, refusal, run_tool
 from tests.tools.torchrun_training import CONFIG, train
-from tests.tools.toy_data import CLASSES, forget_runs, make_coco, make_video, make_voc
-
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+from tests.tools.toy_data import CLASSES, make_coco, make_video, make_voc
 
 
 @pytest.fixture
 def tool(monkeypatch, capfd):
     """Run a tool as `python tools/NAME.py ARGS` would, in this process; returns exit code, stdout and stderr."""
-
-    def call(name, *args):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        forget_runs()
-        capfd.readouterr()
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capfd.readouterr()
-
-    return call
-
-
-def refusal(result):
-    """The one line with which a call was refused."""
-    code, _, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in err, (code, err)
-    return lines[0]
+    return lambda name, *args: run_tool(monkeypatch, capfd, name, *args)
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +153,10 @@ def test_loaders_without_workers_keep_none(data, tmp_path):
             config=str(root / f"{name}.py"), work_dir=str(tmp_path / "work"), data_root=None, train_json=None,
             val_json=None, launcher="none", cfg_options={"train_dataloader.num_workers": 0},
         )  # fmt: skip
-        cfg = cli.load_config(args)
+        cfg = detection_cli.load_config(args)
         assert not cfg.train_dataloader.persistent_workers and cfg.val_dataloader.persistent_workers
         args.cfg_options = {"val_dataloader.num_workers": 0, "test_dataloader.num_workers": 0}
-        cfg = cli.load_config(args)
+        cfg = detection_cli.load_config(args)
         assert cfg.train_dataloader.persistent_workers
         assert not cfg.val_dataloader.persistent_workers and not cfg.test_dataloader.persistent_workers
 

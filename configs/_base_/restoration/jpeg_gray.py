@@ -1,0 +1,36 @@
+restores = "jpeg_gray"  # task of the weights
+data_root = "data/restoration"  # made by tools/prepare_restoration_data.py
+train_roots = [f"{data_root}/train/{name}" for name in ("bsd400", "t91", "coco128", "davis")]
+train_dataloader = dict(
+    # Y of BT.601, as the benchmarks have it
+    photos=dict(type="CleanFolder", root=train_roots, gray=True, gray_range="limited"),
+    degradation=dict(type="JPEG", quality=(5, 95)),
+    schedule=[(20_000, 96, 32)],  # iterations, side of a crop, crops a batch
+)
+
+sets = [
+    dict(
+        type="EvaluationSet",
+        name=f"{name}_q{quality}",
+        photos=dict(type="CleanFolder", root=f"{data_root}/test/{name}", gray=True, gray_range="limited"),
+        degradation=dict(type="JPEG", quality=(quality, quality)),
+    )
+    for name in ("classic5", "live1")
+    for quality in (10, 20, 30, 40)
+]
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    collate_fn=dict(type="default_collate"),
+    dataset=dict(type="EvaluationSets", sets=[one for one in sets if one["name"] == "live1_q10"]),
+)
+test_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    collate_fn=dict(type="default_collate"),
+    dataset=dict(type="EvaluationSets", sets=sets),
+)
+val_evaluator = dict(type="RestorationMetric", psnr_b=True)
+test_evaluator = dict(type="RestorationMetric", psnr_b=True)

@@ -1,0 +1,34 @@
+restores = "sr_x8"  # task of the weights
+data_root = "data/restoration"  # made by tools/prepare_restoration_data.py
+train_roots = [f"{data_root}/train/{name}" for name in ("bsd400", "t91", "coco128", "davis")]
+train_dataloader = dict(
+    photos=dict(type="CleanFolder", root=train_roots),
+    degradation=dict(type="Downsample", scale=8),
+    schedule=[(20_000, 256, 32)],  # iterations, side of a crop of the large photo, crops a batch
+)
+
+sets = [
+    dict(
+        type="EvaluationSet",
+        name=name,
+        photos=dict(type="CleanFolder", root=f"{data_root}/test/{name}"),
+        degradation=dict(type="Downsample", scale=8),
+    )
+    for name in ("set5", "set14", "bsd100", "urban100")
+]
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    collate_fn=dict(type="default_collate"),
+    dataset=dict(type="EvaluationSets", sets=[one for one in sets if one["name"] == "set5"]),
+)
+test_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    collate_fn=dict(type="default_collate"),
+    dataset=dict(type="EvaluationSets", sets=sets),
+)
+val_evaluator = dict(type="RestorationMetric", y_only=True, crop_border=8)
+test_evaluator = dict(type="RestorationMetric", y_only=True, crop_border=8)

@@ -1,0 +1,7 @@
+_base_ = [
+    "../_base_/restoration/denoise_gray25.py",
+    "../_base_/restoration/schedule_20k.py",
+    "../_base_/restoration/default_runtime.py",
+]
+
+model = dict(network=dict(type="serpent_t", in_channels=1))

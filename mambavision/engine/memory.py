@@ -1,0 +1,44 @@
+"""How much memory there is to use, and telling that it ran out."""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def free_memory(device: str | torch.device) -> int:
+    """Bytes that this process could still allocate on a device.
+
+    Of a GPU: what the driver calls free, and what torch holds unused. Of the CPU: what Linux calls available, less
+    where a control group (a container's limit) allows less; elsewhere the unused pages.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = _available()
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return max(free, 0)
+
+
+def _available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except OSError:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in said)

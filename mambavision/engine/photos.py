@@ -1,0 +1,91 @@
+"""Reading photos as people have them, and saying in one line what is wrong with a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+class DatasetError(ValueError):
+    """Input data that cannot be used; the message is one line that names the file and what is wrong with it."""
+
+
+def imread_unchanged(
+    path: str | os.PathLike, *, orientation: Literal["displayed", "stored"] = "displayed"
+) -> np.ndarray:
+    """Read a photo with the channels and bits it has.
+
+    A JPEG's EXIF orientation is applied ("displayed", what a viewer shows) or ignored ("stored").
+
+    Returns:
+        uint8 or uint16, contiguous: (H, W) gray, (H, W, 3) BGR or (H, W, 4) BGRA.
+
+    Raises:
+        DatasetError: missing, empty, truncated or undecodable file, or one of neither 8 nor 16 bits a channel.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error.strerror})") from None
+    if not data:
+        raise DatasetError(f"{path}: empty file")
+    if is_truncated(data):
+        raise DatasetError(f"{path}: truncated photo, its last part is missing ({len(data)} bytes)")
+    if data[:2] == b"\xff\xd8":
+        flags = cv2.IMREAD_ANYCOLOR | (cv2.IMREAD_IGNORE_ORIENTATION if orientation == "stored" else 0)
+    else:
+        flags = cv2.IMREAD_UNCHANGED
+    try:
+        img = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        img = None
+    if img is None:
+        raise DatasetError(f"{path}: not a photo that OpenCV can decode (starts with {data[:8]!r})")
+    if img.dtype not in (np.uint8, np.uint16):
+        raise DatasetError(f"{path}: {img.dtype} pixels; save it with 8 or 16 bits a channel")
+    return np.ascontiguousarray(img)
+
+
+def is_truncated(data: bytes) -> bool:
+    """Whether a JPEG or PNG file ends before its end marker. Decoders fill the missing part of such files silently."""
+    if data[:2] == b"\xff\xd8":
+        # entropy-coded data holds neither marker, and a thumbnail's end marker precedes the main scan
+        return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda") or b"\xff\xda" not in data
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return b"IEND" not in data[-64:]
+    return False
+
+
+def find_photos(path: str | os.PathLike, *, exclude: str | os.PathLike | None = None) -> list[tuple[Path, Path]]:
+    """List the photos of a path: itself, or all in a folder and its subfolders, except those in ``exclude``.
+
+    Returns:
+        (file, path relative to the folder) of each photo, sorted.
+
+    Raises:
+        FileNotFoundError: If there is nothing at ``path``.
+        DatasetError: If the folder holds no photo.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [(path, Path(path.name))]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such photo, folder or video")
+    excluded = Path(exclude).resolve() if exclude else None
+    photos = [
+        (file, file.relative_to(path))
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in PHOTO_SUFFIXES and file.is_file() and excluded not in file.resolve().parents
+    ]
+    if not photos:
+        raise DatasetError(f"{path}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)})")
+    return photos

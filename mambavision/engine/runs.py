@@ -1,0 +1,225 @@
+"""Training and test runs of any task: configs from the command line, and mmengine's Runner made of them."""
+
+import argparse
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.dist import is_main_process
+from mmengine.runner import Runner, find_latest_checkpoint
+from torch import nn
+from torch.utils.data import Dataset
+
+from mambavision.engine.checkpoint import allow_mmengine_globals
+from mambavision.engine.files import check_folder
+from mambavision.engine.hooks import InitialWeightsHook, unwrapped
+from mambavision.engine.photos import DatasetError
+from mambavision.engine.weights import build_from_checkpoint, check_fits, fitting_tensors
+
+Task = Literal["detection", "restoration"]
+
+Check = Callable[[nn.Module, Dataset], None]
+"""Raises ValueError if a model and a data set do not fit each other."""
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that train and test have in common, whatever the task."""
+    parser.add_argument("config", help="config file, such as configs/mamba_yolo/mamba_yolo_debug.py")
+    parser.add_argument("--work-dir", help="folder for logs and checkpoints (default: work_dirs/<config name>)")
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument("--cfg-options", nargs="+", action=_KeyValues, help="KEY=VALUE pairs to override in the config")
+    parser.add_argument("--data-root", help="folder of the data set, in place of the config's")
+
+
+class _KeyValues(DictAction):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"{option_string} takes KEY=VALUE pairs, got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def read_config(path: str | Path) -> Config:
+    """Read a config file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it cannot be read, or lacks a part that a run needs.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config at {path}")
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:  # a config is a program: anything can go wrong in it
+        raise ValueError(f"cannot read the config {path}: {type(error).__name__}: {error}") from error
+    missing = [part for part in ("model", "train_dataloader", "test_dataloader", "optim_wrapper") if part not in cfg]
+    if missing:
+        raise ValueError(f"{path} is no whole config: it lacks {', '.join(missing)}")
+    return cfg
+
+
+def task_of(args: argparse.Namespace) -> Task:
+    """The task of ``args.config``: its ``task``, or detection where it does not say.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: If the config does not exist, or the work directory is a file.
+        ValueError: If the config cannot be read, or is of an unknown task.
+    """
+    if getattr(args, "work_dir", None):
+        check_folder(args.work_dir, "--work-dir")
+    task = read_config(args.config).get("task", "detection")
+    if task not in get_args(Task):
+        raise ValueError(f"{args.config}: task must be one of {', '.join(get_args(Task))}, got {task!r}")
+    return task
+
+
+def load_config(args: argparse.Namespace, adapt: Callable[[Config], None] | None = None) -> Config:
+    """Read the config that the arguments name and apply the other arguments of :func:`add_config_arguments` to it.
+
+    Args:
+        args: The parsed arguments.
+        adapt: Applies a task's own arguments, after the data root has been replaced and before ``--cfg-options``.
+
+    Raises:
+        FileNotFoundError: If the config does not exist.
+        NotADirectoryError: If the work directory is a file.
+        ValueError: If the config cannot be read, or ``adapt`` raises it.
+    """
+    if args.work_dir:
+        check_folder(args.work_dir, "--work-dir")
+    cfg = read_config(args.config)
+    if args.data_root:
+        _replace_prefix(cfg._cfg_dict, str(cfg.get("data_root", "")).rstrip("/"), args.data_root.rstrip("/"))
+    if adapt:
+        adapt(cfg)
+    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
+    check_folder(cfg.work_dir, "--work-dir")
+    for stage in ("train", "val", "test"):
+        loader = cfg.get(f"{stage}_dataloader")
+        if loader and "persistent_workers" in loader and not loader.get("num_workers"):
+            loader.persistent_workers = False  # torch refuses it without workers
+    cfg.launcher = args.launcher
+    return cfg
+
+
+def train(
+    cfg: Config,
+    *,
+    resume: bool = False,
+    load_from: str | None = None,
+    amp: Literal["bf16", "fp16"] | None = None,
+    seed: int | None = None,
+    check: Check | None = None,
+) -> Runner:
+    """Train a config; returns the finished runner.
+
+    Args:
+        cfg: Config with ``work_dir`` and ``launcher``.
+        resume: Go on from the newest checkpoint of the work directory, or start where there is none.
+        load_from: Checkpoint or published weights whose fitting tensors a run that is not resumed starts from.
+        amp: Mixed precision.
+        seed: Seed of weights, data order and augmentation.
+        check: Called with the model and the training and validation sets before training starts.
+
+    Raises:
+        FileNotFoundError: If ``load_from`` does not exist.
+        DatasetError: If the data cannot be used.
+        ValueError: If fp16 is asked for without a GPU, or the weights do not fit the network, or ``check`` raises it.
+    """
+    allow_mmengine_globals()
+    if load_from and not Path(load_from).is_file():
+        raise FileNotFoundError(f"no weights at {load_from}")
+    # the epoch and the rate are functions of the checkpoint's iteration: a resumed schedule goes on as it would have
+    latest = find_latest_checkpoint(cfg.work_dir) if resume and Path(cfg.work_dir).is_dir() else None
+    latest = latest and str(Path(cfg.work_dir, Path(latest).name))  # the folder may have been moved
+    start = None if latest else (load_from or cfg.get("load_from"))
+    cfg.resume, cfg.load_from = latest is not None, latest
+    if amp == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--amp fp16 needs a GPU (its small range needs loss scaling on CUDA); use --amp bf16 here")
+    if amp == "fp16":
+        cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype="float16", loss_scale="dynamic")
+    elif amp == "bf16":
+        cfg.optim_wrapper.type = "BFloat16OptimWrapper"
+    if seed is not None:
+        cfg.randomness = dict(seed=seed)
+    with _build_runner(cfg) as runner:
+        model = unwrapped(runner.model)
+        if latest:
+            check_fits(model, latest)
+        elif start:
+            runner.register_hook(InitialWeightsHook(fitting_tensors(model, start)))
+        for loop in (runner.train_loop, runner.val_loop):  # built here, so that errors of the data come before training
+            if check and loop is not None:
+                check(model, loop.dataloader.dataset)
+    try:
+        runner.train()
+    except DatasetError:
+        raise
+    except ValueError as error:  # not the user's doing: show the traceback
+        raise RuntimeError(f"training stopped: {error}") from error
+    return runner
+
+
+def test(cfg: Config, checkpoint: str | Path, *, check: Check | None = None) -> dict[str, float]:
+    """Evaluate a checkpoint (or published weights) on a config's test set; returns the metrics.
+
+    Args:
+        cfg: Config with ``work_dir`` and ``launcher``.
+        checkpoint: The weights.
+        check: Called with the model and the test set before the test starts.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it does not fit the config's network, or ``check`` raises it.
+        DatasetError: If the data cannot be used.
+    """
+    # strict, unlike mmengine's loading, which only logs what does not fit
+    state = build_from_checkpoint(cfg, checkpoint)[0].state_dict()
+    with _build_runner(cfg) as runner:
+        model = unwrapped(runner.model)
+        if check:
+            check(model, runner.test_loop.dataloader.dataset)
+    model.load_state_dict(state)
+    return runner.test()
+
+
+@contextmanager
+def _build_runner(cfg: Config) -> Iterator[Runner]:
+    """Build the runner; on an error here or in the body, remove the work directory if it is new."""
+    work_dir = Path(cfg.work_dir)
+    new_folders = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
+    _start_processes(cfg)
+    try:
+        try:
+            yield Runner.from_cfg(cfg)
+        except (TypeError, KeyError) as error:  # an argument or a type that does not exist
+            raise ValueError(f"the config cannot be built: {error}") from error
+    except BaseException:
+        if new_folders and is_main_process():
+            shutil.rmtree(work_dir, ignore_errors=True)
+            with suppress(OSError):  # another run's folder is in it
+                for folder in new_folders[1:]:
+                    folder.rmdir()
+        raise
+
+
+def _start_processes(cfg: Config) -> None:
+    """Join torchrun's process group where there is no CUDA; mmengine would insist on it."""
+    if cfg.launcher == "pytorch" and not torch.cuda.is_available():
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", broadcast_buffers=False, device_ids=None)
+
+
+def _replace_prefix(node: ConfigDict | list, old: str, new: str) -> None:
+    """Replace the leading folder ``old`` of all strings of a config."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, dict | list):
+            _replace_prefix(value, old, new)
+        elif isinstance(value, str) and old and (value.rstrip("/") == old or value.startswith(old + "/")):
+            node[key] = new + value[len(old) :]

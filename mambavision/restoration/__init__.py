@@ -1,0 +1,1 @@
+"""Image restoration: denoising, deblurring, super-resolution, JPEG artefacts, inpainting."""

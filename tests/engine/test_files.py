@@ -1,0 +1,17 @@
+import pytest
+
+from mambavision.engine.files import atomic_path
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(OSError, match="disk"), atomic_path(target) as temporary:
+        temporary.write_text("ha")
+        raise OSError("disk full")
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+    with atomic_path(target) as temporary:
+        assert temporary.suffix == ".txt" and temporary.parent == tmp_path
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]

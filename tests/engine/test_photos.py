@@ -1,0 +1,59 @@
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from mambavision.engine.photos import DatasetError, find_photos, imread_unchanged
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("left", [0.3, 0.9, 0.999])
+def test_truncated_photos_are_refused(tmp_path, suffix, left):
+    path = tmp_path / f"a.{suffix}"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8))
+    data = path.read_bytes()
+    assert imread_unchanged(path).shape == (80, 80, 3)
+    path.write_bytes(data[: int(len(data) * left)])
+    with pytest.raises(DatasetError, match="truncated") as error:
+        imread_unchanged(path)
+    assert "\n" not in str(error.value)
+    path.write_bytes(data + b"\0" * 500)  # trailing bytes are harmless
+    if suffix == "jpg":
+        assert imread_unchanged(path).shape == (80, 80, 3)
+
+
+@pytest.mark.parametrize("content, message", [(b"", "empty file"), (b"hello", "not a photo"), (None, "no such file")])
+def test_what_is_no_photo_is_named(tmp_path, content, message):
+    path = tmp_path / "a.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DatasetError, match=message) as error:
+        imread_unchanged(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        imread_unchanged(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_and_bits_stay(tmp_path, dtype, channels):
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (5, 7, channels), dtype)
+    cv2.imwrite(str(tmp_path / "a.png"), pixels)
+    read = imread_unchanged(tmp_path / "a.png")
+    assert read.dtype == dtype and np.array_equal(read, pixels[..., 0] if channels == 1 else pixels)
+    Image.new("L", (9, 5), 7).save(tmp_path / "gray.jpg")
+    assert imread_unchanged(tmp_path / "gray.jpg").shape == (5, 9)
+
+
+def test_photos_of_a_folder(tmp_path):
+    for name in ("b.PNG", "deep/a.jpg", "notes.txt", "out/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_photos(tmp_path, exclude=tmp_path / "out")
+    assert [str(relative) for _, relative in found] == ["b.PNG", "deep/a.jpg"]
+    assert find_photos(tmp_path / "b.PNG")[0][1].name == "b.PNG"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="no photos in this folder"):
+        find_photos(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no such photo"):
+        find_photos(tmp_path / "gone")
