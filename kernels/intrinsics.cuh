@@ -62,6 +62,9 @@ INLINE unsigned short float_to_bfloat16(float f) {
 #endif
 }
 
+// All warps of a block meet, from whichever line each comes
+INLINE void meet_warps() { asm volatile("barrier.sync 0;" : : : "memory"); }
+
 // A block's dynamic shared memory, of as many bytes as nvrtc.kernel was asked for; aligned to 1024
 INLINE char *dynamic_shared() {
     extern __shared__ __align__(1024) char dynamic[];
@@ -99,8 +102,8 @@ template <int TYPE> INLINE void mma_16x8x16(float c[4], const unsigned a[4], con
 // An address in shared memory as instructions take it
 INLINE unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
 
-// Matrices of 8 x 8 elements of 16 bits from shared memory: lane i names the row i % 8 of matrix i / 8, 16 bytes at a
-// multiple of 16 (x2: lanes 0 to 15). r[m] gets (g, 2 q), (g, 2 q + 1) of matrix m; transposed (2 q, g), (2 q + 1, g)
+// Four matrices of 8 x 8 elements of 16 bits from shared memory: lane i names the row i % 8 of matrix i / 8, 16 bytes at
+// a multiple of 16. r[m] gets (g, 2 q), (g, 2 q + 1) of matrix m; transposed (2 q, g), (2 q + 1, g)
 INLINE void ldmatrix_x4(unsigned r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -110,18 +113,6 @@ INLINE void ldmatrix_x4(unsigned r[4], const void *row) {
 INLINE void ldmatrix_x4_trans(unsigned r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row)));
-}
-
-INLINE void ldmatrix_x2(unsigned r[2], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(row)));
-}
-
-INLINE void ldmatrix_x2_trans(unsigned r[2], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
                  : "r"(shared_address(row)));
 }
 

@@ -78,7 +78,7 @@ struct Place {
         begin = g * of_group + part % call.parts * call.share;
         end = min(begin + call.share, (g + 1) * of_group);
         c = i % call.chunks, i /= call.chunks;
-        b = i % call.batch, rest = i / (int)call.batch;
+        b = i % (int)call.batch, rest = i / (int)call.batch;
         first = (i64)c * TOKENS, tokens = (int)min(call.length - first, (i64)TOKENS);
     }
     INLINE const char *at(const char *v, const View &view, int head) const {
@@ -230,7 +230,7 @@ INLINE void meet_copies() {
 #if TENSOR_ASYNC
     tensor_publish();
 #endif
-    __syncthreads();
+    meet_warps();
 }
 
 // Rows g and g + 8 of a warp's 16 x WIDTH to memory: neighbouring lanes exchange halves, so that 4 lanes fill 32 bytes
@@ -481,15 +481,13 @@ INLINE void outputs(const Call &call) {
                     const float backward = BOTH ? right[row] - r[at] : __int_as_float(0xff800000);
                     w[e] = exp2_fast((order ? order > 0 : g >= 2 * q + e) ? forward : backward) * dt[at];
                 }
-                if (order) {
-                    to[k] = multiply2<X_TYPE>(from[k], pack2<X_TYPE>(w[0], w[1]));
-                    continue;
-                }
                 const float2 score = unpack2<X_TYPE>(from[k]);
-                const float D = D_TYPE < 3 ? own.D[place_of(row)] : 0;
                 w[0] *= score.x, w[1] *= score.y;
-                if (g == 2 * q) w[0] = w[0] * call.diagonal + D;
-                if (g == 2 * q + 1) w[1] = w[1] * call.diagonal + D;
+                if (order == 0) {
+                    const float D = D_TYPE < 3 ? own.D[place_of(row)] : 0;
+                    if (g == 2 * q) w[0] = w[0] * call.diagonal + D;
+                    if (g == 2 * q + 1) w[1] = w[1] * call.diagonal + D;
+                }
                 to[k] = pack2<X_TYPE>(w[0], w[1]);
             }
         };
@@ -595,13 +593,15 @@ INLINE void outputs(const Call &call) {
     }
 }
 
-// What a chunk alone sends over its borders, and its decay: a warp's 16 states of N, the two directions
+// What a chunk alone sends over its borders, and its decay: a warp's 16 states of N, in one direction
 INLINE void sums(const Call &call) {
     char *const tiles = dynamic_shared(), *const B_tile = tiles + (PANELS == 1 ? TILE_BYTES : 0);
     Sent *const decays = (Sent *)(tiles + 2 * TILE_BYTES);
     const Place place(call);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = lane % 4;
-    const int jobs = call.heads * SLICES, rows_first = lane_rows_first();
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), q = lane % 4;
+    const int d = warp / STEPS, own_state = warp % STEPS, jobs = call.heads * SLICES, rows_first = lane_rows_first();
+    const bool received = place.c != (d ? 0 : call.chunks - 1) || call.last;  // by another chunk or by the caller
+    const unsigned strips = d ? (1u << lane) - 1 : ~0u << lane << 1;          // between the lane's strip and the border
 
     const auto load = [&](int job, int buffer) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
@@ -623,7 +623,7 @@ INLINE void sums(const Call &call) {
 #pragma unroll
     for (int i = 0; i < STRIPS * 2; i++)
         ldmatrix_x4_trans(
-            keys[i], B_tile + warp / 4 * TILE_BYTES + i * 16 * ROW + (lane_columns_first() ^ warp % 4 * 32)
+            keys[i], B_tile + own_state / 4 * TILE_BYTES + i * 16 * ROW + (lane_columns_first() ^ own_state % 4 * 32)
         );
     if (PANELS > 1) {
         __syncthreads();
@@ -639,46 +639,38 @@ INLINE void sums(const Call &call) {
         fetched.fetch(call, place, min(job + 2, place.end - 1) / SLICES);
         const char *const tile = tiles + buffer * TILE_BYTES;
         const Sent &own = decays[buffer];
-        const float after = decay_over(~0u << lane << 1, own), before = decay_over((1u << lane) - 1, own);
-        float state[DIRECTIONS][WIDTH / 8][4] = {};
-        unsigned weight[2][DIRECTIONS][4];
-#pragma unroll
-        for (int i = 0; i < STRIPS; i++) {
-            if (!ALL && i * 32 >= place.tokens) break;
-            const float gate[2] = {__shfl_sync(~0u, after, i), __shfl_sync(~0u, before, i)};
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                free_weights<1>();
-#pragma unroll
-                for (int d = 0; d < DIRECTIONS; d++) {
-                    const uint2 sent = *(const uint2 *)(own.sent[d] + i * 32 + half * 16 + q * 4);
-                    const float2 left = unpack2<X_TYPE>(sent.x), right = unpack2<X_TYPE>(sent.y);
-                    const unsigned factors[2] = {
-                        pack2<X_TYPE>(left.x * gate[d], left.y * gate[d]),
-                        pack2<X_TYPE>(right.x * gate[d], right.y * gate[d]),
-                    };
-#pragma unroll
-                    for (int k = 0; k < 4; k++)
-                        weight[half][d][k] = multiply2<X_TYPE>(keys[2 * i + half][k], factors[k / 2]);
-                }
-                multiply<DIRECTIONS, true>(state, weight[half], tile + (i * 32 + half * 16) * ROW, rows_first);
-            }
-        }
-        finish<DIRECTIONS>(state);
-        const i64 at = (place.b * call.chunks + place.c) * jobs + job;
-#pragma unroll
-        for (int d = 0; d < DIRECTIONS; d++) {
-            if (place.c == (d ? 0 : call.chunks - 1) && !call.last) continue;  // nobody receives it
-            store_rows(
-                call.states + ((at * DIRECTIONS + d) * N + warp * 16) * (WIDTH * 2), WIDTH * 2, state[d], 16, WIDTH
-            );
-        }
         if (threadIdx.x == 0 && job % SLICES == 0) {
             float total = 0;
 #pragma unroll
             for (int k = 0; k < STRIPS; k++) total += own.total[k];
             call.totals[(place.b * call.chunks + place.c) * call.heads + job / SLICES] = total;
         }
+        if (!received && (!TENSOR_ASYNC || STEPS % 4 == 0)) continue;  // four warps of TENSOR_ASYNC go together
+        const float gates = decay_over(strips, own);
+        float state[1][WIDTH / 8][4] = {};
+        unsigned weight[2][1][4];
+#pragma unroll
+        for (int i = 0; i < STRIPS; i++) {
+            if (!ALL && i * 32 >= place.tokens) break;
+            const float gate = __shfl_sync(~0u, gates, i);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const uint2 sent = *(const uint2 *)(own.sent[d] + i * 32 + half * 16 + q * 4);
+                const float2 left = unpack2<X_TYPE>(sent.x), right = unpack2<X_TYPE>(sent.y);
+                const unsigned factors[2] = {
+                    pack2<X_TYPE>(left.x * gate, left.y * gate), pack2<X_TYPE>(right.x * gate, right.y * gate)
+                };
+                free_weights<1>();
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    weight[half][0][k] = multiply2<X_TYPE>(keys[2 * i + half][k], factors[k / 2]);
+                multiply<1, true>(state, weight[half], tile + (i * 32 + half * 16) * ROW, rows_first);
+            }
+        }
+        finish<1>(state);
+        const i64 at = ((place.b * call.chunks + place.c) * jobs + job) * DIRECTIONS + d;
+        if (received)
+            store_rows(call.states + (at * N + own_state * 16) * (WIDTH * 2), WIDTH * 2, state[0], 16, WIDTH);
     }
 }
 

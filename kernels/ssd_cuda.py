@@ -4,7 +4,7 @@ import functools
 import math
 import pathlib
 import struct
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -51,15 +51,23 @@ def _share(jobs: int, blocks: int, places: int, overhead: float) -> int:
 
 @functools.lru_cache(4096)
 def plan(
-    batch: int, chunks: int, groups: int, jobs: int, strips: int, states: int, processors: int, asynchronous: bool
+    batch: int,
+    chunks: int,
+    groups: int,
+    jobs: int,
+    strips: int,
+    states: int,
+    directions: int,
+    processors: int,
+    asynchronous: bool,
 ) -> tuple[Plan, Plan]:
     """Plans of ``sums`` and of ``outputs`` for groups of so many jobs.
 
     A warp of ``outputs`` takes 16 rows where it reads x through the tensor cores alone, else 32 for each reading.
     """
     blocks = batch * chunks * groups
-    warps = states // 16
-    resident = max(1, min(2 if strips == 8 else 4, 8 // warps))
+    warps = directions * states // 16
+    resident = max(1, min(2 if strips == 8 else 4, 16 // warps))
     sums = Plan(warps, resident, _share(jobs, blocks, processors * resident, 0.5))
     warps = strips * (1 + asynchronous)
     resident = 8 // strips
@@ -67,11 +75,16 @@ def plan(
     return sums, outputs
 
 
-@functools.lru_cache(4096)
-def _kernel(entry: str, device: int, shared: int, **defines: int) -> nvrtc.Kernel:
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(8, "nvrtc")
+
+
+def _kernel(entry: str, device: int, shared: int, **defines: int) -> Future[nvrtc.Kernel]:
     name = f"ssd_{entry}"
     defines = {"KERNEL": name, "ENTRY": entry, "X_TYPE": 1} | defines
-    return nvrtc.kernel(_SOURCES, name, tuple(f"{n}={v}" for n, v in defines.items()), device, shared)
+    macros = tuple(f"{n}={v}" for n, v in defines.items())
+    return _compilers().submit(nvrtc.kernel, _SOURCES, name, macros, device, shared)
 
 
 def _asynchronous(device: int) -> bool:
@@ -159,41 +172,49 @@ def _layout(call: _Signature) -> _Layout:
     views = [s for v in (call.x, call.dt, call.B, call.C, call.D) for s in _strides(v)]
     defines |= {"SLICES": slices, "SOFTPLUS": int(call.softplus), "DT_TYPE": _TYPES[call.dt[2]]}
     jobs = H // G * slices
-    sums, outputs = plan(batch, chunks, G, jobs, strips, states, nvrtc.processors(call.device), asynchronous)
+    processors = nvrtc.processors(call.device)
+    sums, outputs = plan(batch, chunks, G, jobs, strips, states, directions, processors, asynchronous)
 
     def launch(entry: str, laid: Plan, blocks: int, shared: int, **more: int):
         parts = -(-jobs // laid.share)
         sizes = batch, length, H, G, P, N, chunks, parts, laid.share, call.diagonal
         known = defines | {"THREADS": laid.warps * 32, "RESIDENT": laid.resident} | more
         known["TENSOR_ASYNC"] = int(asynchronous and laid.warps % 4 == 0 and entry != "chain")
-        kernel = compilers.submit(_kernel, entry, call.device, shared, **known)
+        kernel = _kernel(entry, call.device, shared, **known)
         return kernel, blocks * parts, laid.warps * 32, _REST.pack(*views, *sizes)
 
     launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 1}
     of_sums, of_outputs = _shared(cut._replace(entering=entering), states, rows)
-    with ThreadPoolExecutor(3) as compilers:
-        if entering or call.last:
-            launches.append(launch("sums", sums, batch * chunks * G, of_sums, **plain))
-        if (entering or call.last) and not cut.direct:
-            pieces = batch * H * slices * directions * states * width // 8
-            plain |= dict.fromkeys(("ALL", "SOFTPLUS", "DT_TYPE"), 0)
-            launches.append(launch("chain", Plan(4, 4, jobs), -(-pieces // 128), 0, **plain))
-        more = {"STATES": entering, "DIRECT": int(cut.direct), "SLOTS": cut.slots, "BLOCKS": rows // 16}
-        more["D_TYPE"] = _NONE if call.D is None else _TYPES[call.D[2]]
-        launches.append(launch("outputs", outputs, batch * chunks * G, of_outputs, **more))
-        launches = tuple((kernel.result(), *rest) for kernel, *rest in launches)
+    if entering or call.last:
+        launches.append(launch("sums", sums, batch * chunks * G, of_sums, **plain))
+    if (entering or call.last) and not cut.direct:
+        pieces = batch * H * slices * directions * states * width // 8
+        plain |= dict.fromkeys(("ALL", "SOFTPLUS", "DT_TYPE"), 0)
+        launches.append(launch("chain", Plan(4, 4, jobs), -(-pieces // 128), 0, **plain))
+    more = {"STATES": entering, "DIRECT": int(cut.direct), "SLOTS": cut.slots, "BLOCKS": rows // 16}
+    more["D_TYPE"] = _NONE if call.D is None else _TYPES[call.D[2]]
+    launches.append(launch("outputs", outputs, batch * chunks * G, of_outputs, **more))
+    launches = tuple((kernel.result(), *rest) for kernel, *rest in launches)
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
     return _Layout(launches, stored, stored + formed * batch * chunks * H * 4)
 
 
-def _rows(v: Tensor) -> Tensor:
-    """With rows that can be read 16 bytes at a time."""
-    unit = 16 // v.element_size()
-    if v.stride(-1) == 1 and v.data_ptr() % 16 == 0 and not any(s % unit for s in v.stride()[:-1]):
-        return v
-    v = v.contiguous()
-    return v.clone() if v.data_ptr() % 16 else v
+def _near(v: Tensor) -> Tensor:
+    """With tokens so near that offsets within a block's fit into 32 bits."""
+    return v if v.stride(1) * v.element_size() * CHUNK_SIZES[-1] < 2**31 else v.contiguous()
+
+
+def _rows(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of whole 16 bytes at multiples of 16 bytes, which copies take; others are copied, with zeros at the end."""
+    v = v.to(dtype)
+    fill = -v.shape[-1] % 8
+    if fill:
+        return F.pad(v, (0, fill))
+    strides = [s for s, size in zip(v.stride()[:3], v.shape[:3], strict=True) if size > 1]
+    if v.stride(-1) == 1 and all(s % 8 == 0 for s in strides) and v.data_ptr() % 16 == 0:
+        return _near(v)
+    return v.clone(memory_format=torch.contiguous_format)
 
 
 def _float(v: Tensor | None) -> Tensor | None:
@@ -238,7 +259,8 @@ def ssd(
         options = dt_softplus, bidirectional, scanned_diagonal, chunk_size, return_last_state
         y, last = ssd(x, dt, A, B, C, D, dt_bias, initial, *options)
         return y[..., :P].contiguous(), last[..., :P, :N].contiguous()
-    x, B, C = (_rows(v if v.dtype is x.dtype else v.to(x.dtype)) for v in (x, B, C))
+    x, B, C = (_rows(v, x.dtype) for v in (x, B, C))
+    dt, D = _near(dt), None if D is None else _near(D)
     A, bias, initial = _float(A), _float(dt_bias), _float(initial_state)
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     last = A.new_empty((batch, directions if return_last_state else 0, H, P, N))

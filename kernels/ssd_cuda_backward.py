@@ -1,10 +1,9 @@
 """The gradients of state-space duality in CUDA C++ (ssd_backward.cu), compiled at first use by NVRTC."""
 
-import concurrent.futures
-import ctypes
 import functools
 import pathlib
 import struct
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
@@ -12,17 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.kernels import nvrtc
+from mambavision.kernels.ssd_cuda import _TYPES, _address, _asynchronous, _compilers, _near, _rows
 
 WIDTH = 64  # headdim and d_state up to which a block's tiles fit into shared memory
 _SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "ssd_backward.cu"))
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTERS = struct.Struct("20P")
 _REST = struct.Struct("25q3i4x")  # the rest of ssd_backward.cu's Call: its views, its sizes
 _SUM = struct.Struct("8P4q")
 _SMALL_THREADS = 256  # of `decays` and `sums`
 _WALK_THREADS = 128
 _PLANES = 8
-_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a CUdevice_attribute
 
 
 class Plan(NamedTuple):
@@ -36,23 +34,6 @@ class Plan(NamedTuple):
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _asynchronous(device: int) -> bool:
-    """Whether four warps' tensor cores can run on while the warps do, which sm_90 alone can."""
-    return device >= 0 and nvrtc._architecture(device) == 90
-
-
-@functools.cache
-def _room(device: int) -> int:
-    """Bytes of shared memory that a block may have."""
-    if device < 0:  # a CPU that emulates
-        return 227 << 10
-    driver, handle, room = nvrtc._driver(), ctypes.c_int(), ctypes.c_int()
-    nvrtc._check(driver.cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
-    asking = driver.cuDeviceGetAttribute(ctypes.byref(room), _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, handle)
-    nvrtc._check(asking, "measuring shared memory")
-    return room.value
 
 
 def _shared(plan: Plan, P: int, N: int, kinds: int, steps: int) -> tuple[int, int]:
@@ -91,6 +72,62 @@ def plan(
     return fitting[0]._replace(part=min(range(heads, 0, -1), key=cost))
 
 
+class _Built(NamedTuple):
+    """Kernels that are being compiled: those of a call in turn with their blocks and threads, then `sums` and its."""
+
+    launches: tuple[tuple[Future[nvrtc.Kernel], int, int], ...]
+    sums: tuple[Future[nvrtc.Kernel], int]
+
+
+@functools.lru_cache(1024)
+def _build(
+    device: int,
+    shape: tuple[int, ...],
+    groups: int,
+    p: int,
+    n: int,
+    plan: Plan,
+    dt_type: torch.dtype,
+    options: tuple[bool, bool, bool, bool, bool, bool],
+) -> _Built:
+    """``options``: softplus, both directions, scanned diagonal, D, states walked, states wanted at the end."""
+    batch, length, H = shape
+    softplus, both, scanned, has_D, walked, ends = options
+    tile, kinds = plan.tile, 2 + 2 * both
+    P, N = _up(p, 16), _up(n, 16)
+    tiles, parts = -(-length // tile), -(-(H // groups) // plan.part)
+    steps = tiles if ends else tiles - 1
+    of_walk, of_gradients = _shared(plan, P, N, kinds, steps)
+    macros = {"TILE": tile, "P": P, "N": N, "DT_TYPE": _TYPES[dt_type], "BOTH": int(both)}
+    macros |= {"DIAGONAL": f"{(1 + both) * scanned}.f", "SOFTPLUS": int(softplus), "HAS_D": int(has_D)}
+    macros |= {"PARTIAL": int(parts > 1), "STAGES": plan.stages, "BUFFERS": plan.buffers}
+    macros["TENSOR_ASYNC"] = int(P == N == 64 and _asynchronous(device))
+    read = {  # what an entry does not look at shall not compile it again
+        "decays": ("TILE", "DT_TYPE", "SOFTPLUS", "HAS_D"),
+        "walk": ("TILE", "P", "N", "BOTH", "STAGES", "TENSOR_ASYNC"),
+        "gradients": tuple(name for name in macros if name != "STAGES"),
+        "sums": ("PARTIAL",),
+    }
+    unread = dict.fromkeys(macros, 0) | {"TILE": 64, "P": 16, "N": 16, "DIAGONAL": "0.f", "STAGES": 2, "BUFFERS": 2}
+    heads, inner = -(-H // 32), batch * length * groups * n
+
+    def build(entry: str, blocks: int, threads: int, resident: int, shared: int) -> tuple[Future, int, int]:
+        values = unread | {name: macros[name] for name in read[entry]} | {"ENTRY": entry}
+        values |= {"KERNEL": f"ssd_{entry}", "THREADS": threads}
+        values |= {"RESIDENT": resident, "ARGUMENT": "Sum" if entry == "sums" else "Call"}
+        defines = tuple(f"{name}={v}" for name, v in values.items())
+        kernel = _compilers().submit(nvrtc.kernel, _SOURCES, f"ssd_{entry}", defines, device, shared)
+        return kernel, blocks, threads
+
+    blocks = batch * tiles * groups * parts
+    gradients = build("gradients", blocks, 2 * tile, 128 // tile, of_gradients)  # which takes longest
+    launches = [build("decays", batch * tiles * -(-H // 16), _SMALL_THREADS, 1, 0)]
+    if walked:
+        launches.append(build("walk", batch * H * kinds, _WALK_THREADS, 2, of_walk))
+    blocks = 2 * -(-inner // 2 // _SMALL_THREADS) * (parts > 1) + 2 * heads
+    return _Built((*launches, gradients), build("sums", blocks, _SMALL_THREADS, 1, 0)[:2])
+
+
 class _Layout(NamedTuple):
     """All of a call but its addresses: kernels with their blocks and threads, sizes, and the scratch buffer's parts."""
 
@@ -114,89 +151,61 @@ def _layout(
     views: tuple[int, ...],
     options: tuple[bool, bool, bool, bool, bool, bool],
 ) -> _Layout:
-    """``options``: softplus, both directions, scanned diagonal, D, states walked, states wanted at the end."""
-    batch, length, H = shape
-    softplus, both, scanned, has_D, walked, ends = options
-    tile, kinds = plan.tile, 2 + 2 * both
-    P, N = _up(p, 16), _up(n, 16)
-    tiles, parts = -(-length // tile), -(-(H // groups) // plan.part)
-    steps = tiles if ends else tiles - 1
-    walk, gradients = _shared(plan, P, N, kinds, steps)
-    macros = {"TILE": tile, "P": P, "N": N, "DT_TYPE": _TYPES[dt_type], "BOTH": int(both)}
-    macros |= {"DIAGONAL": f"{(1 + both) * scanned}.f", "SOFTPLUS": int(softplus), "HAS_D": int(has_D)}
-    macros |= {"PARTIAL": int(parts > 1), "STAGES": plan.stages, "BUFFERS": plan.buffers}
-    macros["TENSOR_ASYNC"] = int(P == N == 64 and _asynchronous(device))
-    read = {  # what an entry does not look at shall not compile it again
-        "decays": ("TILE", "DT_TYPE", "SOFTPLUS", "HAS_D"),
-        "walk": ("TILE", "P", "N", "BOTH", "STAGES", "TENSOR_ASYNC"),
-        "gradients": tuple(name for name in macros if name != "STAGES"),
-        "sums": ("PARTIAL",),
-    }
-    unread = dict.fromkeys(macros, 0) | {"TILE": 64, "P": 16, "N": 16, "DIAGONAL": "0.f", "STAGES": 2, "BUFFERS": 2}
-    heads = -(-H // 32)
-    jobs = [
-        ("decays", batch * tiles * -(-H // 16), _SMALL_THREADS, 1, 0),
-        *[("walk", batch * H * kinds, _WALK_THREADS, 2, walk)] * walked,
-        ("gradients", batch * tiles * groups * parts, 2 * tile, 128 // tile, gradients),
-    ]
-    inner = batch * length * groups * n
-    jobs.append(("sums", 2 * -(-inner // 2 // _SMALL_THREADS) * (parts > 1) + 2 * heads, _SMALL_THREADS, 1, 0))
-
-    def build(job) -> tuple[nvrtc.Kernel, int, int]:
-        entry, blocks, threads, resident, shared = job
-        values = unread | {name: macros[name] for name in read[entry]} | {"ENTRY": entry}
-        values |= {"KERNEL": f"ssd_{entry}", "THREADS": threads}
-        values |= {"RESIDENT": resident, "ARGUMENT": "Sum" if entry == "sums" else "Call"}
-        defines = tuple(f"{name}={v}" for name, v in values.items())
-        return nvrtc.kernel(_SOURCES, f"ssd_{entry}", defines, device, shared), blocks, threads
-
-    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-        *launches, (sums, blocks, _) = pool.map(build, jobs)
-
-    padded, rows = tiles * tile, batch * tiles
-    sizes = [4 * _PLANES * batch * H * padded, 2 * rows * H * kinds * N * P * walked, 4 * rows * H, 4 * rows * H]
+    """``options`` as in ``_build``."""
+    built = _build(device, shape, groups, p, n, plan, dt_type, options)
+    (batch, length, H), (_, both, _, _, walked, _) = shape, options
+    tiles, parts, kinds = -(-length // plan.tile), -(-(H // groups) // plan.part), 2 + 2 * both
+    padded, rows, inner = tiles * plan.tile, batch * tiles, batch * length * groups * n
+    state = 2 * rows * H * kinds * _up(n, 16) * _up(p, 16) * walked
+    sizes = [4 * _PLANES * batch * H * padded, state, 4 * rows * H, 4 * rows * H]
     sizes += [4 * parts * inner * (parts > 1)] * 2
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + _up(size, 256))
-    rest = (*views, batch, length, tiles, H, groups, parts, plan.part, p, n, int(walked))
-    return _Layout(
-        tuple(launches),
-        (sums, blocks),
-        _REST.pack(*rest),
-        tuple(offsets),
-        parts,
-        rows,
-    )
+    rest = _REST.pack(*views, batch, length, tiles, H, groups, parts, plan.part, p, n, int(walked))
+    launches = tuple((kernel.result(), *sizes) for kernel, *sizes in built.launches)
+    sums, blocks = built.sums
+    return _Layout(launches, (sums.result(), blocks), rest, tuple(offsets), parts, rows)
 
 
-def _rows(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of whole 16 bytes at multiples of 16 bytes, which copies take; others are copied, with zeros at the end."""
-    v = v.to(dtype)
-    fill = -v.shape[-1] % 8
-    if fill:
-        return F.pad(v, (0, fill))
-    strides = [s for s, size in zip(v.stride()[:3], v.shape[:3], strict=True) if size > 1]
-    if v.stride(-1) == 1 and all(s % 8 == 0 for s in strides) and v.data_ptr() % 16 == 0:
-        return v
-    return v.clone(memory_format=torch.contiguous_format)
+def _planned(device: int, batch: int, length: int, H: int, groups: int, P: int, N: int, both: bool) -> Plan:
+    room = nvrtc.shared_memory(device)
+    chosen = plan(batch, length, H, groups, _up(P, 16), _up(N, 16), 2 + 2 * both, nvrtc.processors(device), room)
+    if chosen is None:
+        raise RuntimeError(f"{room} bytes of shared memory are too few for headdim {P} and d_state {N}")
+    return chosen
+
+
+def prepare(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    bidirectional: bool,
+    scanned_diagonal: bool,
+    return_last_state: bool,
+) -> None:
+    """Begin to compile what :func:`ssd_backward` of such a call will launch, and do not wait for it."""
+    if x.numel() == 0 or B.numel() == 0:
+        return
+    device, (batch, length, H, P), (G, N) = x.get_device(), x.shape, B.shape[2:]
+    chosen, ends = _planned(device, batch, length, H, G, P, N, bidirectional), initial_state is not None
+    walked = length > chosen.tile or ends or return_last_state
+    options = (dt_softplus, bidirectional, scanned_diagonal, D is not None, walked, ends)
+    _build(device, (batch, length, H), G, _up(P, 8), _up(N, 8), chosen, dt.dtype, options)
 
 
 def _view(v: Tensor | None) -> tuple[int, int, int]:
     if v is None:
         return 0, 0, 0
     batch, token, head = (s * v.element_size() for s in v.stride()[:3])
-    if token * 128 >= 2**31:
-        raise ValueError(f"strides {v.stride()} of a {v.dtype} tensor are too long: make it contiguous")
     return batch, head, token
 
 
 def _states(v: Tensor | None, p: int, n: int) -> Tensor | None:
     return None if v is None else F.pad(v.float(), (0, n - v.shape[-1], 0, p - v.shape[-2])).contiguous()
-
-
-def _address(v: Tensor | None) -> int:
-    return 0 if v is None else v.data_ptr()
 
 
 def ssd_backward(
@@ -232,12 +241,9 @@ def ssd_backward(
     x, dy, keys, queries = (_rows(v, x.dtype) for v in (x, grad_y, B, C))
     p, n = x.shape[-1], keys.shape[-1]
     A, bias = A.float().contiguous(), None if dt_bias is None else dt_bias.float().contiguous()
-    D = None if D is None else D.float()
+    dt, D = _near(dt), None if D is None else _near(D.float())
     initial, gradient = _states(initial_state, p, n), _states(grad_state, p, n)
-    sizes = batch, length, H, G, _up(p, 16), _up(n, 16), 2 + 2 * bidirectional
-    chosen = chosen or plan(*sizes, nvrtc.processors(device), _room(device))
-    if chosen is None:
-        raise RuntimeError(f"{_room(device)} bytes of shared memory are too few for headdim {P} and d_state {N}")
+    chosen = chosen or _planned(device, batch, length, H, G, P, N, bidirectional)
     ends = initial is not None
     walked = length > chosen.tile or ends or gradient is not None
     views = sum((_view(v) for v in (x, dy, keys, queries, dt, D)), ())

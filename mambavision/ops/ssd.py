@@ -256,8 +256,11 @@ def _ssd(
     return_last_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    options = (dt_softplus, bidirectional, scanned_diagonal, chunk_size, return_last_state)
-    return _kernel(backend).ssd(x, dt, A, B, C, D, dt_bias, initial_state, *options)
+    tensors = (x, dt, A, B, C, D, dt_bias, initial_state)
+    options = (dt_softplus, bidirectional, scanned_diagonal)
+    if backend == "cuda" and any(v is not None and v.requires_grad for v in tensors):
+        ssd_cuda_backward.prepare(x, dt, B, D, initial_state, *options, return_last_state)
+    return _kernel(backend).ssd(*tensors, *options, chunk_size, return_last_state)
 
 
 @_ssd.register_fake

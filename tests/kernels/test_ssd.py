@@ -133,10 +133,11 @@ def check(case: Case, backend: str, device: str = "cpu") -> None:
 
 
 def check_forward(case: Case, device: str = "cpu") -> None:
-    """``cuda`` is at most 2.1 times as far from fp64 as ``chunked`` in the same types, and the same twice.
+    """``cuda`` is at most twice as far from fp64 as ``chunked`` in the same types, and the same twice.
 
-    ``chunked`` computes in float32 and rounds y alone. Five more roundings to bfloat16 make 2.0: scores, decays from a
-    border and to it, both products. A last state is a sum of rounded ones; few numbers make no mean.
+    ``chunked`` computes in float32 and rounds y alone. Pairs of a strip are rounded to bfloat16 twice more (score and
+    weight), others five times (score, decays from a border and to it, both products). A last state is a sum of rounded
+    ones; few numbers make no mean.
     """
     args, options = inputs(case, device=device)
     actual, again = forward(args, options, "cuda"), forward(args, options, "cuda")
@@ -147,7 +148,7 @@ def check_forward(case: Case, device: str = "cpu") -> None:
         errors = [relative(v[name].double(), value) for v in (actual, peer)]
         few = value.numel() < 4000
         least = FORWARD_LIMIT["bf16"] if value.numel() < 100 else 4e-3 if few or name == "last_state" else 0.0
-        if not errors[0] <= max(2.1 * errors[1], least):
+        if not errors[0] <= max(2 * errors[1], least):
             wrong[name] = errors
         assert torch.equal(actual[name], again[name]), f"{name} of {case} is not the same twice"
     assert not wrong, f"{case}: {wrong}"

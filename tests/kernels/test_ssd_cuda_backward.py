@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mambavision.kernels import ssd_chunked, ssd_cuda_backward, ssd_reference
 from mambavision.kernels.ssd_cuda_backward import Plan, _shared, plan, ssd_backward
+from mambavision.ops import ssd
 from tests.kernels.emulated import DESCENDING, RANDOM
 from tests.kernels.test_ssd import EXTREME, FULL, GRADIENT_LIMIT, LARGE, Case, make, relative, strided
 from tests.kernels.test_ssd import check as check_operator
@@ -88,8 +89,10 @@ def test_through_the_emulator(case, chosen, emulator):
 def asynchronous(monkeypatch):
     """Four warps' products together, as sm_90 has them."""
     monkeypatch.setattr(ssd_cuda_backward, "_asynchronous", lambda device: True)
+    ssd_cuda_backward._build.cache_clear()
     ssd_cuda_backward._layout.cache_clear()
     yield
+    ssd_cuda_backward._build.cache_clear()
     ssd_cuda_backward._layout.cache_clear()
 
 
@@ -171,3 +174,16 @@ def test_twice_gives_the_same_bits(tile):
     case, chosen = Case(3136, "sum", 6, 64, 64, dtype="bf16"), Plan(tile, 2, 3)
     one, two = run(case, chosen, "cuda"), run(case, chosen, "cuda")
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_compiled_while_the_forward_is(emulator):
+    """A forward whose gradients are wanted begins to compile exactly what its backward launches."""
+    case = Case(70, "sum", 2, 16, 16, dtype="bf16", options=False)
+    ssd_cuda_backward._build.cache_clear()
+    ssd_cuda_backward._layout.cache_clear()
+    x, *rest = (v.requires_grad_() for v in make(case).values())
+    y = ssd(x, *rest, bidirectional=True, backend="cuda")
+    assert ssd_cuda_backward._build.cache_info().misses == 1
+    torch.autograd.grad(y, x, torch.ones_like(y))
+    assert ssd_cuda_backward._build.cache_info().misses == 1
+    assert [name for name, _, _ in emulator.launches][-1] == "ssd_sums"

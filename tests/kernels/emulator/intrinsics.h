@@ -50,6 +50,7 @@ template <int TYPE> inline unsigned multiply2(unsigned a, unsigned b) {
     return pack2<TYPE>(v.x * w.x, v.y * w.y);
 }
 
+inline void meet_warps() { emulator::barrier(true, 0); }
 inline char *dynamic_shared() { return emulator::dynamic_begin; }
 
 namespace emulator {
@@ -78,12 +79,12 @@ inline float cut_to_tf32(float v) { return __uint_as_float(__float_as_uint(v) & 
 
 struct Rows { unsigned *r; const void *row; };
 
-template <int MATRICES, bool TRANSPOSED> void load_matrices(unsigned *r, const void *row, int line) {
-    if (threadIdx.x % 32 < 8 * MATRICES) check_shared(row, 16, line);
+template <bool TRANSPOSED> void load_matrices(unsigned *r, const void *row, int line) {
+    check_shared(row, 16, line);
     Rows mine{r, row};
     collective(~0u, line, &mine, [](void **data, unsigned) {
         for (int lane = 0; lane < 32; lane++)
-            for (int m = 0; m < MATRICES; m++) {
+            for (int m = 0; m < 4; m++) {
                 unsigned short pair[2];
                 for (int i = 0; i < 2; i++) {
                     const int row = TRANSPOSED ? lane % 4 * 2 + i : lane / 4;
@@ -122,10 +123,8 @@ template <int TYPE> inline void mma_16x8x16(float c[4], const unsigned a[4], con
     });
 }
 
-inline void ldmatrix_x4(unsigned r[4], const void *row, AT) { emulator::load_matrices<4, false>(r, row, line); }
-inline void ldmatrix_x4_trans(unsigned r[4], const void *row, AT) { emulator::load_matrices<4, true>(r, row, line); }
-inline void ldmatrix_x2(unsigned r[2], const void *row, AT) { emulator::load_matrices<2, false>(r, row, line); }
-inline void ldmatrix_x2_trans(unsigned r[2], const void *row, AT) { emulator::load_matrices<2, true>(r, row, line); }
+inline void ldmatrix_x4(unsigned r[4], const void *row, AT) { emulator::load_matrices<false>(r, row, line); }
+inline void ldmatrix_x4_trans(unsigned r[4], const void *row, AT) { emulator::load_matrices<true>(r, row, line); }
 
 inline void copy_async_16(void *shared, const void *global, bool inside, AT) {
     emulator::check_shared(shared, 16, line);

@@ -16,15 +16,15 @@ template <int TYPE, bool TRANSPOSED> INLINE void product(const Argument &argumen
     const int b_row = TRANSPOSED ? 2 : 1;  // pieces of 16 bytes
     if (lane < 16) copy_async_16(b + lane / b_row * PITCH + lane % b_row * 16, argument.b + lane * 16, true);
     copy_async_commit();
-    unsigned fragment_a[4], fragment_b[2];
+    unsigned fragment_a[4], fragment_b[4];  // of b twice the same half
     copy_async_wait<1>();
     __syncwarp();
     if (TRANSPOSED) ldmatrix_x4_trans(fragment_a, a + (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 16);
     else ldmatrix_x4(fragment_a, a + lane % 16 * PITCH + lane / 16 * 16);
     copy_async_wait<0>();
     __syncwarp();
-    if (TRANSPOSED) ldmatrix_x2(fragment_b, b + lane % 8 * PITCH + lane / 8 % 2 * 16);
-    else ldmatrix_x2_trans(fragment_b, b + lane % 16 * PITCH);
+    if (TRANSPOSED) ldmatrix_x4(fragment_b, b + lane % 8 * PITCH + lane / 8 % 2 * 16);
+    else ldmatrix_x4_trans(fragment_b, b + lane % 16 * PITCH);
     float c[4] = {};
     mma_16x8x16<TYPE>(c, fragment_a, fragment_b);
     for (int i = 0; i < 4; i++)
