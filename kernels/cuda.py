@@ -43,7 +43,6 @@ class Plan(NamedTuple):
     tile: int
     threads: int
     segment: int
-    polynomial: int = 0
     keep_decay: bool = False
     resident: int = 1
     scans: int = 1
@@ -97,8 +96,7 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
     split = min(most, max(fewest, padded // (4 if backward and padded > 4 else 2 if backward else 16)))
     while split < most and padded // split > 4:
         each = padded // split
-        cuts = 4 if each == 16 and length >= 16384 and not backward else 2 if each == 8 and length >= 1024 else 1
-        if warps(split) >= wanted or (warps(split) * cuts >= enough and (each == 8 or cuts == 4)):
+        if warps(split) >= wanted or (each == 8 and warps(split) * (2 if length >= 1024 else 1) >= enough):
             break
         split *= 2
     roomy = backward and padded == 16 and length >= 1024
@@ -160,11 +158,13 @@ def merged_plan(
     blocks = batch * channels // _GROUP
     if channels % _GROUP or length >= 2**24 or blocks < 7 / 8 * processors or shared <= _WITHOUT_COPIES:
         return None
-    if backward and length > 1600:
+    if backward and length > _LONGEST_BACK:
         return None
     spans = -(-length // 32)  # of a warp
-    each = 32 * row + (1152 if backward else 640)
-    wanted = 2 if backward and spans <= 8 else 4 if backward else max(2, 16 // max(1, shared // _sums(length)))
+    each = 32 * row + (1152 if backward else 448)
+    wanted = max(2, 15 // max(1, shared // _sums(length)))
+    if backward and length <= 1600:
+        wanted = 2 if spans <= 8 else 4
     most = min(wanted, (shared - _sums(length) - 128) // each)
     if most < min(spans, wanted, 4):
         return None
@@ -174,6 +174,8 @@ def merged_plan(
 
 _WITHOUT_COPIES = 96 << 10  # bytes of shared memory of the largest GPU without asynchronous copies, sm_70
 
+
+_LONGEST_BACK = 1600
 
 _ORDERED = 1024  # steps from which B and C are ordered first: sums leave the L1 cache little
 
@@ -191,9 +193,9 @@ def unavailable() -> str | None:
 @functools.lru_cache(4096)
 def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], shared: int = 0) -> nvrtc.Kernel:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
-    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS"), 1)
+    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "WIDE", "RESIDENT", "SCANS"), 1)
     values |= {"TILE": 16, "THREADS": threads}
-    values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "GATED", "ORDERED", "EVERY", "START_TYPE"), 0)
+    values |= dict.fromkeys(("KEEP_DECAY", "SOFTPLUS", "GATED", "ORDERED", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
     options = tuple(f"{n}={v}" for n, v in (values | dict(defines)).items())
     return nvrtc.kernel(_MERGING if "merged" in name else _SOURCES, name, options, device, shared)
@@ -324,9 +326,11 @@ def _scan_layout(call: _Call) -> _Layout:
         chosen = chosen.fitting(views[5] is not None, nvrtc.shared_memory(device))
     segments, blocks = -(-length // chosen.segment), -(-channels // chosen.channels)
     kept = start_type is not None
+    if backward and not kept:  # computed again, in the type that they would be kept in
+        start_type = torch.bfloat16 if views[0][2] is torch.bfloat16 and N > 1 else torch.float32
     every = chosen.tile if backward else _tile(N) if kept else 0
     defines = call.defines() | {"STATES": chosen.states, "SPLIT": chosen.split, "TILE": chosen.tile}
-    defines |= {"RESIDENT": chosen.resident, "POLYNOMIAL": chosen.polynomial, "KEEP_DECAY": int(chosen.keep_decay)}
+    defines |= {"RESIDENT": chosen.resident, "KEEP_DECAY": int(chosen.keep_decay)}
     if backward:
         names = ("scan_reach_back", "scan_carry_back", "scan_backward")
         names = names if kept else ("scan_reach", "scan_carry", "scan_starts", *names)
@@ -355,7 +359,8 @@ def _scan_layout(call: _Call) -> _Layout:
     jobs = []  # outer, terms, inner, type, type of the sum
     if backward:
         pieces, row = batch * segments, K * channels
-        floats += [0 if kept else states * -(-length // every) * N, *[blocks * tokens * N] * 2]  # starts, dB, dC
+        starts = 0 if kept else -(-states * -(-length // every) * N * start_type.itemsize // 4)
+        floats += [starts, *[blocks * tokens * N] * 2]  # starts, dB, dC
         floats += [pieces * row * N, pieces * row, pieces * row]  # dA, dD, dbias
         jobs = [(1, blocks, tokens * N, f32, B), (1, blocks, tokens * N, f32, C)]
         jobs += [(1, pieces, row * N, f32, f32), (1, pieces, row, f32, f32), (1, pieces, row, f32, f32)]
@@ -424,12 +429,13 @@ def _offsets(floats: Iterable[int]) -> tuple[int, ...]:
 def _summing(device: int, jobs: list[tuple]) -> tuple | None:
     if not jobs:
         return None
-    vector = math.gcd(16 // max(source.itemsize for *_, source, _ in jobs), *(inner for _, _, inner, _, _ in jobs))
+    wide = {size: math.gcd(16 // size, *(inner for _, _, inner, source, _ in jobs if source.itemsize == size))
+            for size in (2, 4)}  # fmt: skip
     rests = []
     for outer, terms, inner, source, out in jobs:
-        blocks = -(-outer * inner // (vector * _SUM_THREADS))
+        blocks = -(-outer * inner // (wide[source.itemsize] * _SUM_THREADS))
         rests.append((outer, terms, inner, blocks, _TYPES[source], _TYPES[out]))
-    function = _kernel("scan_sum", device, _SUM_THREADS, ("VECTOR", vector), ("RESIDENT", 4))
+    function = _kernel("scan_sum", device, _SUM_THREADS, ("VECTOR", wide[4]), ("WIDE", wide[2]), ("RESIDENT", 4))
     return function, sum(rest[3] for rest in rests), tuple(rests)
 
 
@@ -558,10 +564,13 @@ def scan_backward(
     *,
     z: Tensor | None = None,
     starts: Tensor | None = None,
+    dx: Tensor | None = None,
+    overwrite_delta: bool = False,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, delta, A, B, C, D, delta_bias and initial_state, and of z where it is given.
 
-    ``starts``: the states that :func:`scan` kept; without them they are computed again.
+    ``starts``: the states that :func:`scan` kept; without them they are computed again. ``dx``: contiguous memory for
+    the gradient of x; ``overwrite_delta``: a contiguous delta's own memory gets its gradient.
     """
     device, shape, N = x.get_device(), delta.shape, A.shape[-1]
     batch, length, K, channels = shape
@@ -586,7 +595,8 @@ def scan_backward(
     ends, sums, starts_at, *parts = (base + offset for offset in layout.offsets[:-1])
     if starts is not None:
         starts_at = starts.data_ptr()
-    dx, ddelta = x.new_empty((batch, length, x.shape[2], channels)), delta.new_empty(shape)
+    dx = x.new_empty((batch, length, x.shape[2], channels)) if dx is None else dx
+    ddelta = delta if overwrite_delta and delta.is_contiguous() else delta.new_empty(shape)
     dz = None if z is None else z.new_empty(shape)
     dA, dinitial = A.new_empty((K, channels, N)), A.new_empty((batch, K, channels, N))
     dD, dbias = A.new_empty((K, channels)), A.new_empty((K, channels))

@@ -187,14 +187,16 @@ def _gradients(
     R, N = dt_weight.shape[-1], A.shape[-1]
     wide = _wide(x, x_proj)
     dproj = torch.empty_like(projected) if projected.shape[-1] == x_proj.shape[1] else torch.zeros_like(projected)
-    dx, sums, images = None, None, _images(x, A)
+    dx, sums, images = torch.empty(x.shape, dtype=x.dtype, device=x.device), None, _images(x, A)
     for first in range(0, len(x), images):
         part = slice(first, first + images)
         from_x, to = projected[part], dproj[part]
         arguments = (_delta(from_x, dt_weight), A, from_x[..., R : R + N], from_x[..., R + N : R + 2 * N])
-        kept = {"starts": starts[part]} if starts.numel() else {}
+        options = {"starts": starts[part]} if starts.numel() else {}
+        if backend == "cuda":  # in memory that there is
+            options |= {"overwrite_delta": True, "dx": dx[part, :, None]}
         du, ddelta, dA, dB, dC, dD, dbias, _ = dispatch._kernel(backend).scan_backward(
-            grad[part], None, x[part, :, None], *arguments, D, delta_bias, None, order, True, True, **kept
+            grad[part], None, x[part, :, None], *arguments, D, delta_bias, None, order, True, True, **options
         )
         del arguments
         dweight = _low_rank_gradients(ddelta.to(x.dtype), from_x, dt_weight, to)
@@ -202,15 +204,10 @@ def _gradients(
         _copy(dC, to, R + N)
         new = (dweight, dA, dD, dbias)
         sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
-        du, rows = du.to(x.dtype).flatten(0, 2), to.flatten(2).flatten(0, 1)
-        if images >= len(x):
-            dx = du.addmm_(rows, wide)
-        else:
-            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
-            torch.mm(rows, wide, out=dx[part].view(du.shape)).add_(du)
+        torch.addmm(du.to(x.dtype).flatten(0, 2), to.flatten(2).flatten(0, 1), wide, out=dx[part].flatten(0, 1))
         del du, ddelta, dB, dC
     dwide = (dproj.flatten(2).flatten(0, 1).mT @ x.flatten(0, 1)).unflatten(0, (len(x_proj), -1))
-    return dx.view(x.shape), dwide[:, : x_proj.shape[1]], *sums
+    return dx, dwide[:, : x_proj.shape[1]], *sums
 
 
 def _images(x: Tensor, A: Tensor) -> int:

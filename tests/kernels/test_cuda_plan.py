@@ -16,7 +16,7 @@ DIM256, DIM1024 = (64, 256, 1, 2304, 16), (8, 4096, 1, 2304, 16)
 SERPENT, NEXT = (1, 262144, 4, 96, 16), (1, 65536, 4, 192, 16)
 # batch, length, scans, channels, N: states, lanes, segments of the forward; segments of the backward, decays kept
 FASTEST = {
-    P2: (16, 1, 4, 1, True),
+    P2: (8, 2, 2, 1, True),
     P3: (8, 2, 1, 1, True),
     DIM256: (16, 1, 1, 1, True),
     DIM1024: (8, 2, 1, 1, True),

@@ -218,7 +218,6 @@ def test_nothing_outside_of_tensors_is_touched(case, processors, at_end, emulato
     "case, options",
     [
         (Case(70, 16, "fp32", 9), {"keep_decay": True}),
-        (Case(33, 8, "bf16", 5, merge=False), {"polynomial": 5}),
         (Case(70, 16, "fp32", 9), {"tile": 8, "segment": 24}),
         (Case(33, 8, "bf16", 5, merge=False), {"segment": 16}),
     ],

@@ -8,6 +8,7 @@ typedef long long i64;
 template <class Target> inline Target *whole(Target *p) { return p; }
 inline unsigned opaque(unsigned v) { return v; }
 inline i64 offset(int row, int bytes) { return (i64)row * bytes; }
+inline const char *beyond(const char *p, int row, int bytes) { return p + (i64)row * bytes; }
 
 inline float flush(float v) { return fabsf(v) < 0x1p-126f ? copysignf(0.f, v) : v; }
 inline float exp2_fast(float v) { return flush(exp2f(flush(v))); }
@@ -49,6 +50,9 @@ template <int TYPE> inline unsigned multiply2(unsigned a, unsigned b) {
     const float2 v = unpack2<TYPE>(a), w = unpack2<TYPE>(b);
     return pack2<TYPE>(v.x * w.x, v.y * w.y);
 }
+
+inline void pass_on(int id, int line = __builtin_LINE()) { emulator::pass_on(id, line); }
+inline void take_over(int id, int line = __builtin_LINE()) { emulator::take_over(id, line); }
 
 inline char *dynamic_shared() { return emulator::dynamic_begin; }
 
