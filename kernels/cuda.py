@@ -165,7 +165,7 @@ def merged_plan(
     wanted = max(2, 15 // max(1, shared // _sums(length)))
     if backward and length <= 1600:
         wanted = 2 if spans <= 8 else 4
-    most = min(wanted, (shared - _sums(length) - 128) // each)
+    most = min(wanted, (shared - _sums(length) - 1152) // each)
     if most < min(spans, wanted, 4):
         return None
     warps = -(-spans // -(-spans // most))

@@ -108,20 +108,25 @@ INLINE void clear_sums(char *sum, int length) {
         ((float4 *)sum)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
 }
 
-// Adds a stretch's terms to the sums of their tokens, all of them if WHOLE; loads first, that they overlap
-template <int COUNT, bool WHOLE, class Term> INLINE void add(char *sum, const int *places, int left, Term term) {
-    float2 *to[COUNT], v[COUNT];
+// The sums of a stretch's tokens, of one pair of channels: loaded first, that they overlap; all steps if WHOLE
+struct Sums {
+    float2 *to[STEPS], v[STEPS];
+
+    template <bool WHOLE> INLINE void load(char *sum, const int *places, int left) {
 #pragma unroll
-    for (int j = 0; j < COUNT; j++) {
-        to[j] = (float2 *)(sum + places[j]);
-        if (WHOLE || j < left) v[j] = *to[j];
+        for (int j = 0; j < STEPS; j++) {
+            to[j] = (float2 *)(sum + places[j]);
+            if (WHOLE || j < left) v[j] = *to[j];
+        }
     }
+    template <bool WHOLE, class Term> INLINE void add(int left, Term term) {
 #pragma unroll
-    for (int j = 0; j < COUNT; j++) {
-        const float2 more = term(j);
-        if (WHOLE || j < left) *to[j] = make_float2(v[j].x + more.x, v[j].y + more.y);
+        for (int j = 0; j < STEPS; j++) {
+            const float2 more = term(j);
+            if (WHOLE || j < left) *to[j] = make_float2(v[j].x + more.x, v[j].y + more.y);
+        }
     }
-}
+};
 
 // A lane's pair of D of all scans: what x (backward: dy) adds to y, in the first scan
 INLINE float2 all_skips(const Call &c, int d) {
@@ -278,11 +283,17 @@ INLINE void merged_forward(const Call &c) {
         if (first == 0) before_p = make_float2(1.f, 1.f), before_h = make_float2(0.f, 0.f);
 
         if (i == 0) __syncthreads();  // sums are cleared, and complete for the scan before
+        Sums sums;
+        if (left >= REACH) sums.load<true>(sum_pair, place_t, STEPS);
+        else sums.load<false>(sum_pair, place_t, left - first);
+        float C[STEPS];
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) C[j] = C_t[j];
         float2 s;  // state before the warp's steps, then before the stretch
-        const i64 state = (i64)(b * scans + k) * channels + d;
+        auto state = [&](const float *of) { return (float2 *)(of + ((i64)(b * scans + k) * channels + d)); };
         const bool begins = warp == 0 && i == 0, ends = warp == WARPS - 1 && i == spans - 1;
         if (begins) {
-            s = c.initial ? *(const float2 *)(c.initial + state) : make_float2(0.f, 0.f);
+            s = c.initial ? *state(c.initial) : make_float2(0.f, 0.f);
         } else {
             const int from = warp ? warp - 1 : WARPS - 1;
             if (WARPS > 1) take_over(1 + from);
@@ -293,7 +304,7 @@ INLINE void merged_forward(const Call &c) {
         if (WARPS == 1) __syncwarp();
         if (lane >= 24) carry[warp][pair] = end;
         if (WARPS > 1 && !ends) pass_on(1 + warp);
-        if (lane >= 24 && ends && c.last) *(float2 *)(c.last + state) = end;
+        if (ends && c.last && lane >= 24) *state(c.last) = end;
         s = make_float2(before_p.x * s.x + before_h.x, before_p.y * s.y + before_h.y);
         if (EVERY && first < left) {
             const int t = (i * SPAN + warp * REACH + first) / STEPS;
@@ -301,18 +312,18 @@ INLINE void merged_forward(const Call &c) {
             Pair<START_TYPE>::store(c.starts + at * sizeof(typename Element<START_TYPE>::bits), s);
         }
         auto y = [&](int j) {
-            return make_float2(C_t[j] * (p[j].x * s.x + h[j].x), C_t[j] * (p[j].y * s.y + h[j].y));
+            return make_float2(C[j] * (p[j].x * s.x + h[j].x), C[j] * (p[j].y * s.y + h[j].y));
         };
         auto y_and_skip = [&](int j) {
             const float2 y_j = y(j), w = raw_x[j].value();
             return make_float2(y_j.x + skip.x * w.x, y_j.y + skip.y * w.y);
         };
         if (left >= REACH) {
-            if (k) add<STEPS, true>(sum_pair, place_t, STEPS, y);
-            else add<STEPS, true>(sum_pair, place_t, STEPS, y_and_skip);
+            if (k) sums.add<true>(STEPS, y);
+            else sums.add<true>(STEPS, y_and_skip);
         } else {
-            if (k) add<STEPS, false>(sum_pair, place_t, left - first, y);
-            else add<STEPS, false>(sum_pair, place_t, left - first, y_and_skip);
+            if (k) sums.add<false>(left - first, y);
+            else sums.add<false>(left - first, y_and_skip);
         }
         row = row_next, row_next = row_ahead, k_next = ahead.k, index_next = ahead.index;
         ahead.advance(scans, length, spans);
@@ -518,8 +529,14 @@ INLINE void merged_backward(const Call &c) {
             if (j < left) Pair<DELTA_TYPE>::store(ddelta + offset(rows[j], token), v);
             return make_float2(input.x * dt[j].x + skip_now.x * q.x, input.y * dt[j].y + skip_now.y * q.y);
         };
-        if (left + first >= REACH) add<STEPS, true>(sum + pair * 8, place_t, STEPS, dx);
-        else add<STEPS, false>(sum + pair * 8, place_t, left, dx);
+        Sums sums;
+        if (left + first >= REACH) {
+            sums.load<true>(sum + pair * 8, place_t, STEPS);
+            sums.add<true>(STEPS, dx);
+        } else {
+            sums.load<false>(sum + pair * 8, place_t, left);
+            sums.add<false>(left, dx);
+        }
         sum_pairs<STEPS / 2>(dB, pair);
         if (own) c.dB[own_at] = dB[0] * LN2;
         if (here.i == 0) {

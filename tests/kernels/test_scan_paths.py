@@ -179,3 +179,33 @@ def test_backwards_of_few_warps_give_the_same_bits_in_any_order_of_threads(case,
         seen.append(direct(case))
     assert next(threads for name, _, threads in emulator.launches if name == "scan_backward") <= 96
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "length, N, channels, kept",
+    [(70, 1, 16, True), (70, 1, 20, False), (33, 16, 33, False), (530, 2, 9, False)],
+    ids=["merged", "one state", "states", "segments"],
+)
+def test_gradients_in_memory_that_there_is(length, N, channels, kept, small_machine):
+    """The gradient of delta over delta itself, that of x in memory given: the same bits."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=torch.bfloat16):
+        return torch.randn(shape, generator=g).to(small_machine, dtype)
+
+    K, f32 = 2, torch.float32
+    x, delta = normal(2, length, 1, channels), normal(2, length, K, channels)
+    A, states = -normal(K, channels, N, dtype=f32).abs(), [normal(2, length, K, N) for _ in range(2)]
+    order = torch.stack([torch.randperm(length, generator=g) for _ in range(K)]).int().to(small_machine)
+    rest = (A, *states, normal(K, channels, dtype=f32), None, None, order, True, True)
+    starts = {}
+    if kept:
+        shape, dtype = cuda.kept_states(x, delta, A)
+        starts["starts"] = torch.empty(shape, dtype=dtype, device=small_machine)
+    y, _ = cuda.scan(x, delta, *rest, **starts)
+    dy = normal(*y.shape)
+    want = cuda.scan_backward(dy, None, x, delta, *rest, **starts)
+    memory, own = torch.full_like(x, torch.nan), delta.clone()
+    got = cuda.scan_backward(dy, None, x, own, *rest, **starts, dx=memory, overwrite_delta=True)
+    assert got[0].data_ptr() == memory.data_ptr() and got[1].data_ptr() == own.data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
