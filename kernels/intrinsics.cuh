@@ -141,6 +141,14 @@ INLINE void copy_async_16(void *shared, const void *global, bool inside) {
                  : "memory");
 }
 
+// The same, of a line of 128 bytes whose rest others will soon copy
+INLINE void copy_async_16_of_line(void *shared, const void *global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+                 :
+                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global))
+                 : "memory");
+}
+
 // One warp to another, through barrier `id` from 1 to 15: what it wrote before pass_on is there after take_over. Neither
 // for a second time before the other has come
 INLINE void pass_on(int id) { asm volatile("bar.arrive %0, 64;" : : "r"(id) : "memory"); }

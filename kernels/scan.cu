@@ -711,7 +711,12 @@ template <int IN, int OUT> INLINE void sum(const Job &job, i64 block) {
     Pack<OUT, EACH> out;
 #pragma unroll
     for (int v = 0; v < EACH; v++) out.v[v] = encode<OUT>(total[v]);
-    ((Pack<OUT, EACH> *)job.out)[i] = out;
+    i64 to = i * EACH;
+    if (job.row) {
+        const i64 row = to < 1LL << 32 ? (unsigned)to / (unsigned)job.row : to / job.row;
+        to += row * (job.pitch - job.row);
+    }
+    *(Pack<OUT, EACH> *)((typename Element<OUT>::bits *)job.out + to) = out;
 }
 
 // Several sums, one after the other in the grid

@@ -32,8 +32,8 @@ struct Call {
     int row;  // scans * channels
 };
 
-// out[o, i] = sum over the terms j of in[o, j, i]
-struct Job { const void *in; void *out; i64 outer, terms, inner, blocks; int in_type, out_type; };
+// out[o, i] = sum over the terms j of in[o, j, i]; where row is not 0, each `row` elements of out begin `pitch` further on
+struct Job { const void *in; void *out; i64 outer, terms, inner, blocks, row, pitch; int in_type, out_type; };
 struct Sum { Job job[6]; };
 
 template <int TYPE> struct Element { typedef unsigned short bits; };

@@ -60,7 +60,7 @@ template <int TYPE> struct Stage {
     // rows: of the steps that the lane copies; tensor: the lane's piece of token 0
     INLINE void copy(const char *tensor, int token, const int *rows) const {
 #pragma unroll
-        for (int i = 0; i < PIECES; i++) copy_async_16(dynamic_shared() + to[i], beyond(tensor, rows[i], token), true);
+        for (int i = 0; i < PIECES; i++) copy_async_16_of_line(dynamic_shared() + to[i], beyond(tensor, rows[i], token));
     }
     INLINE void read(Pair<TYPE> *pairs) const {
 #pragma unroll

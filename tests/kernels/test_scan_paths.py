@@ -187,7 +187,7 @@ def test_backwards_of_few_warps_give_the_same_bits_in_any_order_of_threads(case,
     ids=["merged", "one state", "states", "segments"],
 )
 def test_gradients_in_memory_that_there_is(length, N, channels, kept, small_machine):
-    """The gradient of delta over delta itself, that of x in memory given: the same bits."""
+    """The gradient of delta over delta itself, others in memory given: the same bits."""
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape, dtype=torch.bfloat16):
@@ -206,6 +206,23 @@ def test_gradients_in_memory_that_there_is(length, N, channels, kept, small_mach
     dy = normal(*y.shape)
     want = cuda.scan_backward(dy, None, x, delta, *rest, **starts)
     memory, own = torch.full_like(x, torch.nan), delta.clone()
-    got = cuda.scan_backward(dy, None, x, own, *rest, **starts, dx=memory, overwrite_delta=True)
+    given = {"dx": memory, "overwrite_delta": True}
+    if N % 4 == 0:
+        both = torch.full((2, length, K, 2 * N + 8), 7.0, dtype=x.dtype, device=small_machine)
+        given |= {"dB": both[..., 4 : 4 + N], "dC": both[..., 4 + N : 4 + 2 * N]}
+    got = cuda.scan_backward(dy, None, x, own, *rest, **starts, **given)
     assert got[0].data_ptr() == memory.data_ptr() and got[1].data_ptr() == own.data_ptr()
+    if N % 4 == 0:
+        assert got[3].data_ptr() == both[..., 4:].data_ptr() and (both[..., [0, 3, -4, -1]] == 7).all()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("processors, threads", [(4, 256), (3, 128)])
+def test_a_backward_of_one_wave_has_large_blocks(processors, threads, machine, monkeypatch):
+    monkeypatch.setattr(nvrtc, "processors", lambda device: processors)
+    launched = []
+    launch = nvrtc.launch
+    monkeypatch.setattr(nvrtc, "launch", lambda *args: launched.append(args[1:3]) or launch(*args))
+    case = Case(37, 16, "bf16", 64)
+    direct(case, machine)
+    assert launched[-2] == (2 * len(case.orders) * 64 * 4 // threads, threads)

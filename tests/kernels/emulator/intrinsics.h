@@ -139,6 +139,9 @@ inline void copy_async_16(void *shared, const void *global, bool inside, AT) {
     else emulator::fibers[emulator::current].copies.add(copy);
 }
 
+inline void copy_async_16_of_line(void *shared, const void *global, int line = __builtin_LINE()) {
+    copy_async_16(shared, global, true, line);
+}
 inline void copy_async_commit() { emulator::fibers[emulator::current].copies.open++; }
 template <int YOUNGEST> inline void copy_async_wait() {
     emulator::fibers[emulator::current].copies.wait(YOUNGEST, emulator::land);
