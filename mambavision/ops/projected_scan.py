@@ -210,7 +210,10 @@ def _gradients(
             _copy(dC, to, R + N)
         new = (dweight, dA, dD, dbias)
         sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
-        torch.addmm(du.to(x.dtype).flatten(0, 2), to.flatten(2).flatten(0, 1), wide, out=dx[part].flatten(0, 1))
+        own = dx[part].flatten(0, 1)
+        if du.data_ptr() != own.data_ptr():
+            own.copy_(du.flatten(0, 2))
+        own.addmm_(to.flatten(2).flatten(0, 1), wide)
         del du, ddelta, dB, dC
     dwide = (dproj.flatten(2).flatten(0, 1).mT @ x.flatten(0, 1)).unflatten(0, (len(x_proj), -1))
     return dx, dwide[:, : x_proj.shape[1]], *sums

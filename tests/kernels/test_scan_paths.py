@@ -1,5 +1,6 @@
 """Paths of the CUDA scan that size and layout of a call choose: scans merged on chip, a team for each scan, gates."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mambavision.kernels import cuda, nvrtc, reference
+from mambavision.ops import projected_scan
 from tests.kernels.test_backends import Case, relative
 from tests.kernels.test_emulated import ORDERS, by_token, direct, names
 
@@ -226,3 +228,28 @@ def test_a_backward_of_one_wave_has_large_blocks(processors, threads, machine, m
     case = Case(37, 16, "bf16", 64)
     direct(case, machine)
     assert launched[-2] == (2 * len(case.orders) * 64 * 4 // threads, threads)
+
+
+@pytest.mark.parametrize("rank, N, images", [(8, 16, 4), (8, 16, 3), (6, 1, 4), (4, 4, 2)])
+def test_projected_scans_as_on_a_gpu(rank, N, images, machine, monkeypatch):
+    """One product for all K low-rank ones, padded; a batch in parts; gradients written where they are wanted."""
+    module = sys.modules["mambavision.ops.projected_scan"]
+    monkeypatch.setattr(module, "_joined", lambda dt_weight: True)
+    monkeypatch.setattr(module, "_width", lambda x, rows: rows + -rows % 8)
+    monkeypatch.setattr(module, "_images", lambda x, A: images)
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g).to(machine)
+
+    K, D, grid = 4, 32, (5, 7)
+    x, dy = normal(4, 35, D).bfloat16(), normal(4, 35, D).bfloat16()
+    parameters = (0.2 * normal(K, rank + 2 * N, D), 0.3 * normal(K, D, rank), -normal(K, D, N).abs(), normal(K, D))
+    bias, results = normal(K, D), []
+    for backend, dtype in (("cuda", None), ("chunked", torch.float64)):
+        leaves = [v.to(dtype or v.dtype).requires_grad_() for v in (x, *parameters, bias)]
+        *inputs, delta_bias = leaves
+        y = projected_scan(*inputs, orders="cross", grid=grid, delta_bias=delta_bias, backend=backend)
+        results.append([y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
+    for got, want in zip(*results, strict=True):
+        assert relative(got.detach().double().cpu(), want.detach().cpu()) < 2e-2
