@@ -49,6 +49,12 @@ def test_an_h100_gets_the_plans_that_were_fastest_on_it(shape):
     assert (segments(backward, shape[1]), backward.keep_decay, backward.resident) == (cuts_back, keeps, 3 - keeps)
 
 
+def test_a_backward_that_two_segments_fill_gets_no_more():
+    """Each cut costs a walk over what it passes on."""
+    p = plan(8, *P2[1:], 132, backward=True)
+    assert segments(p, P2[1]) == 2 and p.states == p.split == 4
+
+
 def test_few_channels_over_a_long_sequence_fill_the_gpu():
     p = plan(1, 262144, 4, 96, 16, 132, backward=False)
     blocks = 4 * -(-96 // p.channels) * segments(p, 262144)
