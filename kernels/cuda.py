@@ -31,7 +31,7 @@ _ENTRIES = {
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VIEWED = ("x", "delta", "B", "C", "dy", "z")
 _REST = struct.Struct("qqii" * len(_VIEWED) + "qqqqqqi0q")  # the rest of scan.cu's Call: its views, its sizes
-_JOB = struct.Struct("PPqqqqii")
+_JOB = struct.Struct("PPqqqqqqii")
 _SUM = struct.Struct(f"{6 * _JOB.size}s")
 
 
@@ -43,7 +43,6 @@ class Plan(NamedTuple):
     tile: int
     threads: int
     segment: int
-    polynomial: int = 0
     keep_decay: bool = False
     resident: int = 1
     scans: int = 1
@@ -97,13 +96,12 @@ def plan(batch: int, length: int, scans: int, channels: int, N: int, processors:
     split = min(most, max(fewest, padded // (4 if backward and padded > 4 else 2 if backward else 16)))
     while split < most and padded // split > 4:
         each = padded // split
-        cuts = 4 if each == 16 and length >= 16384 and not backward else 2 if each == 8 and length >= 1024 else 1
-        if warps(split) >= wanted or (warps(split) * cuts >= enough and (each == 8 or cuts == 4)):
+        if warps(split) >= wanted or (each == 8 and warps(split) * (2 if length >= 1024 else 1) >= enough):
             break
         split *= 2
     roomy = backward and padded == 16 and length >= 1024
     segments = math.ceil(wanted / warps(split) - 1 / 8)
-    if roomy and segments > 1:
+    if roomy and segments > 1 and not (segments <= 4 and enough <= segments * warps(split) <= wanted):
         segments = int(2.95 * wanted / warps(split))  # just under three waves of blocks
     segments = max(1, min(segments, length // 256))
     while split < most and segments == 1 and warps(split) < enough:
@@ -160,12 +158,12 @@ def merged_plan(
     blocks = batch * channels // _GROUP
     if channels % _GROUP or length >= 2**24 or blocks < 7 / 8 * processors or shared <= _WITHOUT_COPIES:
         return None
-    if backward and length > 1600:
-        return None
     spans = -(-length // 32)  # of a warp
-    each = 32 * row + (1152 if backward else 640)
-    wanted = 2 if backward and spans <= 8 else 4 if backward else max(2, 16 // max(1, shared // _sums(length)))
-    most = min(wanted, (shared - _sums(length) - 128) // each)
+    each = 32 * row + (1152 if backward else 448)
+    wanted = max(2, 15 // max(1, shared // _sums(length)))
+    if backward and length <= 1600:
+        wanted = 2 if spans <= 8 else 4
+    most = min(wanted, (shared - _sums(length) - 1152) // each)
     if most < min(spans, wanted, 4):
         return None
     warps = -(-spans // -(-spans // most))
@@ -191,9 +189,9 @@ def unavailable() -> str | None:
 @functools.lru_cache(4096)
 def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], shared: int = 0) -> nvrtc.Kernel:
     values = {"KERNEL": name, "ENTRY": _ENTRIES[name], "ARGUMENT": "Sum" if name == "scan_sum" else "Call"}
-    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "RESIDENT", "SCANS"), 1)
+    values |= dict.fromkeys(("N", "STATES", "SPLIT", "VECTOR", "WIDE", "RESIDENT", "SCANS"), 1)
     values |= {"TILE": 16, "THREADS": threads}
-    values |= dict.fromkeys(("POLYNOMIAL", "KEEP_DECAY", "SOFTPLUS", "GATED", "ORDERED", "EVERY", "START_TYPE"), 0)
+    values |= dict.fromkeys(("KEEP_DECAY", "SOFTPLUS", "GATED", "ORDERED", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
     options = tuple(f"{n}={v}" for n, v in (values | dict(defines)).items())
     return nvrtc.kernel(_MERGING if "merged" in name else _SOURCES, name, options, device, shared)
@@ -225,7 +223,8 @@ class _Call(NamedTuple):
     """What a call's layout depends on: ``views`` holds shape, strides and dtype of each of _VIEWED.
 
     ``merge``: y or dx is one sum over the scans; ``start_type``: of kept states, None without; ``aligned``: the
-    addresses of x and delta suit a merging kernel.
+    addresses of x and delta suit a merging kernel; ``pitch``: elements from one scan's dB and dC to the next's, 0 if
+    they are contiguous.
     """
 
     device: int
@@ -236,6 +235,7 @@ class _Call(NamedTuple):
     start_type: torch.dtype | None
     aligned: bool
     views: tuple[tuple | None, ...]
+    pitch: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -314,7 +314,7 @@ def _layout(*fields) -> _Layout:
 
 
 def _scan_layout(call: _Call) -> _Layout:
-    device, backward, merge, N, _, start_type, _, views = call
+    device, backward, merge, N, _, start_type, _, views, pitch = call
     batch, length, K, channels = call.shape
     processors, chosen = nvrtc.processors(device), None
     if merge and not backward:
@@ -323,10 +323,13 @@ def _scan_layout(call: _Call) -> _Layout:
     if backward:
         chosen = chosen.fitting(views[5] is not None, nvrtc.shared_memory(device))
     segments, blocks = -(-length // chosen.segment), -(-channels // chosen.channels)
+    wide = _wide(chosen, batch * K * segments, channels, views[5] is not None, device) if backward else chosen
     kept = start_type is not None
+    if backward and not kept:  # computed again, in the type that they would be kept in
+        start_type = torch.bfloat16 if views[0][2] is torch.bfloat16 and N > 1 else torch.float32
     every = chosen.tile if backward else _tile(N) if kept else 0
     defines = call.defines() | {"STATES": chosen.states, "SPLIT": chosen.split, "TILE": chosen.tile}
-    defines |= {"RESIDENT": chosen.resident, "POLYNOMIAL": chosen.polynomial, "KEEP_DECAY": int(chosen.keep_decay)}
+    defines |= {"RESIDENT": chosen.resident, "KEEP_DECAY": int(chosen.keep_decay)}
     if backward:
         names = ("scan_reach_back", "scan_carry_back", "scan_backward")
         names = names if kept else ("scan_reach", "scan_carry", "scan_starts", *names)
@@ -344,20 +347,24 @@ def _scan_layout(call: _Call) -> _Layout:
             keeps = {"EVERY": every, "START_TYPE": _TYPES[start_type or torch.float32]}
         if chosen.scans > 1:
             keeps["SCANS"], whole, shared = K, blocks * batch, K * length * chosen.channels * 4
+        threads = chosen.threads
         if name == "scan_backward":
-            shared = chosen.partials
-        kernel = _kernel(name, device, chosen.threads, *(defines | keeps).items(), shared=shared)
-        launches.append((kernel, whole, chosen.threads))
+            keeps["RESIDENT"], threads, shared = wide.resident, wide.threads, wide.partials
+            blocks = -(-channels // wide.channels)
+            whole = blocks * K * segments * batch
+        kernel = _kernel(name, device, threads, *(defines | keeps).items(), shared=shared)
+        launches.append((kernel, whole, threads))
 
     states, tokens, f32 = batch * K * channels, batch * length * K, torch.float32
     x, _, B, C, _, _ = (torch.float32 if view is None else view[2] for view in views)
     floats = [states * segments * N * (segments > 1), states * segments * (segments > 1)]  # ends, sums
-    jobs = []  # outer, terms, inner, type, type of the sum
+    jobs = []  # outer, terms, inner, type, type of the sum, and its row and pitch where it is not contiguous
     if backward:
         pieces, row = batch * segments, K * channels
-        floats += [0 if kept else states * -(-length // every) * N, *[blocks * tokens * N] * 2]  # starts, dB, dC
+        starts = 0 if kept else -(-states * -(-length // every) * N * start_type.itemsize // 4)
+        floats += [starts, *[blocks * tokens * N] * 2]  # starts, dB, dC
         floats += [pieces * row * N, pieces * row, pieces * row]  # dA, dD, dbias
-        jobs = [(1, blocks, tokens * N, f32, B), (1, blocks, tokens * N, f32, C)]
+        jobs = [(1, blocks, tokens * N, f32, v, N, pitch) for v in (B, C)]
         jobs += [(1, pieces, row * N, f32, f32), (1, pieces, row, f32, f32), (1, pieces, row, f32, f32)]
     merges = merge and K > 1 and chosen.scans == 1
     if merges:
@@ -366,6 +373,18 @@ def _scan_layout(call: _Call) -> _Layout:
     offsets = _offsets(floats)
     rest = _REST.pack(*call.bytes(), batch, length, K, channels, segments, chosen.segment, K * channels)
     return _Layout(tuple(launches), rest, offsets[-1] // 4, offsets, _summing(device, jobs), merges)
+
+
+def _wide(chosen: Plan, scans: int, channels: int, gated: bool, device: int) -> Plan:
+    """A backward of one block a processor in place of two, where all are there at once: half as many parts of dB, dC.
+
+    In more than one wave two smaller blocks are faster.
+    """
+    lanes = channels * chosen.split
+    if chosen.threads != 128 or chosen.resident != 2 or lanes % 256 or scans * lanes // 256 > nvrtc.processors(device):
+        return chosen
+    wide = chosen._replace(threads=256, resident=1)
+    return wide if wide == wide.fitting(gated, nvrtc.shared_memory(device)) else chosen
 
 
 def _merged(call: _Call) -> Merged | None:
@@ -411,7 +430,8 @@ def _merged_layout(call: _Call, chosen: Merged) -> _Layout:
         offsets = _offsets(floats)
         return _Layout(launches, rest, offsets[-1] // 4, offsets)
     floats = (*floats, 0, groups * tokens, groups * tokens, *(batch * row,) * 3)  # as in _scan_layout
-    jobs = [(1, groups, tokens, f32, view[2]) for view in call.views[2:4]] + [(1, batch, row, f32, f32)] * 3
+    jobs = [(1, groups, tokens, f32, view[2], 1, call.pitch) for view in call.views[2:4]]
+    jobs += [(1, batch, row, f32, f32)] * 3
     offsets = _offsets(floats)
     return _Layout(launches, rest, offsets[-1] // 4, offsets, _summing(call.device, jobs))
 
@@ -424,12 +444,15 @@ def _offsets(floats: Iterable[int]) -> tuple[int, ...]:
 def _summing(device: int, jobs: list[tuple]) -> tuple | None:
     if not jobs:
         return None
-    vector = math.gcd(16 // max(source.itemsize for *_, source, _ in jobs), *(inner for _, _, inner, _, _ in jobs))
-    rests = []
-    for outer, terms, inner, source, out in jobs:
-        blocks = -(-outer * inner // (vector * _SUM_THREADS))
-        rests.append((outer, terms, inner, blocks, _TYPES[source], _TYPES[out]))
-    function = _kernel("scan_sum", device, _SUM_THREADS, ("VECTOR", vector), ("RESIDENT", 4))
+    wide, rests = {4: 4, 2: 8}, []
+    for _, _, inner, source, _, *strides in jobs:
+        strided = strides if strides and strides[1] else ()
+        wide[source.itemsize] = math.gcd(wide[source.itemsize], inner, *strided)
+    for outer, terms, inner, source, out, *strides in jobs:
+        blocks = -(-outer * inner // (wide[source.itemsize] * _SUM_THREADS))
+        row, pitch = strides if strides and strides[1] else (0, 0)
+        rests.append((outer, terms, inner, blocks, row, pitch, _TYPES[source], _TYPES[out]))
+    function = _kernel("scan_sum", device, _SUM_THREADS, ("VECTOR", wide[4]), ("WIDE", wide[2]), ("RESIDENT", 4))
     return function, sum(rest[3] for rest in rests), tuple(rests)
 
 
@@ -558,10 +581,16 @@ def scan_backward(
     *,
     z: Tensor | None = None,
     starts: Tensor | None = None,
+    dx: Tensor | None = None,
+    dB: Tensor | None = None,
+    dC: Tensor | None = None,
+    overwrite_delta: bool = False,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, delta, A, B, C, D, delta_bias and initial_state, and of z where it is given.
 
-    ``starts``: the states that :func:`scan` kept; without them they are computed again.
+    ``starts``: the states that :func:`scan` kept; without them they are computed again. ``dx``: contiguous memory for
+    the gradient of x; ``dB``, ``dC``: memory for those of B and C, (batch, L, K, N) with one stride from each scan to
+    the next, a multiple of 4 elements as N is; ``overwrite_delta``: a contiguous delta's own memory gets its gradient.
     """
     device, shape, N = x.get_device(), delta.shape, A.shape[-1]
     batch, length, K, channels = shape
@@ -580,17 +609,20 @@ def scan_backward(
     views = (_signature(x), _signature(delta), _signature(B), _signature(C), dy, z if z is None else _signature(z))
     start_type = None if starts is None else starts.dtype
     aligned = not (x.data_ptr() % 16 or delta.data_ptr() % 16 or grad_y.data_ptr() % 16)
-    layout = _layout(device, True, x.shape[2] == 1, N, delta_softplus, start_type, aligned, views)
+    pitch = 0 if dB is None else dB.stride(2)
+    layout = _layout(device, True, x.shape[2] == 1, N, delta_softplus, start_type, aligned, views, pitch)
     scratch = A.new_empty(layout.scratch)
     base = scratch.data_ptr()
     ends, sums, starts_at, *parts = (base + offset for offset in layout.offsets[:-1])
     if starts is not None:
         starts_at = starts.data_ptr()
-    dx, ddelta = x.new_empty((batch, length, x.shape[2], channels)), delta.new_empty(shape)
+    dx = x.new_empty((batch, length, x.shape[2], channels)) if dx is None else dx
+    ddelta = delta if overwrite_delta and delta.is_contiguous() else delta.new_empty(shape)
     dz = None if z is None else z.new_empty(shape)
     dA, dinitial = A.new_empty((K, channels, N)), A.new_empty((batch, K, channels, N))
     dD, dbias = A.new_empty((K, channels)), A.new_empty((K, channels))
-    dB, dC = B.new_empty((batch, length, K, N)), C.new_empty((batch, length, K, N))
+    if dB is None:
+        dB, dC = B.new_empty((batch, length, K, N)), C.new_empty((batch, length, K, N))
     dB_parts, dC_parts, dA_parts, dD_parts, dbias_parts = parts[:5]
     dx_each = parts[5] if layout.merges else dx.data_ptr()
     addresses = _Addresses(

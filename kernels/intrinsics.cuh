@@ -27,6 +27,13 @@ INLINE i64 offset(int row, int bytes) {
     return product;
 }
 
+// p + row * bytes in one instruction
+INLINE const char *beyond(const char *p, int row, int bytes) {
+    const char *sum;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(sum) : "r"(row), "r"(bytes), "l"(p));
+    return sum;
+}
+
 INLINE float exp2_fast(float v) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
@@ -124,6 +131,19 @@ INLINE void copy_async_16(void *shared, const void *global, bool inside) {
                  : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(inside ? 16 : 0)
                  : "memory");
 }
+
+// The same, of a line of 128 bytes whose rest others will soon copy
+INLINE void copy_async_16_of_line(void *shared, const void *global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+                 :
+                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global))
+                 : "memory");
+}
+
+// One warp to another, through barrier `id` from 1 to 15: what it wrote before pass_on is there after take_over. Neither
+// for a second time before the other has come
+INLINE void pass_on(int id) { asm volatile("bar.arrive %0, 64;" : : "r"(id) : "memory"); }
+INLINE void take_over(int id) { asm volatile("bar.sync %0, 64;" : : "r"(id) : "memory"); }
 
 // Ends a group: the copies since the last one
 INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }

@@ -50,7 +50,7 @@ struct Place {
 // A warp's (TILE, WIDTH) tile of x, delta or dy. Element j of a lane is step t(j) of channel c(j): with channels as
 // neighbours in memory a lane keeps to its own channel and takes steps j * SPLIT + part; else it keeps to one step.
 // Loads are unconditional, so that all are in flight together, and stay undecoded until they are wanted.
-template <int TYPE, bool BY_TOKEN> struct Channels {
+template <int TYPE, bool BY_TOKEN, bool CHANGES = false> struct Channels {
     static constexpr bool BY_TOKENS = BY_TOKEN;
     const char *from;
     int token, inner, lane, channels;
@@ -67,8 +67,10 @@ template <int TYPE, bool BY_TOKEN> struct Channels {
     INLINE float value(int j) const { return decode<TYPE>(raw[j]); }
     INLINE void fetch(const int *rows) {
 #pragma unroll
-        for (int j = 0; j < OWN; j++)
-            raw[j] = load<TYPE>(from + offset(rows[t(j)], token) + (BY_TOKEN ? offset(allowed(j), inner) : 0));
+        for (int j = 0; j < OWN; j++) {
+            const char *p = from + offset(rows[t(j)], token) + (BY_TOKEN ? offset(allowed(j), inner) : 0);
+            raw[j] = CHANGES ? load_before<TYPE>(p) : load<TYPE>(p);
+        }
     }
     INLINE int at(int j) const { return t(j) * PITCH + c(j); }
     template <class STEP> INLINE void publish(STEP *tile, float STEP::*field) const {
@@ -77,17 +79,19 @@ template <int TYPE, bool BY_TOKEN> struct Channels {
     }
 };
 
-// delta, with its bias and softplus
-struct Delta : Channels<DELTA_TYPE, DELTA_BY_TOKEN> {
+// delta, with its bias and softplus; CHANGES: its gradient may be written over it
+template <bool CHANGES> struct Delta : Channels<DELTA_TYPE, DELTA_BY_TOKEN, CHANGES> {
+    typedef Channels<DELTA_TYPE, DELTA_BY_TOKEN, CHANGES> Base;
+    using Base::at;
     float bias[DELTA_BY_TOKEN ? OWN : 1];  // of the channel of element j
 
-    INLINE Delta(const Call &call, const Place &at) : Channels(call, at, call.delta, call.delta_view) {
+    INLINE Delta(const Call &call, const Place &at) : Base(call, at, call.delta, call.delta_view) {
         const i64 first = at.k * call.channels + min(at.d0, call.channels - 1);
 #pragma unroll
-        for (int j = 0; j < (DELTA_BY_TOKEN ? OWN : 1); j++) bias[j] = call.bias ? call.bias[first + allowed(j)] : 0.f;
+        for (int j = 0; j < (DELTA_BY_TOKEN ? OWN : 1); j++) bias[j] = call.bias ? call.bias[first + this->allowed(j)] : 0.f;
     }
     INLINE float dt(int j, float &slope) const {
-        const float v = value(j) + bias[DELTA_BY_TOKEN ? j : 0];
+        const float v = this->value(j) + bias[DELTA_BY_TOKEN ? j : 0];
         slope = 1.f;
         return SOFTPLUS ? softplus(v, slope) : v;
     }
@@ -325,8 +329,8 @@ struct alignas(8) ForwardStep {
 };
 
 // x and delta; a lane that holds both of a step stores them together
-template <class X> INLINE void publish(ForwardStep *tile, const Delta &delta, const X &x) {
-    if constexpr (X::BY_TOKENS == Delta::BY_TOKENS) {
+template <class X> INLINE void publish(ForwardStep *tile, const Delta<false> &delta, const X &x) {
+    if constexpr (X::BY_TOKENS == DELTA_BY_TOKEN) {
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
             ForwardStep step;
@@ -351,7 +355,7 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
     const Place at(c, false);
     int(*rows)[TILE] = shared_rows[at.team];
     Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x, c.x_view);
-    Delta delta(c, at);
+    Delta<false> delta(c, at);
     Gate z(c, at);
     States<B_TYPE, B_BY_TOKEN> B(at, c.B, c.B_view);
     States<C_TYPE, C_BY_TOKEN> C(at, c.C, c.C_view);
@@ -402,7 +406,7 @@ template <bool ONLY_STARTS> INLINE void forward(const Call &c) {
             y[t % SPLIT] = 0.f;
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
-                h[n] = decay(step.dt * A[n], t * STATES + n) * h[n] + input * B_t[t * PADDED + n];
+                h[n] = exp2_fast(step.dt * A[n]) * h[n] + input * B_t[t * PADDED + n];
                 if (!ONLY_STARTS) y[t % SPLIT] += h[n] * C_t[t * PADDED + n];
             }
             if (!ONLY_STARTS && t % SPLIT == SPLIT - 1) {
@@ -448,7 +452,7 @@ template <bool ADJOINT> INLINE void reach(const Call &c) {
     if (receiver < 0 || receiver == c.segments) return;
     Channels<ADJOINT ? DY_TYPE : X_TYPE, ADJOINT ? DY_BY_TOKEN : X_BY_TOKEN> x(
         c, at, ADJOINT ? c.dy : c.x, ADJOINT ? c.dy_view : c.x_view);
-    Delta delta(c, at);
+    Delta<false> delta(c, at);
     Gate z(c, at);
     States<ADJOINT ? C_TYPE : B_TYPE, ADJOINT ? C_BY_TOKEN : B_BY_TOKEN> B(
         at, ADJOINT ? c.C : c.B, ADJOINT ? c.C_view : c.B_view);
@@ -491,7 +495,7 @@ template <bool ADJOINT> INLINE void reach(const Call &c) {
             if (ADJOINT) within += step.dt;
 #pragma unroll
             for (int n = 0; n < STATES; n++)
-                ends[n] += decay((sum + within) * A[n], t * STATES + n) * (input * B_t[t * PADDED + n]);
+                ends[n] += exp2_fast((sum + within) * A[n]) * (input * B_t[t * PADDED + n]);
             if (!ADJOINT) within += step.dt;
         }
         sum += within;
@@ -530,8 +534,9 @@ struct alignas(16) BackwardStep {
     float dt, x, dy, slope;
 };
 
-template <class X, class DY> INLINE void publish(BackwardStep *tile, const Delta &delta, const X &x, const DY &dy) {
-    if constexpr (X::BY_TOKENS == Delta::BY_TOKENS && DY::BY_TOKENS == Delta::BY_TOKENS) {
+template <class X, class DY>
+INLINE void publish(BackwardStep *tile, const Delta<true> &delta, const X &x, const DY &dy) {
+    if constexpr (X::BY_TOKENS == DELTA_BY_TOKEN && DY::BY_TOKENS == DELTA_BY_TOKEN) {
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
             BackwardStep step;
@@ -559,7 +564,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
     const Place at(c, true);
     Channels<X_TYPE, X_BY_TOKEN> x(c, at, c.x, c.x_view);
     Channels<DY_TYPE, DY_BY_TOKEN> dy(c, at, c.dy, c.dy_view);
-    Delta delta(c, at);
+    Delta<true> delta(c, at);
     Gate z(c, at);
     States<B_TYPE, B_BY_TOKEN> B(at, c.B, c.B_view);
     States<C_TYPE, C_BY_TOKEN> C(at, c.C, c.C_view);
@@ -636,7 +641,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
             const float input = step.dt * step.x;
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
-                const float a_n = decay(step.dt * A[n], t * STATES + n);
+                const float a_n = exp2_fast(step.dt * A[n]);
                 h[t + 1][n] = a_n * h[t][n] + input * B_t[t * PADDED + n];
                 if (KEEP_DECAY) a[t][n] = a_n;
             }
@@ -649,7 +654,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
             dinput[t % SPLIT] = dlog[t % SPLIT] = y[t % SPLIT] = 0.f;
 #pragma unroll
             for (int n = 0; n < STATES; n++) {
-                const float a_n = KEEP_DECAY ? a[t][n] : decay(step.dt * A[n], t * STATES + n);
+                const float a_n = KEEP_DECAY ? a[t][n] : exp2_fast(step.dt * A[n]);
                 const float g_n = g[n] + step.dy * C_t[t * PADDED + n];
                 g[n] = g_n * a_n;
                 const float w = g[n] * h[t][n];
@@ -689,22 +694,29 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
     if (at.alive && at.part == 0) c.dD[piece] = dD, c.dbias[piece] = dbias;
 }
 
-// In float32 and in order; VECTOR neighbours a thread
+// In float32 and in order
 template <int IN, int OUT> INLINE void sum(const Job &job, i64 block) {
-    const i64 i = block * THREADS + threadIdx.x, inner = job.inner / VECTOR, o = i / inner;
-    if (o >= job.outer) return;
-    const Pack<IN, VECTOR> *in = (const Pack<IN, VECTOR> *)job.in + o * job.terms * inner + i % inner;
-    float total[VECTOR] = {};
+    constexpr int EACH = IN == 0 ? VECTOR : WIDE;
+    const i64 i = block * THREADS + threadIdx.x, inner = job.inner / EACH, count = job.outer * inner;
+    if (i >= count) return;
+    const i64 o = count < 1LL << 32 ? (unsigned)i / (unsigned)inner : i / inner;  // of 64 bits it takes 100 instructions
+    const Pack<IN, EACH> *in = (const Pack<IN, EACH> *)job.in + o * (job.terms - 1) * inner + i;
+    float total[EACH] = {};
 #pragma unroll 8
     for (i64 j = 0; j < job.terms; j++) {
-        const Pack<IN, VECTOR> term = in[j * inner];
+        const Pack<IN, EACH> term = in[j * inner];
 #pragma unroll
-        for (int v = 0; v < VECTOR; v++) total[v] += decode<IN>(term.v[v]);
+        for (int v = 0; v < EACH; v++) total[v] += decode<IN>(term.v[v]);
     }
-    Pack<OUT, VECTOR> out;
+    Pack<OUT, EACH> out;
 #pragma unroll
-    for (int v = 0; v < VECTOR; v++) out.v[v] = encode<OUT>(total[v]);
-    ((Pack<OUT, VECTOR> *)job.out)[i] = out;
+    for (int v = 0; v < EACH; v++) out.v[v] = encode<OUT>(total[v]);
+    i64 to = i * EACH;
+    if (job.row) {
+        const i64 row = to < 1LL << 32 ? (unsigned)to / (unsigned)job.row : to / job.row;
+        to += row * (job.pitch - job.row);
+    }
+    *(Pack<OUT, EACH> *)((typename Element<OUT>::bits *)job.out + to) = out;
 }
 
 // Several sums, one after the other in the grid

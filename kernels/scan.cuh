@@ -1,11 +1,12 @@
 // What the scan's kernels share: their argument, types of elements, exponentials. Behind intrinsics.cuh.
 //
 // Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); SCANS of
-// a block; N, STATES, SPLIT, TILE; POLYNOMIAL: of 16 decays, how many the FMA pipe computes; KEEP_DECAY: the backward
+// a block; N, STATES, SPLIT, TILE; KEEP_DECAY: the backward
 // keeps a tile's decays rather than compute them twice; SOFTPLUS; GATED: y is multiplied by silu(z); X_TYPE,
 // DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE, Z_TYPE (0 float, 1 bfloat16, 2 half); X_BY_TOKEN and so on: that tensor's
 // tokens, not its channels or states, are neighbours in memory; EVERY: steps from one kept state to the next, 0 if
-// none are kept, START_TYPE: their type; and for `sum` VECTOR.
+// none are kept, START_TYPE: their type; and for `sum` VECTOR and WIDE, neighbours of 32
+// and of 16 bits that a thread sums.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -31,8 +32,8 @@ struct Call {
     int row;  // scans * channels
 };
 
-// out[o, i] = sum over the terms j of in[o, j, i]
-struct Job { const void *in; void *out; i64 outer, terms, inner, blocks; int in_type, out_type; };
+// out[o, i] = sum over the terms j of in[o, j, i]; where row is not 0, each `row` elements of out begin `pitch` further on
+struct Job { const void *in; void *out; i64 outer, terms, inner, blocks, row, pitch; int in_type, out_type; };
 struct Sum { Job job[6]; };
 
 template <int TYPE> struct Element { typedef unsigned short bits; };
@@ -43,6 +44,8 @@ template <int TYPE, int COUNT> struct alignas(COUNT * sizeof(typename Element<TY
 };
 
 template <int TYPE> INLINE unsigned load(const char *p) { return __ldg((const typename Element<TYPE>::bits *)p); }
+// What the kernel itself overwrites later
+template <int TYPE> INLINE unsigned load_before(const char *p) { return *(const typename Element<TYPE>::bits *)p; }
 
 template <int TYPE> INLINE float decode(unsigned bits) {
     if (TYPE == 0) return __uint_as_float(bits);
@@ -55,25 +58,8 @@ template <int TYPE> INLINE typename Element<TYPE>::bits encode(float f) {
     return TYPE == 1 ? float_to_bfloat16(f) : float_to_half(f);
 }
 
-// 2^v on the FMA pipe, relative error 1e-7: v = whole + part, |part| <= 1/2, and 2^whole added to the exponent
-INLINE float exp2_polynomial(float v) {
-    v = fminf(fmaxf(v, -126.f), 127.f);
-    const float shifted = v + 12582912.f, part = v - (shifted - 12582912.f);
-    float p = 1.326522611e-3f;
-    p = p * part + 9.671231710e-3f;
-    p = p * part + 5.550728478e-2f;
-    p = p * part + 2.402224813e-1f;
-    p = p * part + 6.931469860e-1f;
-    p = p * part + 1.f;
-    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
-}
-
-INLINE float decay(float log2_decay, int i) {
-    return i * POLYNOMIAL % 16 + POLYNOMIAL >= 16 ? exp2_polynomial(log2_decay) : exp2_fast(log2_decay);
-}
-
-// log(1 + e) / e for 0 <= e <= 1, BINARY the binary logarithm: relative error 3e-8, or 8e-6 for a delta of 16 bits,
-// whose own is 2e-3
+// log(1 + e) / e for 0 <= e <= 1, BINARY the binary logarithm: relative error 3e-8; 8e-6 for a half delta, whose own is
+// 2e-4, and 6e-5 for a bfloat16 one, whose own is 2e-3
 template <bool BINARY> INLINE float log_over(float e) {
     constexpr float S = BINARY ? LOG2E : 1.f;
     float p;
@@ -87,6 +73,13 @@ template <bool BINARY> INLINE float log_over(float e) {
         p = p * e + S * 3.331909690e-1f;
         p = p * e - S * 4.999949315e-1f;
         return p * e + S * 9.999999699e-1f;
+    }
+    if (DELTA_TYPE == 1) {
+        p = S * 4.134730239e-2f;
+        p = p * e - S * 1.574272070e-1f;
+        p = p * e + S * 3.063009293e-1f;
+        p = p * e - S * 4.969778053e-1f;
+        return p * e + S * 9.999432779e-1f;
     }
     p = S * -2.386914931e-2f;
     p = p * e + S * 1.012222947e-1f;

@@ -4,8 +4,9 @@
 // A block takes GROUP channels of one image through its K scans, one after the other; `sum`, (length, GROUP) in dynamic
 // shared memory, collects y or dx. Lanes are 8 pairs of channels x 4 stretches of STEPS steps, so a warp advances REACH
 // steps at once, one for each lane, a block SPAN. A lane walks its stretch from a zero state; stretches are chained by
-// shuffles, warps through shared memory, spans by `carry`; then every step adds what its stretch's true start
-// contributes. The backward walks time backwards, and takes states from those kept by the forward.
+// shuffles, warps through `carry`; then every step adds what its stretch's true start contributes. In the forward a
+// warp waits for the one before it alone, through a barrier of the two, and for all where a scan ends. The backward
+// walks time backwards, a barrier for each span, and takes states from those kept by the forward.
 //
 // While a span is worked on, the next one's rows are copied to a stage of each warp behind the sums, past the L1 cache:
 // what shared memory leaves of it has lines for a few rows only. After scan.cuh; macros as there, and
@@ -38,39 +39,65 @@ template <> struct Pair<0> {
     static INLINE void store(char *p, float2 v) { __stwb((float2 *)p, v); }
 };
 
-// A warp's rows of GROUP channels on their way: step j of stretch i lies at 4 j + i, so that lanes do not conflict
+// A warp's rows of GROUP channels on their way, in dynamic shared memory. Lanes copy neighbouring steps together and read
+// the same step of all stretches together: rows are placed so that neither conflict. Offsets are kept, not formed again.
 template <int TYPE> struct Stage {
     static constexpr int ROW = GROUP * sizeof(typename Element<TYPE>::bits), BYTES = REACH * ROW, PIECES = ROW / 16;
-    char *stage;
+    int to[PIECES], from[4], own;  // where a lane copies to; where its first four steps are; its own step's row
 
-    // row: of the lane's own step
-    INLINE void copy(const char *from, int token, int row) {
-        const int lane = threadIdx.x % 32, piece = lane % PIECES * 16;
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            const int step = i * (32 / PIECES) + lane / PIECES, at = step % STEPS * 4 + step / STEPS;
-            const int of = __shfl_sync(~0u, row, step);
-            copy_async_16(stage + at * ROW + piece, from + offset(of, token) + piece, true);
-        }
-    }
-    INLINE void read(Pair<TYPE> *pairs) const {
+    static INLINE int at(int step) { return ((step & ~3) | ((step ^ step >> 3) & 3)) * ROW; }
+    static INLINE int piece() { return threadIdx.x % PIECES * 16; }
+    static INLINE int copied(int i) { return i * (32 / PIECES) + threadIdx.x % 32 / PIECES; }  // step of the i-th copy
+    INLINE Stage(int begin) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int j = 0; j < STEPS; j++)
-            pairs[j].read(stage + (j * 4 + lane / PAIRS) * ROW + lane % PAIRS * (ROW / PAIRS));
+        for (int i = 0; i < PIECES; i++) to[i] = opaque(begin + at(copied(i)) + piece());
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            from[j] = opaque(begin + at(lane / PAIRS * STEPS + j) + lane % PAIRS * (ROW / PAIRS));
+        own = begin + at(lane);
+    }
+    // rows: of the steps that the lane copies; tensor: the lane's piece of token 0
+    INLINE void copy(const char *tensor, int token, const int *rows) const {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) copy_async_16_of_line(dynamic_shared() + to[i], beyond(tensor, rows[i], token));
+    }
+    INLINE void read(Pair<TYPE> *pairs) const {
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) pairs[j].read(dynamic_shared() + from[j % 4] + j / 4 * 4 * ROW);
+    }
+    // The lane's own step gets minus infinity, whose softplus is 0
+    INLINE void blank() const {
+        const unsigned infinity = TYPE == 0 ? 0xff800000 : TYPE == 1 ? 0xff80ff80 : 0xfc00fc00;
+        for (int i = 0; i < ROW / 4; i++) ((unsigned *)(dynamic_shared() + own))[i] = infinity;
     }
 };
+
+// Rows of the steps that a lane copies, from that of each lane's own step
+template <class STAGE> INLINE void spread(int *rows, int row) {
+#pragma unroll
+    for (int i = 0; i < STAGE::PIECES; i++) rows[i] = __shfl_sync(~0u, row, STAGE::copied(i));
+}
 
 // Where a token's sums begin. Two tokens share the 32 banks; which half a token takes is mixed from its bits, so that
 // stretches that advance side by side along rows or columns mostly take different ones.
 INLINE int place(int row) { return row / 2 * 128 + ((row ^ row >> 3 ^ row >> 6) & 1) * 64; }
 
-// A span of a scan; backwards, from the last to the first
+// A lane's step of a scan; past the last scan it stays there
+struct Step {
+    int k, t, index;  // index: of (scan, step within the sequence)
+
+    INLINE Step(int t, int length) : k(0), t(t), index(min(t, length - 1)) {}
+    INLINE void advance(int scans, int length, int spans) {
+        t += SPAN;
+        if (t / SPAN == spans) t -= spans * SPAN, k = min(k + 1, scans - 1);
+        index = k * length + min(t, length - 1);
+    }
+};
+
+// A span of a scan, from the last to the first
 struct Span {
     int k, i, spans;
-    INLINE void advance() {
-        if (++i == spans) i = 0, k++;
-    }
     INLINE void retreat() {
         if (i-- == 0) i = spans - 1, k++;
     }
@@ -81,20 +108,25 @@ INLINE void clear_sums(char *sum, int length) {
         ((float4 *)sum)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
 }
 
-// Adds a stretch's terms to the sums of their tokens, at the places that `shared` holds; loads first, that they overlap
-template <int COUNT, class Term> INLINE void add(char *sum, const float2 *shared, int left, bool whole, Term term) {
-    float2 *to[COUNT], v[COUNT];
+// The sums of a stretch's tokens, of one pair of channels: loaded first, that they overlap; all steps if WHOLE
+struct Sums {
+    float2 *to[STEPS], v[STEPS];
+
+    template <bool WHOLE> INLINE void load(char *sum, const int *places, int left) {
 #pragma unroll
-    for (int j = 0; j < COUNT; j++) {
-        to[j] = (float2 *)(sum + __float_as_int(shared[j].y));
-        if (whole || j < left) v[j] = *to[j];
+        for (int j = 0; j < STEPS; j++) {
+            to[j] = (float2 *)(sum + places[j]);
+            if (WHOLE || j < left) v[j] = *to[j];
+        }
     }
+    template <bool WHOLE, class Term> INLINE void add(int left, Term term) {
 #pragma unroll
-    for (int j = 0; j < COUNT; j++) {
-        const float2 more = term(j);
-        if (whole || j < left) *to[j] = make_float2(v[j].x + more.x, v[j].y + more.y);
+        for (int j = 0; j < STEPS; j++) {
+            const float2 more = term(j);
+            if (WHOLE || j < left) *to[j] = make_float2(v[j].x + more.x, v[j].y + more.y);
+        }
     }
-}
+};
 
 // A lane's pair of D of all scans: what x (backward: dy) adds to y, in the first scan
 INLINE float2 all_skips(const Call &c, int d) {
@@ -141,9 +173,10 @@ struct States {
     float2 ordered;
     unsigned B, C;
 
-    INLINE void fetch(const Call &c, i64 b, int k, int t, int row) {
+    // index: of (scan, step); row: the token's
+    INLINE void fetch(const Call &c, i64 b, int k, int index, int row) {
         if (ORDERED) {
-            ordered = __ldg((const float2 *)c.ends + (b * c.scans + k) * c.length + t);
+            ordered = __ldg((const float2 *)c.ends + b * (c.scans * c.length) + index);
         } else {
             B = load<B_TYPE>(c.B + b * c.B_view.batch + k * c.B_view.scan + offset(row, c.B_view.token));
             C = load<C_TYPE>(c.C + b * c.C_view.batch + k * c.C_view.scan + offset(row, c.C_view.token));
@@ -155,66 +188,71 @@ struct States {
 };
 
 INLINE void merged_forward(const Call &c) {
-    __shared__ __align__(16) float shared_B[WARPS][REACH];
-    __shared__ __align__(16) float2 shared_C[WARPS][REACH];  // with the token's place
-    __shared__ float4 totals[2][WARPS][PAIRS];  // of a warp's steps: decay and end state of each channel
-    __shared__ float2 carry[2][PAIRS];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % PAIRS, first = lane / PAIRS * STEPS;
-    const int length = (int)c.length, scans = (int)c.scans, channels = (int)c.channels, groups = channels / GROUP;
+    __shared__ __align__(16) float shared_B[WARPS][REACH], shared_C[WARPS][REACH];
+    __shared__ __align__(16) int places[WARPS][REACH];  // of the tokens' sums
+    __shared__ float2 carry[WARPS][PAIRS];              // the state that a warp passes on
+    const int thread = (int)opaque(threadIdx.x), warp = thread / 32, lane = thread % 32, pair = lane % PAIRS;
+    const int first = lane / PAIRS * STEPS, length = (int)c.length, scans = (int)c.scans;
+    const int channels = (int)c.channels, groups = channels / GROUP, spans = ROUND_UP(length, SPAN);
     const int b = blockIdx.x / groups, d0 = blockIdx.x % groups * GROUP, d = d0 + pair * 2;
-    const char *x = whole(c.x + b * c.x_view.batch + d0 * c.x_view.inner);
-    const char *delta = whole(c.delta + b * c.delta_view.batch + d0 * c.delta_view.inner);
-    const float *B_t = shared_B[warp] + first;
-    const float2 *C_t = shared_C[warp] + first;
-    char *sum = dynamic_shared(), *stages = sum + ROUND_UP(length, 2) * 128;
-    Stage<DELTA_TYPE> stage_delta = {stages + warp * (Stage<DELTA_TYPE>::BYTES + Stage<X_TYPE>::BYTES)};
-    Stage<X_TYPE> stage_x = {stage_delta.stage + Stage<DELTA_TYPE>::BYTES};
+    typedef Stage<DELTA_TYPE> StageDelta;
+    typedef Stage<X_TYPE> StageX;
+    const char *x = whole(c.x + b * c.x_view.batch + d0 * c.x_view.inner + StageX::piece());
+    const char *delta = whole(c.delta + b * c.delta_view.batch + d0 * c.delta_view.inner + StageDelta::piece());
+    const int begin = ROUND_UP(length, 2) * 128 + warp * (StageDelta::BYTES + StageX::BYTES);
+    const StageDelta stage_delta(begin);
+    const StageX stage_x(begin + StageDelta::BYTES);
+    const int of_stretch = (int)opaque((warp * REACH + first) * 4), of_pair = (int)opaque(pair * 8);
+    const float *B_t = (const float *)((const char *)shared_B + of_stretch);
+    const float *C_t = (const float *)((const char *)shared_C + of_stretch);
+    const int *place_t = (const int *)((const char *)places + of_stretch);
+    char *sum = dynamic_shared(), *sum_pair = sum + of_pair;
 
-    Span here = {0, 0, ROUND_UP(length, SPAN)}, next = here, after;
     States states;
-    float2 next_A, next_bias;
-    auto visited = [&](const Span &at) {
-        const int t = min(at.i * SPAN + warp * REACH + lane, length - 1);
-        return c.order ? __ldg(c.order + min(at.k, scans - 1) * length + t) : t;
-    };
-    auto fetch = [&](int row) {  // for the next span
-        const int k = min(next.k, scans - 1), at = k * channels + d;
-        stage_delta.copy(delta + offset(k, (int)c.delta_view.scan), c.delta_view.token, row);
-        stage_x.copy(x, c.x_view.token, row);
+    auto visited = [&](const Step &at) { return c.order ? __ldg(c.order + at.index) : at.index - at.k * length; };
+    auto fetch = [&](int k, int index, int row) {  // for the next span
+        int rows[StageDelta::PIECES], x_rows[StageX::PIECES];
+        spread<StageDelta>(rows, row);
+        stage_delta.copy(beyond(delta, k, (int)c.delta_view.scan), c.delta_view.token, rows);
+        if (X_TYPE != DELTA_TYPE) spread<StageX>(x_rows, row);
+        stage_x.copy(x, c.x_view.token, X_TYPE == DELTA_TYPE ? rows : x_rows);
         copy_async_commit();
-        states.fetch(c, b, k, min(next.i * SPAN + warp * REACH + lane, length - 1), row);
-        next_A = __ldg((const float2 *)(c.A + at));
-        next_bias = c.bias ? __ldg((const float2 *)(c.bias + at)) : make_float2(0.f, 0.f);
+        states.fetch(c, b, k, index, row);
+    };
+    auto parameter = [&](const float *of, int k) {  // a pair's, of a scan
+        return of ? __ldg((const float2 *)(of + k * channels + d)) : make_float2(0.f, 0.f);
     };
     clear_sums(sum, length);
     const float2 skip = all_skips(c, d);
-    int row = visited(here);
-    fetch(row);
-    next.advance();
-    int row_next = visited(next);
-    after = next;
-    after.advance();
+    float2 A, bias, next_A = parameter(c.A, 0), next_bias = parameter(c.bias, 0);
+    Step ahead(warp * REACH + lane, length);  // two spans from here
+    int row = visited(ahead);
+    fetch(0, ahead.index, row);
+    ahead.advance(scans, length, spans);
+    int row_next = visited(ahead), k_next = ahead.k, index_next = ahead.index;
+    ahead.advance(scans, length, spans);
 
-    for (int n = 0; here.k < scans; n ^= 1) {
-        const int left = length - here.i * SPAN - warp * REACH - first;  // steps of the scan from the stretch on
-        const float2 A = next_A, bias = make_float2(next_bias.x * LOG2E, next_bias.y * LOG2E);
+    for (int k = 0, i = 0; k < scans;) {
+        const int left = length - i * SPAN - warp * REACH;  // steps of the scan from the warp's first on
+        if (i == 0) {
+            A = next_A, bias = make_float2(next_bias.x * LOG2E, next_bias.y * LOG2E);
+            next_A = parameter(c.A, min(k + 1, scans - 1)), next_bias = parameter(c.bias, min(k + 1, scans - 1));
+        }
         __syncwarp();
         const float2 BC = states.value();
-        shared_B[warp][lane] = BC.x, shared_C[warp][lane] = make_float2(BC.y, __int_as_float(place(row)));
+        shared_B[warp][lane] = BC.x, shared_C[warp][lane] = BC.y, places[warp][lane] = place(row);
         copy_async_wait<0>();
+        if (SOFTPLUS && left < REACH) {
+            __syncwarp();
+            if (lane >= left) stage_delta.blank();
+        }
         __syncwarp();
         Pair<X_TYPE> raw_x[STEPS];
         Pair<DELTA_TYPE> raw_delta[STEPS];
         stage_delta.read(raw_delta), stage_x.read(raw_x);
         __syncwarp();
-        fetch(row_next);
-        const int row_after = visited(after);
-
-        if (SOFTPLUS && left + first < REACH) {
-#pragma unroll
-            for (int j = 0; j < STEPS; j++)
-                if (j >= left) raw_delta[j].blank();
-        }
+        fetch(k_next, index_next, row_next);
+        const int row_ahead = visited(ahead);
         // from a zero state before the stretch: the state after each step, and the decay up to it
         float2 h[STEPS], p[STEPS];
 #pragma unroll
@@ -222,7 +260,7 @@ INLINE void merged_forward(const Call &c) {
             const float2 v = raw_delta[j].value(), w = raw_x[j].value();
             float2 dt = make_float2(v.x * LOG2E + bias.x, v.y * LOG2E + bias.y);  // delta log2(e)
             if (SOFTPLUS) dt = make_float2(softplus2(dt.x), softplus2(dt.y));
-            if (!SOFTPLUS && j >= left) dt = make_float2(0.f, 0.f);
+            if (!SOFTPLUS && first + j >= left) dt = make_float2(0.f, 0.f);
             const float2 a = make_float2(exp2_fast(dt.x * A.x), exp2_fast(dt.y * A.y));
             h[j] = make_float2(w.x * B_t[j] * dt.x, w.y * B_t[j] * dt.y);
             p[j] = a;
@@ -236,49 +274,60 @@ INLINE void merged_forward(const Call &c) {
         for (int by = PAIRS; by < 32; by *= 2) {
             const float2 q = make_float2(__shfl_up_sync(~0u, to_p.x, by), __shfl_up_sync(~0u, to_p.y, by));
             const float2 g = make_float2(__shfl_up_sync(~0u, to_h.x, by), __shfl_up_sync(~0u, to_h.y, by));
-            if (lane >= by) {
-                to_h = make_float2(to_p.x * g.x + to_h.x, to_p.y * g.y + to_h.y);
-                to_p.x *= q.x, to_p.y *= q.y;
-            }
+            const bool joins = lane >= by;
+            to_h = make_float2(to_p.x * (joins ? g.x : 0.f) + to_h.x, to_p.y * (joins ? g.y : 0.f) + to_h.y);
+            to_p.x *= joins ? q.x : 1.f, to_p.y *= joins ? q.y : 1.f;
         }
-        if (lane >= 24) totals[n][warp][pair] = make_float4(to_p.x, to_h.x, to_p.y, to_h.y);
-        __syncthreads();
+        float2 before_p = make_float2(__shfl_up_sync(~0u, to_p.x, PAIRS), __shfl_up_sync(~0u, to_p.y, PAIRS));
+        float2 before_h = make_float2(__shfl_up_sync(~0u, to_h.x, PAIRS), __shfl_up_sync(~0u, to_h.y, PAIRS));
+        if (first == 0) before_p = make_float2(1.f, 1.f), before_h = make_float2(0.f, 0.f);
 
-        float2 s = carry[n ^ 1][pair];  // state before the warp's steps, then before the stretch
-        const i64 state = (i64)(b * scans + here.k) * channels + d;
-        if (here.i == 0) s = c.initial ? *(const float2 *)(c.initial + state) : make_float2(0.f, 0.f);
-#pragma unroll 4
-        for (int v = 0; v < warp; v++) {
-            const float4 total = totals[n][v][pair];
-            s = make_float2(total.x * s.x + total.y, total.z * s.y + total.w);
+        if (i == 0) __syncthreads();  // sums are cleared, and complete for the scan before
+        Sums sums;
+        if (left >= REACH) sums.load<true>(sum_pair, place_t, STEPS);
+        else sums.load<false>(sum_pair, place_t, left - first);
+        float C[STEPS];
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) C[j] = C_t[j];
+        float2 s;  // state before the warp's steps, then before the stretch
+        auto state = [&](const float *of) { return (float2 *)(of + ((i64)(b * scans + k) * channels + d)); };
+        const bool begins = warp == 0 && i == 0, ends = warp == WARPS - 1 && i == spans - 1;
+        if (begins) {
+            s = c.initial ? *state(c.initial) : make_float2(0.f, 0.f);
+        } else {
+            const int from = warp ? warp - 1 : WARPS - 1;
+            if (WARPS > 1) take_over(1 + from);
+            else __syncwarp();
+            s = carry[from][pair];
         }
-        if (warp == WARPS - 1 && lane >= 24) {
-            const float2 end = make_float2(to_p.x * s.x + to_h.x, to_p.y * s.y + to_h.y);
-            carry[n][pair] = end;
-            if (c.last && here.i == here.spans - 1) *(float2 *)(c.last + state) = end;
-        }
-        to_p = make_float2(__shfl_up_sync(~0u, to_p.x, PAIRS), __shfl_up_sync(~0u, to_p.y, PAIRS));
-        to_h = make_float2(__shfl_up_sync(~0u, to_h.x, PAIRS), __shfl_up_sync(~0u, to_h.y, PAIRS));
-        if (first) s = make_float2(to_p.x * s.x + to_h.x, to_p.y * s.y + to_h.y);
-        if (EVERY && 0 < left) {
-            const int t = (here.i * SPAN + warp * REACH + first) / STEPS;
-            const i64 at = ((i64)(b * scans + here.k) * ROUND_UP(length, STEPS) + t) * channels + d;
+        const float2 end = make_float2(to_p.x * s.x + to_h.x, to_p.y * s.y + to_h.y);
+        if (WARPS == 1) __syncwarp();
+        if (lane >= 24) carry[warp][pair] = end;
+        if (WARPS > 1 && !ends) pass_on(1 + warp);
+        if (ends && c.last && lane >= 24) *state(c.last) = end;
+        s = make_float2(before_p.x * s.x + before_h.x, before_p.y * s.y + before_h.y);
+        if (EVERY && first < left) {
+            const int t = (i * SPAN + warp * REACH + first) / STEPS;
+            const i64 at = ((i64)(b * scans + k) * ROUND_UP(length, STEPS) + t) * channels + d;
             Pair<START_TYPE>::store(c.starts + at * sizeof(typename Element<START_TYPE>::bits), s);
         }
-        const bool all = left + first >= REACH;
         auto y = [&](int j) {
-            return make_float2(C_t[j].x * (p[j].x * s.x + h[j].x), C_t[j].x * (p[j].y * s.y + h[j].y));
+            return make_float2(C[j] * (p[j].x * s.x + h[j].x), C[j] * (p[j].y * s.y + h[j].y));
         };
-        if (here.k) {
-            add<STEPS>(sum + pair * 8, C_t, left, all, y);
+        auto y_and_skip = [&](int j) {
+            const float2 y_j = y(j), w = raw_x[j].value();
+            return make_float2(y_j.x + skip.x * w.x, y_j.y + skip.y * w.y);
+        };
+        if (left >= REACH) {
+            if (k) sums.add<true>(STEPS, y);
+            else sums.add<true>(STEPS, y_and_skip);
         } else {
-            add<STEPS>(sum + pair * 8, C_t, left, all, [&](int j) {
-                const float2 y_j = y(j), w = raw_x[j].value();
-                return make_float2(y_j.x + skip.x * w.x, y_j.y + skip.y * w.y);
-            });
+            if (k) sums.add<false>(left - first, y);
+            else sums.add<false>(left - first, y_and_skip);
         }
-        row = row_next, row_next = row_after;
-        here = next, next = after, after.advance();
+        row = row_next, row_next = row_ahead, k_next = ahead.k, index_next = ahead.index;
+        ahead.advance(scans, length, spans);
+        if (++i == spans) i = 0, k++;
     }
     copy_async_wait<0>();
     __syncthreads();
@@ -304,25 +353,28 @@ struct alignas(8) Gradients {
 
 INLINE void merged_backward(const Call &c) {
     __shared__ __align__(16) float shared_B[WARPS][REACH];
-    __shared__ __align__(16) float2 shared_C[WARPS][REACH];  // with the token's place
-    __shared__ __align__(16) int shared_rows[WARPS][REACH];
+    __shared__ __align__(16) float shared_C[WARPS][REACH];
+    __shared__ __align__(16) int shared_rows[WARPS][REACH], places[WARPS][REACH];
     __shared__ float4 totals[2][WARPS][PAIRS];  // of a warp's steps: decay and what they pass on to the step before
     __shared__ float2 carry[2][PAIRS];
     __shared__ Gradients gradients[2][WARPS][PAIRS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % PAIRS, first = lane / PAIRS * STEPS;
     const int length = (int)c.length, scans = (int)c.scans, channels = (int)c.channels, groups = channels / GROUP;
     const int b = blockIdx.x / groups, group = blockIdx.x % groups, d0 = group * GROUP, d = d0 + pair * 2;
-    const char *x = whole(c.x + b * c.x_view.batch + d0 * c.x_view.inner);
-    const char *dy = whole(c.dy + b * c.dy_view.batch + d0 * c.dy_view.inner);
-    const char *delta = whole(c.delta + b * c.delta_view.batch + d0 * c.delta_view.inner);
+    typedef Stage<DELTA_TYPE> StageDelta;
+    typedef Stage<X_TYPE> StageX;
+    const char *x = whole(c.x + b * c.x_view.batch + d0 * c.x_view.inner + StageX::piece());
+    const char *dy = whole(c.dy + b * c.dy_view.batch + d0 * c.dy_view.inner + StageX::piece());
+    const char *delta = whole(c.delta + b * c.delta_view.batch + d0 * c.delta_view.inner + StageDelta::piece());
     const float *B_t = shared_B[warp] + first;
-    const float2 *C_t = shared_C[warp] + first;
-    const int *rows = shared_rows[warp] + first;
+    const float *C_t = shared_C[warp] + first;
+    const int *rows = shared_rows[warp] + first, *place_t = places[warp] + first;
     const i64 states_at = ((i64)group * c.batch + b) * length * scans;  // into dB and dC, of token 0
     const int pieces = ROUND_UP(length, STEPS), spans = ROUND_UP(length, SPAN);
-    char *sum = dynamic_shared(), *stages = sum + ROUND_UP(length, 2) * 128;
-    Stage<DELTA_TYPE> stage_delta = {stages + warp * (Stage<DELTA_TYPE>::BYTES + 2 * Stage<X_TYPE>::BYTES)};
-    Stage<X_TYPE> stage_x = {stage_delta.stage + Stage<DELTA_TYPE>::BYTES}, stage_dy = {stage_x.stage + stage_x.BYTES};
+    char *sum = dynamic_shared();
+    const int begin = ROUND_UP(length, 2) * 128 + warp * (StageDelta::BYTES + 2 * StageX::BYTES);
+    const StageDelta stage_delta(begin);
+    const StageX stage_x(begin + StageDelta::BYTES), stage_dy(begin + StageDelta::BYTES + StageX::BYTES);
 
     Span here = {0, spans - 1, spans}, next = here, after;
     States states;
@@ -336,11 +388,13 @@ INLINE void merged_backward(const Call &c) {
     };
     auto fetch = [&](int row) {  // for the next span
         const int k = min(next.k, scans - 1), at = k * channels + d;
-        stage_delta.copy(delta + offset(k, (int)c.delta_view.scan), c.delta_view.token, row);
-        stage_x.copy(x, c.x_view.token, row);
-        stage_dy.copy(dy, c.dy_view.token, row);
+        int rows[StageDelta::PIECES], x_rows[StageX::PIECES];
+        spread<StageDelta>(rows, row), spread<StageX>(x_rows, row);
+        stage_delta.copy(beyond(delta, k, (int)c.delta_view.scan), c.delta_view.token, rows);
+        stage_x.copy(x, c.x_view.token, x_rows);
+        stage_dy.copy(dy, c.dy_view.token, x_rows);
         copy_async_commit();
-        states.fetch(c, b, k, min(next.i * SPAN + warp * REACH + lane, length - 1), row);
+        states.fetch(c, b, k, k * length + min(next.i * SPAN + warp * REACH + lane, length - 1), row);
         next_A = __ldg((const float2 *)(c.A + at));
         next_bias = c.bias ? __ldg((const float2 *)(c.bias + at)) : make_float2(0.f, 0.f);
         const int piece = min((next.i * SPAN + warp * REACH + first) / STEPS, pieces - 1);
@@ -377,7 +431,7 @@ INLINE void merged_backward(const Call &c) {
         __syncwarp();
         shared_rows[warp][lane] = row;
         const float2 BC = states.value();
-        shared_B[warp][lane] = BC.x, shared_C[warp][lane] = make_float2(BC.y, __int_as_float(place(row)));
+        shared_B[warp][lane] = BC.x, shared_C[warp][lane] = BC.y, places[warp][lane] = place(row);
         copy_async_wait<0>();
         __syncwarp();
         Pair<X_TYPE> raw_x[STEPS], raw_dy[STEPS];
@@ -412,7 +466,7 @@ INLINE void merged_backward(const Call &c) {
             h = make_float2(rest[j].x + w[j].x * B_t[j] * dt[j].x, rest[j].y + w[j].y * B_t[j] * dt[j].y);
             dC[j] = q.x * h.x + q.y * h.y;
             total.D.x += q.x * w[j].x, total.D.y += q.y * w[j].y;
-            g[j] = make_float2(q.x * C_t[j].x, q.y * C_t[j].x);
+            g[j] = make_float2(q.x * C_t[j], q.y * C_t[j]);
         }
         float2 to_p = make_float2(1.f, 1.f), to_g = make_float2(0.f, 0.f);
 #pragma unroll
@@ -462,7 +516,7 @@ INLINE void merged_backward(const Call &c) {
         const int token = (int)sizeof(bits) * scans * channels;
         const float2 A_ln2 = make_float2(A.x * LN2, A.y * LN2);
         const float2 skip_now = here.k ? make_float2(0.f, 0.f) : skip;
-        add<STEPS>(sum + pair * 8, C_t, left, left + first >= REACH, [&](int j) {
+        auto dx = [&](int j) {
             const float2 q = raw_dy[j].value();
             const float2 g_j = make_float2(p[j].x * s.x + g[j].x, p[j].y * s.y + g[j].y);
             const float2 input = make_float2(g_j.x * B_t[j], g_j.y * B_t[j]);  // gradient of dt x, ln(2)
@@ -474,7 +528,15 @@ INLINE void merged_backward(const Call &c) {
             dB[j] = g_j.x * dt[j].x * w[j].x + g_j.y * dt[j].y * w[j].y;
             if (j < left) Pair<DELTA_TYPE>::store(ddelta + offset(rows[j], token), v);
             return make_float2(input.x * dt[j].x + skip_now.x * q.x, input.y * dt[j].y + skip_now.y * q.y);
-        });
+        };
+        Sums sums;
+        if (left + first >= REACH) {
+            sums.load<true>(sum + pair * 8, place_t, STEPS);
+            sums.add<true>(STEPS, dx);
+        } else {
+            sums.load<false>(sum + pair * 8, place_t, left);
+            sums.add<false>(left, dx);
+        }
         sum_pairs<STEPS / 2>(dB, pair);
         if (own) c.dB[own_at] = dB[0] * LN2;
         if (here.i == 0) {

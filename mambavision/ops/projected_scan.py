@@ -16,6 +16,7 @@ from mambavision.ops.multi_scan import checked, low_rank_delta, sizes
 from mambavision.ops.orders import Grid, OrderTable, Preset, ScanOrder
 
 PART = 2**26  # bytes of delta that are worth a part of the batch of their own
+MOST = 3 * 2**27  # and those that a part has at most
 
 
 def projected_scan(
@@ -186,56 +187,67 @@ def _gradients(
     x, x_proj, dt_weight, A, D, delta_bias = inputs
     R, N = dt_weight.shape[-1], A.shape[-1]
     wide = _wide(x, x_proj)
-    dproj = torch.empty_like(projected) if projected.shape[-1] == x_proj.shape[1] else torch.zeros_like(projected)
-    dx, sums, images = None, None, _images(x, A)
+    direct = backend == "cuda" and not any(n % 4 for n in (N, R, projected.shape[-1]))  # dB and dC are written there
+    padded = projected.shape[-1] > x_proj.shape[1]
+    dproj = torch.zeros_like(projected) if padded or direct else torch.empty_like(projected)
+    dx, sums, images = torch.empty(x.shape, dtype=x.dtype, device=x.device), None, _images(x, A)
     for first in range(0, len(x), images):
         part = slice(first, first + images)
         from_x, to = projected[part], dproj[part]
         arguments = (_delta(from_x, dt_weight), A, from_x[..., R : R + N], from_x[..., R + N : R + 2 * N])
-        kept = {"starts": starts[part]} if starts.numel() else {}
+        options = {"starts": starts[part]} if starts.numel() else {}
+        if backend == "cuda":  # in memory that there is
+            options |= {"overwrite_delta": True, "dx": dx[part, :, None]}
+        if direct:
+            options |= {"dB": to[..., R : R + N], "dC": to[..., R + N : R + 2 * N]}
         du, ddelta, dA, dB, dC, dD, dbias, _ = dispatch._kernel(backend).scan_backward(
-            grad[part], None, x[part, :, None], *arguments, D, delta_bias, None, order, True, True, **kept
+            grad[part], None, x[part, :, None], *arguments, D, delta_bias, None, order, True, True, **options
         )
         del arguments
-        dweight = _low_rank_gradients(ddelta.to(x.dtype), from_x, dt_weight, to)
-        _copy(dB, to, R)
-        _copy(dC, to, R + N)
+        dweight = _low_rank_gradients(ddelta.to(x.dtype), from_x, dt_weight, to, add=direct)
+        if not direct:
+            _copy(dB, to, R)
+            _copy(dC, to, R + N)
         new = (dweight, dA, dD, dbias)
         sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
-        du, rows = du.to(x.dtype).flatten(0, 2), to.flatten(2).flatten(0, 1)
-        if images >= len(x):
-            dx = du.addmm_(rows, wide)
-        else:
-            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
-            torch.mm(rows, wide, out=dx[part].view(du.shape)).add_(du)
+        own = dx[part].flatten(0, 1)
+        if du.data_ptr() != own.data_ptr():
+            own.copy_(du.flatten(0, 2))
+        own.addmm_(to.flatten(2).flatten(0, 1), wide)
         del du, ddelta, dB, dC
     dwide = (dproj.flatten(2).flatten(0, 1).mT @ x.flatten(0, 1)).unflatten(0, (len(x_proj), -1))
-    return dx.view(x.shape), dwide[:, : x_proj.shape[1]], *sums
+    return dx, dwide[:, : x_proj.shape[1]], *sums
 
 
 def _images(x: Tensor, A: Tensor) -> int:
     """Images whose gradients are formed at once: as few as fill a GPU, since the scratch of a backward grows with them.
 
-    A channel has about a lane for each 4 states, and a processor is full with 8 warps. All, where delta is small.
+    A channel has about a lane for each 4 states, and a processor is full with 8 warps. All, where delta is small; half
+    of what fills it, whose sequences are then cut, where delta is large.
     """
     if x.device.type != "cuda":
         return len(x)
     channels = A[..., 0].numel()
     warps = len(x) * channels * max(1, min(16, A.shape[-1] // 4)) / 32
     full = 7.5 * torch.cuda.get_device_properties(x.device).multi_processor_count
-    parts = min(warps / full, x.shape[:2].numel() * channels * x.element_size() / PART)
+    delta = x.shape[:2].numel() * channels * x.element_size()
+    parts = max(min(warps / full, delta / PART), min(2 * warps / full, math.ceil(delta / MOST)))
     return -(-len(x) // max(1, int(parts)))
 
 
-def _low_rank_gradients(ddelta: Tensor, projected: Tensor, dt_weight: Tensor, dproj: Tensor) -> Tensor:
-    """The gradient of dt_weight; that of dt is written to the first columns of dproj; what follows may change."""
+def _low_rank_gradients(ddelta: Tensor, projected: Tensor, dt_weight: Tensor, dproj: Tensor, add: bool) -> Tensor:
+    """The gradient of dt_weight; that of dt is written to the first columns of dproj, zeros if ``add``.
+
+    What follows these columns is kept if ``add``, else it may change.
+    """
     K, channels, R = dt_weight.shape
     if not _joined(dt_weight):
         each = ddelta.flatten(0, 1).transpose(0, 1)  # (K, batch L, D)
         dproj[..., :R].flatten(0, 1).transpose(0, 1).copy_(each @ dt_weight.to(ddelta.dtype))
         return each.mT @ projected[..., :R].flatten(0, 1).transpose(0, 1)
     rows, columns = ddelta.flatten(2).flatten(0, 1), projected.flatten(2).flatten(0, 1)
-    torch.mm(rows, _block_diagonal(projected, dt_weight), out=dproj.flatten(2).flatten(0, 1))
+    to, blocks = dproj.flatten(2).flatten(0, 1), _block_diagonal(projected, dt_weight)
+    torch.addmm(to, rows, blocks, out=to) if add else torch.mm(rows, blocks, out=to)
     pairs = (rows.mT @ columns).view(K, channels, K, -1)[..., :R]
     return pairs.diagonal(0, 0, 2).permute(2, 0, 1)
 

@@ -76,6 +76,12 @@ def test_a_product_of_four_warps_gone_wrong(options, what, emulator):
         pytest.fail("passed")
 
 
+def test_what_a_warp_passes_on_to_another(machine):
+    given, got = torch.arange(32.0, device=machine), torch.zeros(32, device=machine)
+    primitive("passed_on", given, given, got, threads=64)
+    assert torch.equal(got, given.flip(0))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_to_sixteen_bits(dtype, machine):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
@@ -105,6 +111,8 @@ def test_approximate_functions(machine):
         ("diverging_barriers", "barrier of line"),
         ("lonely_shuffle", "wait for ever|not there any more"),
         ("lonely_barrier", "wait for ever"),
+        ("taken_over_from_no_one", "wait for ever"),
+        ("passed_on_twice", "no one has taken over"),
         ("beyond_shared", "outside its 4096 bytes"),
         ("crooked_row", "not a multiple of 16"),
         ("beyond_tensor", "thread 40: touches"),
@@ -218,7 +226,6 @@ def test_nothing_outside_of_tensors_is_touched(case, processors, at_end, emulato
     "case, options",
     [
         (Case(70, 16, "fp32", 9), {"keep_decay": True}),
-        (Case(33, 8, "bf16", 5, merge=False), {"polynomial": 5}),
         (Case(70, 16, "fp32", 9), {"tile": 8, "segment": 24}),
         (Case(33, 8, "bf16", 5, merge=False), {"segment": 16}),
     ],

@@ -1,5 +1,6 @@
 """Paths of the CUDA scan that size and layout of a call choose: scans merged on chip, a team for each scan, gates."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mambavision.kernels import cuda, nvrtc, reference
+from mambavision.ops import projected_scan
 from tests.kernels.test_backends import Case, relative
 from tests.kernels.test_emulated import ORDERS, by_token, direct, names
 
@@ -179,3 +181,75 @@ def test_backwards_of_few_warps_give_the_same_bits_in_any_order_of_threads(case,
         seen.append(direct(case))
     assert next(threads for name, _, threads in emulator.launches if name == "scan_backward") <= 96
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "length, N, channels, kept",
+    [(70, 1, 16, True), (70, 1, 20, False), (33, 16, 33, False), (530, 2, 9, False)],
+    ids=["merged", "one state", "states", "segments"],
+)
+def test_gradients_in_memory_that_there_is(length, N, channels, kept, small_machine):
+    """The gradient of delta over delta itself, others in memory given: the same bits."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=torch.bfloat16):
+        return torch.randn(shape, generator=g).to(small_machine, dtype)
+
+    K, f32 = 2, torch.float32
+    x, delta = normal(2, length, 1, channels), normal(2, length, K, channels)
+    A, states = -normal(K, channels, N, dtype=f32).abs(), [normal(2, length, K, N) for _ in range(2)]
+    order = torch.stack([torch.randperm(length, generator=g) for _ in range(K)]).int().to(small_machine)
+    rest = (A, *states, normal(K, channels, dtype=f32), None, None, order, True, True)
+    starts = {}
+    if kept:
+        shape, dtype = cuda.kept_states(x, delta, A)
+        starts["starts"] = torch.empty(shape, dtype=dtype, device=small_machine)
+    y, _ = cuda.scan(x, delta, *rest, **starts)
+    dy = normal(*y.shape)
+    want = cuda.scan_backward(dy, None, x, delta, *rest, **starts)
+    memory, own = torch.full_like(x, torch.nan), delta.clone()
+    given = {"dx": memory, "overwrite_delta": True}
+    if N % 4 == 0:
+        both = torch.full((2, length, K, 2 * N + 8), 7.0, dtype=x.dtype, device=small_machine)
+        given |= {"dB": both[..., 4 : 4 + N], "dC": both[..., 4 + N : 4 + 2 * N]}
+    got = cuda.scan_backward(dy, None, x, own, *rest, **starts, **given)
+    assert got[0].data_ptr() == memory.data_ptr() and got[1].data_ptr() == own.data_ptr()
+    if N % 4 == 0:
+        assert got[3].data_ptr() == both[..., 4:].data_ptr() and (both[..., [0, 3, -4, -1]] == 7).all()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("processors, threads", [(4, 256), (3, 128)])
+def test_a_backward_of_one_wave_has_large_blocks(processors, threads, machine, monkeypatch):
+    monkeypatch.setattr(nvrtc, "processors", lambda device: processors)
+    launched = []
+    launch = nvrtc.launch
+    monkeypatch.setattr(nvrtc, "launch", lambda *args: launched.append(args[1:3]) or launch(*args))
+    case = Case(37, 16, "bf16", 64)
+    direct(case, machine)
+    assert launched[-2] == (2 * len(case.orders) * 64 * 4 // threads, threads)
+
+
+@pytest.mark.parametrize("rank, N, images", [(8, 16, 4), (8, 16, 3), (6, 1, 4), (4, 4, 2)])
+def test_projected_scans_as_on_a_gpu(rank, N, images, machine, monkeypatch):
+    """One product for all K low-rank ones, padded; a batch in parts; gradients written where they are wanted."""
+    module = sys.modules["mambavision.ops.projected_scan"]
+    monkeypatch.setattr(module, "_joined", lambda dt_weight: True)
+    monkeypatch.setattr(module, "_width", lambda x, rows: rows + -rows % 8)
+    monkeypatch.setattr(module, "_images", lambda x, A: images)
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g).to(machine)
+
+    K, D, grid = 4, 32, (5, 7)
+    x, dy = normal(4, 35, D).bfloat16(), normal(4, 35, D).bfloat16()
+    parameters = (0.2 * normal(K, rank + 2 * N, D), 0.3 * normal(K, D, rank), -normal(K, D, N).abs(), normal(K, D))
+    bias, results = normal(K, D), []
+    for backend, dtype in (("cuda", None), ("chunked", torch.float64)):
+        leaves = [v.to(dtype or v.dtype).requires_grad_() for v in (x, *parameters, bias)]
+        *inputs, delta_bias = leaves
+        y = projected_scan(*inputs, orders="cross", grid=grid, delta_bias=delta_bias, backend=backend)
+        results.append([y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
+    for got, want in zip(*results, strict=True):
+        assert relative(got.detach().double().cpu(), want.detach().cpu()) < 2e-2

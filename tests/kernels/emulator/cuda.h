@@ -80,7 +80,7 @@ namespace emulator {
 constexpr size_t STACK = 256 << 10, STATIC_SHARED = 48 << 10, ALL_SHARED = 227 << 10;
 constexpr unsigned MOST_THREADS = 1024;
 enum Order { ASCENDING, DESCENDING, RANDOM };  // RANDOM and above: seeds
-enum State { READY, IN_WARP, AT_BARRIER, DONE };
+enum State { READY, IN_WARP, AT_BARRIER, AT_GATE, DONE };
 
 // What a thread has started and will wait for, in groups; the last one is still open
 template <class Item> struct Groups {
@@ -125,7 +125,7 @@ inline Fiber fibers[MOST_THREADS];
 inline char *stacks;
 inline jmp_buf scheduler;
 inline ucontext_t first;
-inline unsigned current, threads, alive, waiting;
+inline unsigned current, threads, alive, waiting, passed[16];  // passed: between two warps, by barrier
 inline int order, barrier_line;
 inline unsigned barrier_all, barrier_any, barrier_count, all_result, any_result, count_result, random_state;
 inline void (*kernel)(const void *);
@@ -187,6 +187,22 @@ template <class RUN> inline void collective(unsigned mask, int line, void *data,
     run(all, mask);
     for (unsigned i = 0; i < 32; i++)
         if (mask >> i & 1) warp[i].state = READY;
+}
+
+// Between two warps: one passes on, the other may be waiting for it, or come later
+inline void pass_on(int id, int line) {
+    collective(~0u, line, 0, [id, line](void **, unsigned) {
+        if (passed[id]++) fail("line %d: passes on by barrier %d, which no one has taken over from", line, id);
+        for (unsigned i = 0; i < threads; i++)
+            if (fibers[i].state == AT_GATE && fibers[i].mask == (unsigned)id) fibers[i].state = READY;
+    });
+}
+
+inline void take_over(int id, int line) {
+    collective(~0u, line, 0, [](void **, unsigned) {});
+    Fiber &me = fibers[current];
+    while (!passed[id]) me.state = AT_GATE, me.mask = id, me.line = line, leave();
+    collective(~0u, line, 0, [id](void **, unsigned) { passed[id] = 0; });
 }
 
 inline void check_shared(const void *p, size_t bytes, int line) {
@@ -254,6 +270,7 @@ inline bool run_block() {
     memset(dynamic_begin - 4096, 0xff, dynamic_size + 8192);
     memset(unpublished, 0, sizeof unpublished);
     alive = threads, waiting = 0, barrier_all = 1, barrier_any = barrier_count = 0;
+    memset(passed, 0, sizeof passed);
     for (unsigned i = 0; i < threads; i++)
         fibers[i].state = READY, fibers[i].copies.clear(), fibers[i].products.clear();
     while (alive) {

@@ -8,6 +8,7 @@ typedef long long i64;
 template <class Target> inline Target *whole(Target *p) { return p; }
 inline unsigned opaque(unsigned v) { return v; }
 inline i64 offset(int row, int bytes) { return (i64)row * bytes; }
+inline const char *beyond(const char *p, int row, int bytes) { return p + (i64)row * bytes; }
 
 inline float flush(float v) { return fabsf(v) < 0x1p-126f ? copysignf(0.f, v) : v; }
 inline float exp2_fast(float v) { return flush(exp2f(flush(v))); }
@@ -51,6 +52,9 @@ template <int TYPE> inline unsigned multiply2(unsigned a, unsigned b) {
 }
 
 inline void meet_warps() { emulator::barrier(true, 0); }
+inline void pass_on(int id, int line = __builtin_LINE()) { emulator::pass_on(id, line); }
+inline void take_over(int id, int line = __builtin_LINE()) { emulator::take_over(id, line); }
+
 inline char *dynamic_shared() { return emulator::dynamic_begin; }
 
 namespace emulator {
@@ -134,6 +138,9 @@ inline void copy_async_16(void *shared, const void *global, bool inside, AT) {
     else emulator::fibers[emulator::current].copies.add(copy);
 }
 
+inline void copy_async_16_of_line(void *shared, const void *global, int line = __builtin_LINE()) {
+    copy_async_16(shared, global, true, line);
+}
 inline void copy_async_commit() { emulator::fibers[emulator::current].copies.open++; }
 template <int YOUNGEST> inline void copy_async_wait() {
     emulator::fibers[emulator::current].copies.wait(YOUNGEST, emulator::land);

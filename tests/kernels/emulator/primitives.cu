@@ -89,6 +89,19 @@ INLINE void four_warps(const Argument &argument) {
 }
 #endif
 
+// c: a, which the second of two warps has written to shared memory for the first
+INLINE void passed_on(const Argument &argument) {
+    __shared__ float v[32];
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x >= 32) {
+        v[lane] = ((const float *)argument.a)[lane];
+        pass_on(3);
+    } else {
+        take_over(3);
+        ((float *)argument.c)[lane] = v[31 - lane];
+    }
+}
+
 // c: 2^a and 1 / a
 INLINE void approximations(const Argument &argument) {
     const float *in = whole((const float *)argument.a);
@@ -111,6 +124,14 @@ INLINE void lonely_shuffle(const Argument &) {
 INLINE void lonely_barrier(const Argument &) {
     if (threadIdx.x == 0) __syncwarp();
     else __syncthreads();
+}
+
+INLINE void taken_over_from_no_one(const Argument &) {
+    if (threadIdx.x < 32) take_over(1);
+}
+
+INLINE void passed_on_twice(const Argument &) {
+    for (int i = 0; i < 2 && threadIdx.x < 32; i++) pass_on(1);
 }
 
 INLINE void race(const Argument &argument) {
