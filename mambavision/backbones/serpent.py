@@ -1,0 +1,348 @@
+"""Serpent: a U-Net of selective scans that restores photos of any size, linear in their pixels.
+
+After the published description of Sepehri, Fabian and Soltanolkotabi, "Serpent: Scalable and Efficient Image
+Restoration via Multi-scale Structured State Space Models", arXiv 2403.17902: a hierarchy of blocks that turn an image
+into sequences, scan them in four directions and process them at several scales. The exact configuration was not
+available to us: widths, depths, the form of the multi-scale core (`StridedScan`, `WaveletScan`), the gated feed-forward,
+the resampling and the plain sums of the skips are choices made here.
+
+Images are (B, C, H, W) in [0, 1]; features are (B, H, W, C), channels last, so that pixels are tokens without a copy.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambavision.layers import SS2D, SelectiveSSM
+from mambavision.layers.ssm import two_linear
+from mambavision.ops import depthwise_conv, norm_gate
+
+Mixer = Literal["strided", "wavelet"]
+"""Form of the multi-scale core: :class:`StridedScan` or :class:`WaveletScan`."""
+
+
+class StridedScan(nn.Module):
+    """Scans of an image at strides s = 1, 2, 4, ..., summed: y = sum over s of repeat_s(SS2D_s(mean_s(x))).
+
+    mean_s averages s x s pixels, repeat_s writes a token to s x s pixels; both commute with the projections of SS2D, so
+    that all of a coarse branch runs on 1 / s^2 of the tokens.
+
+    Args:
+        dim: channels C of input and output.
+        d_state: N, states per channel.
+        expand: each stride has expand * C channels inside.
+        num_strides: 1 for the full resolution alone.
+    """
+
+    def __init__(self, dim: int, *, d_state: int, expand: float, num_strides: int) -> None:
+        super().__init__()
+        self.scans = nn.ModuleList(SS2D(dim, d_state=d_state, expand=expand) for _ in range(num_strides))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x (B, H, W, C), H and W multiples of every stride; same shape."""
+        y = self.scans[0](x)
+        for i, scan in enumerate(self.scans[1:], 1):
+            s = 2**i
+            coarse = scan(F.avg_pool2d(x.permute(0, 3, 1, 2), s).permute(0, 2, 3, 1))  # (B, H / s, W / s, C)
+            y = (y.unflatten(2, (-1, s)).unflatten(1, (-1, s)) + coarse[:, :, None, :, None]).view_as(x)
+        return y
+
+
+class WaveletScan(SelectiveSSM):
+    """Scan of an image's four Haar bands as separate channels of one token, then the inverse transform.
+
+    ::
+
+        u = silu(conv2d(in_proj_x(x)))    z = silu(in_proj_z(x))    y = out_proj(out_norm(haar^-1(ssm(haar(u)))) * z)
+
+    A token is 2 x 2 pixels: sequences are four times shorter and four times wider than those of SS2D.
+
+    Args:
+        dim: channels C of input and output.
+        d_state: N, states per channel.
+        expand: u and z have D = expand * C channels, the scan 4 D.
+    """
+
+    def __init__(self, dim: int, *, d_state: int, expand: float) -> None:
+        d_inner = int(expand * dim)
+        super().__init__(4 * d_inner, math.ceil(dim / 16), d_state=d_state)
+        self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False)
+        self.conv2d = nn.Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner)
+        self.out_norm = nn.LayerNorm(d_inner)
+        self.out_proj = nn.Linear(d_inner, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x (B, H, W, C), H and W even; same shape."""
+        u, z = two_linear(x, self.in_proj)
+        u = depthwise_conv(u, self.conv2d.weight, self.conv2d.bias, activation="silu")
+        bands = haar(u)  # (B, H / 2, W / 2, 4 D)
+        bands = super().forward(bands.flatten(1, 2), bands.shape[1:3]).view_as(bands)
+        return self.out_proj(norm_gate(inverse_haar(bands), z, self.out_norm.weight, self.out_norm.bias))
+
+
+def haar(x: Tensor) -> Tensor:
+    """Orthonormal Haar bands of x (B, H, W, D): (B, H / 2, W / 2, 4 D), in the order mean, rows, columns, diagonal."""
+    top, bottom = x.unflatten(1, (-1, 2)).unbind(2)
+    mean, difference = top + bottom, top - bottom
+    (a, b), (c, d) = (v.unflatten(2, (-1, 2)).unbind(3) for v in (mean, difference))
+    return torch.cat([a + b, c + d, a - b, c - d], -1) / 2
+
+
+def inverse_haar(x: Tensor) -> Tensor:
+    """The image (B, H, W, D) of bands (B, H / 2, W / 2, 4 D)."""
+    a, c, b, d = (x / 2).chunk(4, -1)
+    mean, difference = (torch.stack([v + w, v - w], 3).flatten(2, 3) for v, w in ((a, b), (c, d)))
+    return torch.stack([mean + difference, mean - difference], 2).flatten(1, 2)
+
+
+class GatedFeedForward(nn.Module):
+    """Feed-forward of pixels with a depth-wise 3x3 gate: fc2(v * silu(dwconv(u))) with [u, v] = fc1(x).
+
+    Args:
+        dim: channels C of input and output.
+        expand: u and v have expand * C channels.
+    """
+
+    def __init__(self, dim: int, expand: float) -> None:
+        super().__init__()
+        hidden = int(expand * dim)
+        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C), same shape."""
+        u, v = two_linear(x, self.fc1)
+        return self.fc2(norm_gate(v, depthwise_conv(u, self.dwconv.weight, self.dwconv.bias)))
+
+
+class SerpentBlock(nn.Module):
+    """x = x + scan(norm1(x)), then x = x + ffn(norm2(x)).
+
+    Args:
+        dim: channels C.
+        d_state, expand, mixer, num_strides: of the scan, see :class:`StridedScan` and :class:`WaveletScan`.
+        ffn_expand: of the :class:`GatedFeedForward`.
+    """
+
+    def __init__(
+        self, dim: int, *, d_state: int, expand: float, ffn_expand: float, mixer: Mixer, num_strides: int
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        if mixer == "strided":
+            self.scan = StridedScan(dim, d_state=d_state, expand=expand, num_strides=num_strides)
+        else:
+            self.scan = WaveletScan(dim, d_state=d_state, expand=expand)
+        self.norm2 = nn.LayerNorm(dim)
+        self.ffn = GatedFeedForward(dim, ffn_expand)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C), same shape."""
+        x = x + self.scan(_normalise(x, self.norm1))
+        return x + self.ffn(_normalise(x, self.norm2))
+
+
+def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return norm_gate(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+
+
+def _on_pixels(conv: nn.Module, x: Tensor) -> Tensor:
+    """A module of images on features (B, H, W, C)."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+class Serpent(nn.Module):
+    """Restores images (B, in_channels, H, W) of any size to (B, in_channels, scale H, scale W).
+
+    Patch embedding, levels of Serpent blocks down to 1 / 2^(levels - 1) of the tokens and up again with sums as skips,
+    refinement at the top, and a residual that is added to the (bicubically enlarged) input.
+
+    Args:
+        in_channels: 3 for RGB, 1 for gray.
+        dims: channels of each level, the finest first.
+        depths: blocks of each level on the way down; all but the last level have as many on the way up.
+        refinement: blocks after these, at the finest level.
+        patch_size: a token of the finest level is patch_size x patch_size pixels.
+        d_state: states per channel of each level.
+        expand: channels inside a scan per channel of the level.
+        ffn_expand: the same of the feed-forward.
+        mixer: form of the multi-scale core.
+        num_strides: of the scans in a "strided" core; a "wavelet" core has 1.
+        scale: of the output.
+        sigma_input: whether forward takes the noise level.
+
+    Attributes:
+        config: these arguments, JSON-able.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        *,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        refinement: int = 0,
+        patch_size: int = 1,
+        d_state: Sequence[int],
+        expand: float = 1.0,
+        ffn_expand: float = 2.0,
+        mixer: Mixer = "strided",
+        num_strides: int = 2,
+        scale: int = 1,
+        sigma_input: bool = False,
+    ) -> None:
+        if not len(dims) == len(depths) == len(d_state) >= 1:
+            raise ValueError(f"dims, depths and d_state need one entry a level, got {dims}, {depths}, {d_state}")
+        if mixer not in ("strided", "wavelet"):
+            raise ValueError(f"mixer must be 'strided' or 'wavelet', got {mixer!r}")
+        if num_strides < 1 or (mixer == "wavelet" and num_strides > 1):
+            raise ValueError(f"num_strides must be at least 1, and 1 for the wavelet core, got {num_strides}")
+        if in_channels not in (1, 3):
+            raise ValueError(f"in_channels must be 1 or 3, got {in_channels}")
+        for dim in dims:
+            if (expand * dim) % 1 or (ffn_expand * dim) % 1:
+                raise ValueError(f"expand {expand} and ffn_expand {ffn_expand} must give whole channels for {dim}")
+        super().__init__()
+        self.config: dict[str, Any] = dict(
+            in_channels=in_channels, dims=list(dims), depths=list(depths), refinement=refinement,
+            patch_size=patch_size, d_state=list(d_state), expand=expand, ffn_expand=ffn_expand, mixer=mixer,
+            num_strides=num_strides, scale=scale, sigma_input=sigma_input,
+        )  # fmt: skip
+        self.patch_size, self.scale = patch_size, scale
+        self.multiple = patch_size * 2 ** (len(dims) - 1) * (2 if mixer == "wavelet" else 2 ** (num_strides - 1))
+
+        def blocks(level: int, depth: int) -> nn.Sequential:
+            options = dict(expand=expand, ffn_expand=ffn_expand, mixer=mixer, num_strides=num_strides)
+            return nn.Sequential(*(SerpentBlock(dims[level], d_state=d_state[level], **options) for _ in range(depth)))
+
+        top = range(len(dims) - 1)
+        self.embed = nn.Conv2d(in_channels * patch_size**2, dims[0], 3, padding=1)
+        self.sigma = nn.Parameter(torch.randn(dims[0])) if sigma_input else None
+        self.encoder = nn.ModuleList(blocks(i, depths[i]) for i in range(len(dims)))
+        self.downs = nn.ModuleList(nn.Conv2d(dims[i], dims[i + 1], 2, 2) for i in top)
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(dims[i + 1], dims[i], 2, 2) for i in top)
+        self.decoder = nn.ModuleList(blocks(i, depths[i]) for i in top)
+        self.refinement = blocks(0, refinement)
+        self.head = nn.Conv2d(dims[0], in_channels * (patch_size * scale) ** 2, 3, padding=1)
+        nn.init.trunc_normal_(self.head.weight, std=1e-4)  # an untrained network nearly returns its input
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Restore x (B, in_channels, H, W), in [0, 1] but not clipped, to (B, in_channels, scale H, scale W).
+
+        sigma (B,): standard deviation of the noise, in the units of x, for networks with `sigma_input`; None where it
+        is unknown. Raises ValueError if it is given to others.
+        """
+        if sigma is not None and self.sigma is None:
+            raise ValueError("sigma was given to a network built without sigma_input")
+        height, width = x.shape[-2:]
+        y = F.pixel_unshuffle(pad_to_multiple(x, self.multiple), self.patch_size)
+        y = _on_pixels(self.embed, y.permute(0, 2, 3, 1))
+        if sigma is not None:
+            y = y + (sigma[:, None] * self.sigma).to(y.dtype)[:, None, None]
+        skips = []
+        for level, down in zip(self.encoder, self.downs, strict=False):
+            skips.append(level(y))
+            y = _on_pixels(down, skips[-1])
+        y = self.encoder[-1](y)
+        for i in reversed(range(len(self.ups))):
+            y = self.decoder[i](_on_pixels(self.ups[i], y) + skips[i])
+        y = F.pixel_shuffle(_on_images(self.head, self.refinement(y)), self.patch_size * self.scale)
+        return y[..., : self.scale * height, : self.scale * width].to(x.dtype) + enlarge(x, self.scale)
+
+
+def _on_images(conv: nn.Module, x: Tensor) -> Tensor:
+    """A module of images on features (B, H, W, C), to an image."""
+    return conv(x.permute(0, 3, 1, 2))
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Extend x (B, C, H, W) below and to the right to multiples: reflected, or by its last pixels if it is too small."""
+    bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    if not bottom and not right:
+        return x
+    mode = "reflect" if bottom < x.shape[-2] and right < x.shape[-1] else "replicate"
+    return F.pad(x, (0, right, 0, bottom), mode=mode)
+
+
+def enlarge(x: Tensor, scale: int) -> Tensor:
+    """x (B, C, H, W) enlarged bicubically to (B, C, scale H, scale W)."""
+    return x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bicubic", align_corners=False)
+
+
+def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of the :class:`Serpent` whose state dict this is, from its names and shapes alone."""
+    if "embed.weight" not in state or "encoder.0.0.ffn.fc1.weight" not in state:
+        raise ValueError("not the state dict of a Serpent: it has no embed.weight and no encoder.0.0.ffn.fc1.weight")
+
+    def count(pattern: str) -> int:
+        """1 + the largest number that the group of the pattern takes."""
+        return 1 + max((int(m[1]) for name in state if (m := re.match(pattern, name))), default=-1)
+
+    levels = count(r"encoder\.(\d+)\.")
+    mixer: Mixer = "strided" if "encoder.0.0.scan.scans.0.x_proj_weight" in state else "wavelet"
+    inner = "scan.scans.0" if mixer == "strided" else "scan"
+    dims = [state[f"encoder.{i}.0.norm1.weight"].shape[0] for i in range(levels)]
+    rows = [state[f"encoder.{i}.0.{inner}.x_proj_weight"].shape[1] for i in range(levels)]
+    inputs, outputs = state["embed.weight"].shape[1], state["head.weight"].shape[0]
+    in_channels = 1 if math.isqrt(inputs) ** 2 == inputs else 3
+    return dict(
+        in_channels=in_channels,
+        dims=dims,
+        depths=[count(rf"encoder\.{i}\.(\d+)\.") for i in range(levels)],
+        refinement=count(r"refinement\.(\d+)\."),
+        patch_size=math.isqrt(inputs // in_channels),
+        d_state=[(n - math.ceil(dim / 16)) // 2 for n, dim in zip(rows, dims, strict=True)],
+        expand=state[f"encoder.0.0.{inner}.in_proj.weight"].shape[0] / 2 / dims[0],
+        ffn_expand=state["encoder.0.0.ffn.fc2.weight"].shape[1] / dims[0],
+        mixer=mixer,
+        num_strides=count(r"encoder\.0\.0\.scan\.scans\.(\d+)\.") if mixer == "strided" else 1,
+        scale=math.isqrt(outputs // inputs),
+        sigma_input="sigma" in state,
+    )
+
+
+def serpent_t(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
+    """About 0.25 M parameters."""
+    return Serpent(
+        in_channels, dims=(32, 48), depths=(2, 3), refinement=2, d_state=(1, 1), expand=0.5, num_strides=2,
+        scale=scale, sigma_input=sigma_input,
+    )  # fmt: skip
+
+
+def serpent_s(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
+    """Under 1 M parameters."""
+    return Serpent(
+        in_channels, dims=(48, 64, 96), depths=(2, 4, 3), refinement=2, d_state=(1, 1, 1), expand=0.5, num_strides=2,
+        scale=scale, sigma_input=sigma_input,
+    )  # fmt: skip
+
+
+def serpent_b(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
+    """About 4 M parameters."""
+    return Serpent(
+        in_channels, dims=(64, 96, 160), depths=(4, 6, 8), refinement=4, d_state=(1, 1, 1), expand=0.5, num_strides=2,
+        scale=scale, sigma_input=sigma_input,
+    )  # fmt: skip
+
+
+def serpent_l(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
+    """About 12 M parameters."""
+    return Serpent(
+        in_channels, dims=(96, 160, 256), depths=(6, 8, 8), refinement=4, d_state=(1, 1, 1), expand=0.5, num_strides=2,
+        scale=scale, sigma_input=sigma_input,
+    )  # fmt: skip
+
+
+def serpent_debug(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
+    """Seconds on a CPU, for tests."""
+    return Serpent(
+        in_channels, dims=(8, 16), depths=(1, 1), refinement=1, d_state=(2, 1), expand=1.0, num_strides=2,
+        scale=scale, sigma_input=sigma_input,
+    )  # fmt: skip
