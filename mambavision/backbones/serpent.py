@@ -3,8 +3,8 @@
 After the published description of Sepehri, Fabian and Soltanolkotabi, "Serpent: Scalable and Efficient Image
 Restoration via Multi-scale Structured State Space Models", arXiv 2403.17902: a hierarchy of blocks that turn an image
 into sequences, scan them in four directions and process them at several scales. The exact configuration was not
-available to us: widths, depths, the form of the multi-scale core (`StridedScan`, `WaveletScan`), the gated feed-forward,
-the resampling and the plain sums of the skips are choices made here.
+available to us: widths, depths, the form of the multi-scale core (`StridedScan`, `WaveletScan`), the gated
+feed-forward, resampling and the plain sums of the skips are choices made here.
 
 Images are (B, C, H, W) in [0, 1]; features are (B, H, W, C), channels last, so that pixels are tokens without a copy.
 """
@@ -152,7 +152,7 @@ def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return norm_gate(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
-def _on_pixels(conv: nn.Module, x: Tensor) -> Tensor:
+def on_pixels(conv: nn.Module, x: Tensor) -> Tensor:
     """A module of images on features (B, H, W, C)."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
@@ -243,27 +243,27 @@ class Serpent(nn.Module):
             raise ValueError("sigma was given to a network built without sigma_input")
         height, width = x.shape[-2:]
         y = F.pixel_unshuffle(pad_to_multiple(x, self.multiple), self.patch_size)
-        y = _on_pixels(self.embed, y.permute(0, 2, 3, 1))
+        y = on_pixels(self.embed, y.permute(0, 2, 3, 1))
         if sigma is not None:
             y = y + (sigma[:, None] * self.sigma).to(y.dtype)[:, None, None]
         skips = []
         for level, down in zip(self.encoder, self.downs, strict=False):
             skips.append(level(y))
-            y = _on_pixels(down, skips[-1])
+            y = on_pixels(down, skips[-1])
         y = self.encoder[-1](y)
         for i in reversed(range(len(self.ups))):
-            y = self.decoder[i](_on_pixels(self.ups[i], y) + skips[i])
-        y = F.pixel_shuffle(_on_images(self.head, self.refinement(y)), self.patch_size * self.scale)
+            y = self.decoder[i](on_pixels(self.ups[i], y) + skips[i])
+        y = F.pixel_shuffle(on_images(self.head, self.refinement(y)), self.patch_size * self.scale)
         return y[..., : self.scale * height, : self.scale * width].to(x.dtype) + enlarge(x, self.scale)
 
 
-def _on_images(conv: nn.Module, x: Tensor) -> Tensor:
+def on_images(conv: nn.Module, x: Tensor) -> Tensor:
     """A module of images on features (B, H, W, C), to an image."""
     return conv(x.permute(0, 3, 1, 2))
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Extend x (B, C, H, W) below and to the right to multiples: reflected, or by its last pixels if it is too small."""
+    """Extend x (B, C, H, W) below and to the right to multiples: reflected, or repeated where it is too small."""
     bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
     if not bottom and not right:
         return x
