@@ -11,6 +11,7 @@ at score 0.3. Medians of repeated calls.
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +22,10 @@ from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 import mambavision.detection  # noqa: F401  registers the detectors
 from mambavision.detection import cli
+from mambavision.engine.flops import count_flops
 
 WARM_UP = 4  # calls: kernels are compiled, CUDA graphs recorded
 
@@ -37,20 +38,6 @@ def build(config: str) -> BaseModel:
     model = MODELS.build(settings.model).eval()
     (model.bbox_head if hasattr(model, "bbox_head") else model).test_cfg.score_thr = 0.3
     return model
-
-
-def scan_flops(x: list[int], delta: list[int], A: list[int], *_, **__) -> int:
-    """9 B L K D N for the recurrence (VMamba's rule)."""
-    batch, length, K, channels = delta
-    return 9 * batch * length * K * channels * A[-1]
-
-
-def count_flops(model: BaseModel, size: int) -> int:
-    """Those of the definition, so on the CPU: a GPU's joined products multiply zeros too."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mambavision.scan: scan_flops})
-    with torch.inference_mode(), counter:
-        model(torch.zeros(1, 3, size, size), mode="tensor")
-    return counter.get_total_flops()
 
 
 @torch.inference_mode()
@@ -91,7 +78,8 @@ def main() -> None:
     for config in args.configs:
         model = build(config)
         row = [Path(config).stem, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"]
-        row.append(f"{count_flops(model, args.size) / 1e9:.2f}")
+        picture = torch.zeros(1, 3, args.size, args.size)
+        row.append(f"{count_flops(partial(model, picture, mode='tensor')) / 1e9:.2f}")
         model.to(args.device)
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
