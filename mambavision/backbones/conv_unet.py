@@ -1,7 +1,8 @@
 """ConvUNet: a U-Net of NAFNet's convolutional blocks, the baseline of Serpent without a scan.
 
 The block is that of Chen et al., "Simple Baselines for Image Restoration", ECCV 2022, arXiv 2204.04676, with its
-channel attention over the whole image; the U-Net around it is Serpent's, so that the two differ in their blocks alone.
+channel attention over the whole image; the U-Net around it is Serpent's, so that the two differ in their blocks alone. The
+1x1 convolutions have no biases, as Serpent's.
 
 Images are (B, C, H, W) in [0, 1]; features are (B, H, W, C).
 """
@@ -27,13 +28,13 @@ class NAFBlock(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.conv1 = nn.Linear(dim, 2 * dim)
+        self.conv1 = nn.Linear(dim, 2 * dim, bias=False)
         self.conv2 = nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim)
         self.attention = nn.Linear(dim, dim)
-        self.conv3 = nn.Linear(dim, dim)
+        self.conv3 = nn.Linear(dim, dim, bias=False)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.conv4 = nn.Linear(dim, 2 * dim)
-        self.conv5 = nn.Linear(dim, dim)
+        self.conv4 = nn.Linear(dim, 2 * dim, bias=False)
+        self.conv5 = nn.Linear(dim, dim, bias=False)
         self.beta = nn.Parameter(torch.zeros(dim))
         self.gamma = nn.Parameter(torch.zeros(dim))
 
@@ -43,10 +44,10 @@ class NAFBlock(nn.Module):
         u, v = depthwise_conv(y, self.conv2.weight, self.conv2.bias).chunk(2, -1)
         y = norm_gate(u, v, activation=None)
         y = y * self.attention(y.mean((1, 2), keepdim=True))
-        x = x + F.linear(y, self.conv3.weight * self.beta[:, None], self.conv3.bias * self.beta)
+        x = x + F.linear(y, self.conv3.weight * self.beta[:, None])
         u, v = two_linear(norm_gate(x, weight=self.norm2.weight, bias=self.norm2.bias, eps=1e-6), self.conv4)
         y = norm_gate(u, v, activation=None)
-        return x + F.linear(y, self.conv5.weight * self.gamma[:, None], self.conv5.bias * self.gamma)
+        return x + F.linear(y, self.conv5.weight * self.gamma[:, None])
 
 
 class ConvUNet(nn.Module):

@@ -48,9 +48,14 @@ class StridedScan(nn.Module):
         y = self.scans[0](x)
         for i, scan in enumerate(self.scans[1:], 1):
             s = 2**i
-            coarse = scan(F.avg_pool2d(x.permute(0, 3, 1, 2), s).permute(0, 2, 3, 1))  # (B, H / s, W / s, C)
-            y = (y.unflatten(2, (-1, s)).unflatten(1, (-1, s)) + coarse[:, :, None, :, None]).view_as(x)
+            coarse = scan(_cells(x, s).mean((2, 4)))  # (B, H / s, W / s, C)
+            y = (_cells(y, s) + coarse[:, :, None, :, None]).view_as(x)
         return y
+
+
+def _cells(x: Tensor, s: int) -> Tensor:
+    """x (B, H, W, C) as (B, H / s, s, W / s, s, C)."""
+    return x.unflatten(2, (-1, s)).unflatten(1, (-1, s))
 
 
 class WaveletScan(SelectiveSSM):
@@ -111,9 +116,9 @@ class GatedFeedForward(nn.Module):
     def __init__(self, dim: int, expand: float) -> None:
         super().__init__()
         hidden = int(expand * dim)
-        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.fc1 = nn.Linear(dim, 2 * hidden, bias=False)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C), same shape."""

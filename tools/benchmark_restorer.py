@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+"""Parameters, multiply-accumulates (the scan counted), milliseconds and peak memory of Serpent and its baselines.
+
+    python tools/benchmark_restorer.py --device cuda --csv restorers.csv
+    python tools/benchmark_restorer.py --device cpu --size 128 256 --networks serpent_t serpent_s
+
+Untrained networks restore one square picture in inference mode, under bfloat16 autocast on a GPU and in float32 on a
+CPU; medians of repeated calls. Memory is the most that is allocated beyond weights and picture. The exponents p are
+those of pixels^p fitted (least squares of logarithms) to time and memory from 512 pixels a side on, where there are
+two such sizes: 1 is linear in pixels. --train adds a training step (forward and backward) on pictures of 256 pixels.
+A size that does not fit is a row "out of memory".
+"""
+
+import argparse
+import csv
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from mambavision.backbones.conv_unet import conv_unet
+from mambavision.backbones.dncnn import dncnn
+from mambavision.backbones.serpent import serpent_b, serpent_l, serpent_s, serpent_t
+from mambavision.backbones.window_transformer import window_transformer
+from mambavision.detection import cli
+from mambavision.engine.flops import count_macs
+
+NETWORKS = {
+    f.__name__: f for f in (serpent_s, window_transformer, conv_unet, dncnn, serpent_t, serpent_b, serpent_l)
+}
+DEFAULT = ("serpent_s", "window_transformer", "conv_unet", "dncnn")
+COLUMNS = ("network", "parameters", "MACs/pixel", "what", "side", "ms", "MB", "device")
+WARM_UP, FEWEST = 2, 3  # calls: kernels are compiled; calls that are timed
+
+
+def measure(call: Callable[[], object], device: torch.device, seconds: float) -> tuple[float, float]:
+    """Median milliseconds of a call and the most MB it holds beyond what was there (NaN on a CPU)."""
+    gpu = device.type == "cuda"
+
+    def timed() -> float:
+        before = time.perf_counter()
+        call()
+        if gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - before
+
+    for _ in range(WARM_UP):
+        timed()
+    held = 0
+    if gpu:
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    times = [timed() for _ in range(FEWEST)]
+    while sum(times) < seconds:
+        times.append(timed())
+    peak = (torch.cuda.max_memory_allocated() - held) / 1e6 if gpu else math.nan
+    return 1e3 * statistics.median(times), peak
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def restore(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode(), autocast(x.device):
+        return net(x)
+
+
+def train(net: nn.Module, x: Tensor) -> None:
+    with autocast(x.device):
+        loss = net(x).float().square().mean()
+    torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])
+
+
+def exponent(sides: Sequence[int], values: Sequence[float]) -> float:
+    """p of values ~ (side^2)^p, by least squares of logarithms; NaN with fewer than two positive values."""
+    points = [(2 * math.log(side), math.log(v)) for side, v in zip(sides, values, strict=True) if v > 0]
+    if len(points) < 2:
+        return math.nan
+    mx, my = (statistics.fmean(v) for v in zip(*points, strict=True))
+    return sum((x - mx) * (y - my) for x, y in points) / sum((x - mx) ** 2 for x, _ in points)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=DEFAULT)
+    parser.add_argument("--size", type=int, nargs="+", default=[256, 512, 1024, 2048], help="sides, pixels")
+    parser.add_argument("--channels", type=int, choices=[1, 3], default=3)
+    parser.add_argument("--scale", type=int, choices=[1, 2, 3, 4, 8], default=1)
+    parser.add_argument("--train", type=int, metavar="BATCH", help="also time training steps of so many pictures")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each figure")
+    parser.add_argument("--csv", help="also write the figures to this file")
+    args = parser.parse_args()
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device: use --device cpu")
+    if args.device.type == "cpu":
+        torch.set_num_threads(2)
+    hardware = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU, 2 threads"
+    rows, fits = [], []
+    for name in args.networks:
+        torch.manual_seed(0)
+        net = NETWORKS[name](args.channels, scale=args.scale)
+        about = (name, sum(p.numel() for p in net.parameters()), count_macs(net, (64, 64)) // 64**2)
+        net.to(args.device)
+        cases = [(partial(restore, net.eval()), "restore", 1, side) for side in args.size]
+        if args.train:
+            cases.append((partial(train, net), "training step", args.train, 256))
+        found = []
+        for run, what, batch, side in cases:
+            net.train(what != "restore")
+            try:
+                x = torch.rand(batch, args.channels, side, side, device=args.device)
+                ms, peak = measure(partial(run, x), args.device, args.seconds)
+            except torch.OutOfMemoryError:
+                ms = peak = math.inf
+                torch.cuda.empty_cache()
+            rows.append((*about, what, side, ms, peak, hardware))
+            if what == "restore" and side >= 512 and ms < math.inf:
+                found.append((side, ms, peak))
+        sides, times, peaks = zip(*found, strict=True) if found else ((), (), ())
+        fits.append((name, exponent(sides, times), exponent(sides, peaks)))
+    report(rows, fits, hardware)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+
+
+def report(rows: Sequence[tuple], fits: Sequence[tuple[str, float, float]], hardware: str) -> None:
+    table = Table("network", "params M", "kMACs/pixel", "what", "side", "ms", "peak MB", title=hardware)
+    for name, parameters, macs, what, side, ms, peak, _ in rows:
+        figures = ("out of memory", "") if ms == math.inf else (f"{ms:.2f}", "-" if math.isnan(peak) else f"{peak:.0f}")
+        table.add_row(name, f"{parameters / 1e6:.3f}", f"{macs / 1e3:.0f}", what, str(side), *figures)
+    console = Console(width=120)
+    console.print(table)
+    for name, time_exponent, memory_exponent in fits:
+        console.print(f"{name}: time ~ pixels^{time_exponent:.2f}, memory ~ pixels^{memory_exponent:.2f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
