@@ -8,12 +8,18 @@ ann_file = "annotations/instances_train2017.json"
 photos = dict(data_root=data_root, ann_file=ann_file, data_prefix=dict(img="images/train2017"), cache="ram")
 train_dataloader = dict(
     dataset=dict(
-        **photos,
-        pipeline=[
-            dict(type="LoadPhoto", with_boxes=True),
-            dict(type="LetterBox", size=1280),
-            dict(type="PackDetInputs"),
-        ],
+        _delete_=True,
+        type="RepeatDataset",  # an epoch is 25 passes: two steps between restarts of the workers would wait for them
+        times=25,
+        dataset=dict(
+            type="CocoDetDataset",
+            **photos,
+            pipeline=[
+                dict(type="LoadPhoto", with_boxes=True),
+                dict(type="LetterBox", size=1280),
+                dict(type="PackDetInputs"),
+            ],
+        ),
     ),
 )
 val_dataloader = dict(
@@ -35,5 +41,4 @@ val_evaluator = dict(ann_file=f"{data_root}/{ann_file}")
 test_evaluator = val_evaluator
 
 model = dict(bbox_head=dict(num_classes=80))
-train_cfg = dict(max_epochs=300, val_interval=50)
-default_hooks = dict(logger=dict(interval=100), checkpoint=dict(interval=100))
+train_cfg = dict(max_epochs=40, val_interval=10)

@@ -1,6 +1,5 @@
 """Scan orders: in which sequence a grid's tokens are visited. An order is an index table, never a copy of tokens."""
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
@@ -26,6 +25,7 @@ PRESETS: dict[str, tuple[ScanOrder, ...]] = {
     "cross": ("row", "col", "row_reverse", "col_reverse"),
 }
 WINDOW = 8
+_NAMES = get_args(ScanOrder)
 _tables: dict[tuple[tuple[ScanOrder, ...], Grid, str], Tensor] = {}
 
 
@@ -118,8 +118,8 @@ def scan_order(name: ScanOrder, grid: Grid) -> Tensor:
 
     Raises ValueError for an unknown name or grid, or for ``time`` on a grid without frames.
     """
-    if name not in get_args(ScanOrder):
-        raise ValueError(f"unknown scan order {name!r}: use one of {', '.join(get_args(ScanOrder))}, or a permutation")
+    if name not in _NAMES:
+        raise ValueError(f"unknown scan order {name!r}: use one of {', '.join(_NAMES)}, or a permutation")
     if len(grid) not in (2, 3) or min(grid) < 1:
         raise ValueError(f"grid must be (H, W) or (T, H, W) with positive sizes, got {tuple(grid)}")
     if name.startswith("time") and len(grid) == 2:
@@ -147,24 +147,12 @@ def order_table(
     if len(orders) == 0:
         raise ValueError("orders is empty: give at least one scan order")
     if all(isinstance(order, str) for order in orders):
-        grid = tuple([operator.index(size) for size in grid])
         if torch.compiler.is_dynamo_compiling():
-            return OrderTable(torch.ops.mambavision.order_table(",".join(orders), grid, str(device)))
-        return OrderTable(_named_table(tuple(orders), grid, str(device)))
+            return OrderTable(_table_in_graph([_NAMES.index(name) for name in orders], grid, torch.device(device)))
+        return OrderTable(_named_table(tuple(orders), tuple([operator.index(size) for size in grid]), str(device)))
     length = int(np.prod(grid))
     rows = [scan_order(o, grid) if isinstance(o, str) else _permutation(o, length) for o in orders]
     return OrderTable(torch.stack(rows).to(device=device, dtype=torch.int32))
-
-
-@torch.library.custom_op("mambavision::order_table", mutates_args=())
-def _table_operator(orders: str, grid: Sequence[int], device: str) -> Tensor:
-    """:func:`_named_table` as a node of a compiled graph, in which Dynamo admits one constant tensor of a function."""
-    return _named_table(tuple(orders.split(",")), tuple(grid), device).clone()
-
-
-@_table_operator.register_fake
-def _(orders, grid, device):
-    return torch.empty(orders.count(",") + 1, math.prod(grid), dtype=torch.int32, device=device)
 
 
 def _named_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tensor:
@@ -176,6 +164,21 @@ def _named_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tens
             return table
         _tables[key] = table
     return _tables[key]
+
+
+# A compiled graph asks for its tables when it runs: Dynamo takes one constant tensor of a name, a network has a grid a
+# level. The copy is because Inductor may write over what an operator returned once it is read.
+@torch.library.custom_op("mambavision::order_table", mutates_args=())
+def _table_in_graph(orders: Sequence[int], grid: Sequence[int], device: torch.device) -> Tensor:
+    return _named_table(tuple([_NAMES[order] for order in orders]), tuple(grid), str(device)).clone()
+
+
+@_table_in_graph.register_fake
+def _(orders: Sequence[int], grid: Sequence[int], device: torch.device) -> Tensor:
+    length = 1
+    for size in grid:
+        length *= size
+    return torch.empty(len(orders), length, dtype=torch.int32, device=device)
 
 
 def _permutation(order: ArrayLike | Tensor, length: int) -> Tensor:

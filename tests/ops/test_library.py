@@ -270,6 +270,20 @@ def test_compile_with_a_users_permutation(fresh_compiler):
     torch.testing.assert_close(function(*args.values()), multi_scan(**args, orders=[perm, "col"], grid=GRID))
 
 
+def test_compile_two_grids_in_one_graph(fresh_compiler):
+    args = multi_args()
+    names = list(args)
+
+    def function(*values):
+        given = dict(zip(names, values, strict=True))
+        scans = args["A"].shape[0]
+        orders = ("row", "col", "row_reverse", "serpentine")[:scans]
+        return multi_scan(**given, orders=orders, grid=GRID) + multi_scan(**given, orders=orders, grid=GRID[::-1])
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same_with_gradients(compiled, function, list(args.values()))
+
+
 class Block(nn.Module):
     def __init__(self, backend: Backend | None = None):
         super().__init__()
