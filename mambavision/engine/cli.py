@@ -8,10 +8,10 @@ import torch
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a tool's main; a wrong input (ValueError, OSError) becomes one line on stderr and exit code 2."""
+    """Call a tool's main; wrong input or too little memory becomes one line on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,14 +1,29 @@
 import pytest
 import torch
 
+from mambavision.engine import memory
 from mambavision.engine.memory import free_memory, is_out_of_memory
 
 
-def test_free_memory_is_what_could_be_allocated():
-    before = free_memory("cpu")
-    assert 2**28 < before < 2**45
-    held = torch.ones(2**28, dtype=torch.uint8)
-    assert free_memory("cpu") < before - 2**27, len(held)
+def test_free_memory_is_within_a_containers_limit(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 4000 kB\n"}
+
+    class File:
+        def __init__(self, *parts):
+            self.path = "/".join(parts)
+
+        def read_text(self):
+            if self.path not in files:
+                raise FileNotFoundError(self.path)
+            return files[self.path]
+
+    assert free_memory("cpu") > 2**20
+    monkeypatch.setattr(memory, "Path", File)
+    assert free_memory("cpu") == 4000 * 1024
+    files |= {"/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/memory.current": "1000\n"}
+    assert free_memory("cpu") == 4000 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "5000\n"
+    assert free_memory("cpu") == 4000
 
 
 def test_running_out_is_told_from_other_errors():

@@ -1,0 +1,174 @@
+"""Restoration on files: photos, folders, patterns and videos in, restored files out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from glob import has_magic
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from mambavision.engine.files import check_folder
+from mambavision.engine.photos import DatasetError, find_photos
+from mambavision.engine.video import is_video, open_video, write_video
+from mambavision.restoration.images import (
+    WRITABLE_SUFFIXES,
+    PhotoFile,
+    check_writable,
+    read_photo_file,
+    side_by_side,
+    write_photo_file,
+)
+from mambavision.restoration.inferencer import RestorationInferencer, find_files
+
+
+class Job(NamedTuple):
+    """A photo or video to restore, and the file to write."""
+
+    source: Path
+    target: Path
+
+
+def plan(inputs: Sequence[str], out: str | os.PathLike) -> list[Job]:
+    """Say which files are restored to which.
+
+    Args:
+        inputs: Photos, videos, folders of photos, glob patterns of photos and videos.
+        out: File to write, for one photo or video; else a folder, in which names and subfolders are kept.
+
+    Raises:
+        FileNotFoundError: If there is nothing at an input.
+        NotADirectoryError: If ``out`` must be a folder and is a file.
+        ValueError: If two files would be written to one, or ``out`` names a kind of file that cannot be written.
+    """
+    found = [pair for name in inputs for pair in _find(name, out)]
+    source, target = found[0][0], Path(out)
+    one_file = len(found) == 1 and not Path(inputs[0]).is_dir()
+    if one_file and target.suffix and not target.is_dir() and not str(out).endswith(("/", os.sep)):
+        kind, suffixes = ("video", (".mp4",)) if is_video(source) else ("photo", WRITABLE_SUFFIXES)
+        if target.suffix.lower() not in suffixes:
+            raise ValueError(f"{out}: a {kind} is written as {', '.join(suffixes)}; for a folder, end it with /")
+        check_folder(target.parent, "--out")
+        return [Job(source, target)]
+    check_folder(out, "--out")
+    sources: dict[Path, Path] = {}
+    for file, relative in found:
+        target = Path(out, relative.with_suffix(".mp4") if is_video(file) else relative)
+        other = sources.setdefault(target, file)
+        if other != file:
+            raise ValueError(f"{other} and {file} would both be written to {target}; restore them one by one")
+    return [Job(file, target) for target, file in sources.items()]
+
+
+def _find(name: str, out: str | os.PathLike) -> list[tuple[Path, Path]]:
+    """Files of one input, each with its path below the output folder."""
+    if has_magic(name) and not os.path.lexists(name):
+        fixed = Path(*takewhile(lambda part: not has_magic(part), Path(name).parts))
+        return [(file, file.relative_to(fixed)) for file in find_files(name)]
+    if is_video(name):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"{name}: no such video")
+        return [(Path(name), Path(Path(name).name))]
+    return find_photos(name, exclude=out)
+
+
+def restore_files(
+    inferencer: RestorationInferencer, jobs: Sequence[Job], *, compare: bool = False, overwrite: bool = False
+) -> None:
+    """Restore files one by one; each is written whole or not at all.
+
+    Files that cannot be restored are left out, and listed on stderr at the end. On a full disk nothing more is tried.
+
+    Args:
+        inferencer: Restores the pictures.
+        jobs: What :func:`plan` returns.
+        compare: Also write before and after next to each other, as ``*_before_after``.
+        overwrite: Replace files that are there already; never the input itself.
+
+    Raises:
+        DatasetError: At the end, if some file could not be restored.
+    """
+    failures: list[str] = []
+    done = 0
+    for job in tqdm(jobs, unit="file", disable=len(jobs) == 1):
+        targets = [job.target] + [_comparison(job.target)] * compare
+        try:
+            _check_targets(job, targets, overwrite)
+            restore = _restore_video if is_video(job.source) else _restore_photo
+            restore(inferencer, job.source, targets, nested=len(jobs) > 1)
+            done += 1
+        except (ValueError, OSError, MemoryError) as error:
+            message = _in_one_line(error)
+            failures.append(message if str(job.source) in message else f"{job.source}: {message}")
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                break
+    if done:
+        folder = jobs[0].target if len(jobs) == 1 else os.path.commonpath([job.target.parent for job in jobs])
+        print(f"{done} of {len(jobs)} files restored, written to {folder} (weights {inferencer.weights.name})")
+    untried = len(jobs) - done - len(failures)
+    left = f"; {untried} more not tried" * (untried > 0)
+    if len(failures) == 1:
+        raise DatasetError(failures[0] + left)
+    if failures:
+        print(*(f"  {failure}" for failure in failures), sep="\n", file=sys.stderr)
+        raise DatasetError(f"{len(failures)} of {len(jobs)} files could not be restored, they are listed above{left}")
+
+
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _comparison(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_before_after{target.suffix}")
+
+
+def _check_targets(job: Job, targets: Sequence[Path], overwrite: bool) -> None:
+    for path in targets:
+        if path.exists() and path.samefile(job.source):
+            raise DatasetError(f"{job.source}: would be overwritten by its own result; name another --out")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists already; pass --overwrite to replace it")
+
+
+def _restore_photo(inferencer: RestorationInferencer, source: Path, targets: Sequence[Path], *, nested: bool) -> None:
+    photo = read_photo_file(source)
+    for target in targets:
+        check_writable(target, photo, inferencer.scale)
+    options = dict(position=1, leave=False) if nested else {}
+    with tqdm(unit="tile", desc=source.name, delay=1, **options) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)  # backwards where it begins anew with smaller tiles
+
+        restored = inferencer.restore(photo, progress)
+    write_photo_file(targets[0], restored)
+    for target in targets[1:]:
+        write_photo_file(target, side_by_side(photo, restored))
+
+
+def _restore_video(inferencer: RestorationInferencer, source: Path, targets: Sequence[Path], *, nested: bool) -> None:
+    options = dict(position=1, leave=False) if nested else {}
+    with open_video(source) as video, ExitStack() as stack:
+        writers = []
+        for frame in tqdm(video.frames, total=video.announced or None, unit="frame", desc=source.name, **options):
+            before = PhotoFile(np.ascontiguousarray(frame[..., ::-1]))
+            after = inferencer.restore(before)
+            pictures = [after, side_by_side(before, after)][: len(targets)]
+            if not writers:
+                targets[0].parent.mkdir(parents=True, exist_ok=True)
+                for target, picture in zip(targets, pictures, strict=True):
+                    height, width = picture.pixels.shape[:2]
+                    writer = write_video(target, height=height, width=width, rate=video.rate)
+                    writers.append(stack.enter_context(writer))
+            for append, picture in zip(writers, pictures, strict=True):
+                append(np.ascontiguousarray(picture.pixels[..., ::-1]))

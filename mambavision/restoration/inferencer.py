@@ -1,0 +1,265 @@
+"""Restoring pictures in memory or in files: any size, gray or colour, 8 or 16 bits, with or without transparency."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Sequence
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mambavision.engine.cli import choose_device
+from mambavision.engine.memory import free_memory, is_out_of_memory
+from mambavision.engine.photos import find_photos
+from mambavision.restoration import weights as weight_files
+from mambavision.restoration.images import PhotoFile, from_array, from_pil, read_photo_file, to_array, to_pil
+from mambavision.restoration.tiles import (
+    ALIGNMENT,
+    MIN_TILE,
+    check_fits,
+    choose_tile,
+    measure_bytes_per_pixel,
+    tiled_rows,
+)
+from mambavision.restoration.weights import Task
+
+TASKS: tuple[Task, ...] = get_args(Task)
+Precision = Literal["fp32", "bf16", "fp16"]
+OVERLAP = 32
+WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Progress = Callable[[int, int], None]
+"""Called after each tile with how many of a picture are done and how many there are."""
+
+
+class RestorationInferencer:
+    """Restore pictures of any size.
+
+    Args:
+        task: What to do, with the weights that come with this project: blind colour denoising if neither is given.
+        weights: Weights file; ``task``, if given too, must be its own.
+        device: "cpu", "cuda" or "cuda:N"; by default a GPU where there is one.
+        sigma: Noise level of the pictures in units of 1/255, for weights that take it; None: it is unknown.
+        tile: Largest side of a tile in pixels, 0 for each picture in one piece, or "auto": as memory allows.
+        overlap: Pixels by which tiles overlap.
+        precision: "fp32", or the type of autocast. A tile that comes out with values that are not finite is done again
+            in fp32.
+        self_ensemble: Restore each tile in its eight rotations and reflections, and average: eight times
+            slower.
+
+    Attributes:
+        network, metadata: As the weights file gives them.
+        scale: Factor by which pictures are enlarged.
+
+    Raises:
+        FileNotFoundError: If there are no such weights.
+        ValueError: If an argument does not fit, or the weights do not fit the task.
+    """
+
+    def __init__(
+        self,
+        task: Task | None = None,
+        *,
+        weights: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
+        sigma: float | None = None,
+        tile: int | Literal["auto"] = "auto",
+        overlap: int = OVERLAP,
+        precision: Precision = "fp32",
+        self_ensemble: bool = False,
+    ) -> None:
+        if task is not None and task not in TASKS:
+            raise ValueError(f"unknown task {task!r}; tasks are {', '.join(TASKS)}")
+        if precision not in _AUTOCAST:
+            raise ValueError(f"unknown precision {precision!r}; it is one of {', '.join(_AUTOCAST)}")
+        if tile != "auto" and tile != 0 and tile < MIN_TILE:
+            raise ValueError(f"tile {tile} is too small: at least {MIN_TILE} pixels, 0 for the whole picture, or auto")
+        if overlap < 0 or (tile not in ("auto", 0) and overlap >= tile):
+            raise ValueError(f"overlap {overlap} must be at least 0 and smaller than the tile ({tile})")
+        self.weights = find_weights(task or "denoise_color") if weights is None else Path(weights)
+        self.device = choose_device(None if device is None else str(device))
+        network, self.metadata = weight_files.load(self.weights, self.device)
+        self.network = network.eval()
+        self.task: Task = self.metadata["task"]
+        if task is not None and task != self.task:
+            raise ValueError(f"{self.weights} is for {self.task}, not for {task}: name other weights or another task")
+        config = network.config
+        self.channels: int = config["in_channels"]
+        self.scale: int = config["scale"]
+        self.sigma = self._checked_sigma(sigma, takes=config["sigma_input"])
+        self.tile, self.overlap, self.precision, self.self_ensemble = tile, overlap, precision, self_ensemble
+        self._bytes_per_pixel: float | None = None
+        self._largest: int | None = None  # of a tile, once memory ran out
+        self._said: set[str] = set()
+
+    def __call__(self, picture, progress: Progress | None = None):
+        """Restore one picture, or several.
+
+        Args:
+            picture: One of
+
+                - array, uint8 or uint16: (H, W) gray, (H, W, 3) RGB, or (H, W, 2 or 4) with alpha; the same comes back;
+                - Pillow image; one comes back, upright and of mode L, LA, RGB, RGBA or I;16;
+                - path of a photo: an array comes back;
+                - path of a folder, glob pattern, or a sequence of all these: a list comes back.
+            progress: See ``Progress``.
+
+        Raises:
+            ValueError: If a picture cannot be restored by these weights, or a file is no photo.
+            FileNotFoundError: If there is nothing at a path.
+            MemoryError: If memory does not even suffice for the smallest tiles.
+        """
+        if isinstance(picture, np.ndarray):
+            return to_array(self.restore(from_array(picture), progress))
+        if isinstance(picture, Image.Image):
+            return to_pil(self.restore(from_pil(picture), progress))
+        if isinstance(picture, str | os.PathLike):
+            path = Path(picture)
+            if has_magic(str(path)) and not path.exists():
+                return [self(file, progress) for file in find_files(str(path))]
+            if path.is_dir():
+                return [self(file, progress) for file, _ in find_photos(path)]
+            return to_array(self.restore(read_photo_file(path), progress))
+        if isinstance(picture, Sequence):
+            return [self(one, progress) for one in picture]
+        raise ValueError(f"a picture is an array, a Pillow image or a path, not a {type(picture).__name__}")
+
+    def restore(self, photo: PhotoFile, progress: Progress | None = None) -> PhotoFile:
+        """Restore a photo with all that belongs to it; its transparency is kept, or enlarged. Raises as a call does."""
+        return photo.restored(self._restored(photo.pixels, progress))
+
+    def _restored(self, pixels: np.ndarray, progress: Progress | None) -> np.ndarray:
+        height, width, channels = pixels.shape
+        if channels > self.channels:
+            raise ValueError(f"the picture is in colour, {self.weights.name} is for gray: use a task for colour")
+        need = pixels.nbytes * self.scale**2
+        if need > free_memory("cpu"):
+            size = f"{width * self.scale}x{height * self.scale}"
+            raise MemoryError(f"the result of {size} pixels needs {need / 1e9:.1f} GB of memory, less is free")
+        tile = self._choose_tile(height, width)
+        while True:
+            try:
+                return self._in_tiles(pixels, tile, progress)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # outside the except clause, which holds the failed tile's tensors
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            tile = self._smaller(min(tile, max(height, width)))
+
+    def _choose_tile(self, height: int, width: int) -> int:
+        whole = max(height, width)
+        if self.tile == "auto":
+            if whole <= MIN_TILE:
+                return whole
+            tile = choose_tile(height, width, self._measured(), free_memory(self.device), self.device)
+        elif self.tile == 0:
+            if whole > MIN_TILE:
+                check_fits(height, width, self._measured(), self.device)
+            return whole
+        else:
+            tile = self.tile
+        return min(tile, self._largest or tile)
+
+    def _measured(self) -> float:
+        if self._bytes_per_pixel is None:
+            with torch.inference_mode():
+                self._bytes_per_pixel = measure_bytes_per_pixel(self.restore_tile, self.channels, self.device)
+        return self._bytes_per_pixel
+
+    def _smaller(self, tile: int) -> int:
+        if tile <= MIN_TILE or self.tile == 0:
+            advice = "use --tile auto" if self.tile == 0 else "nothing smaller is of use"
+            free = f"{free_memory(self.device) / 1e9:.2f} GB"
+            raise MemoryError(f"out of memory on {self.device} with tiles of {tile} pixels, {free} are free: {advice}")
+        self._largest = max(tile // 2 // ALIGNMENT * ALIGNMENT, MIN_TILE)
+        self._say(f"out of memory on {self.device}: going on with tiles of {self._largest} pixels")
+        return self._largest
+
+    @torch.inference_mode()
+    def _in_tiles(self, pixels: np.ndarray, tile: int, progress: Progress | None) -> np.ndarray:
+        height, width, channels = pixels.shape
+        full = np.iinfo(pixels.dtype).max
+        out = np.empty((height * self.scale, width * self.scale, channels), pixels.dtype)
+        image = torch.from_numpy(pixels).permute(2, 0, 1).expand(self.channels, -1, -1)  # gray as three equal channels
+        rows = tiled_rows(
+            self.restore_tile, image, tile=tile, overlap=min(self.overlap, tile // 2), scale=self.scale,
+            device=self.device, on_tile=progress,
+        )  # fmt: skip
+        for top, row in rows:
+            row = row if channels == self.channels else row.mean(0, keepdim=True)
+            row = (row.clamp_(0, 1) * full).round_().permute(1, 2, 0)
+            out[top : top + len(row)] = row.numpy()
+        return out
+
+    def restore_tile(self, x: Tensor) -> Tensor:
+        """Restore floats (1, C, H, W) in [0, 1] on the device in one piece; not clipped. In inference mode."""
+        y = self._apply(x, _AUTOCAST[self.precision])
+        if self.precision != "fp32" and not y.isfinite().all():
+            self._say(f"{self.precision} gave values that are not finite: such tiles are done again in fp32")
+            y = self._apply(x, None)
+        if not y.isfinite().all():
+            raise ValueError(f"{self.weights} gives values that are not finite, even in fp32: the weights are broken")
+        return y
+
+    def _apply(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        options = {} if self.sigma is None else {"sigma": x.new_full((len(x),), self.sigma / 255)}
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            if not self.self_ensemble:
+                return self.network(x, **options).float()
+            total: Tensor | float = 0.0
+            for transposed in (False, True):
+                for axes in ((), (2,), (3,), (2, 3)):
+                    turned = (x.mT if transposed else x).flip(axes)
+                    y = self.network(turned.contiguous(), **options).float().flip(axes)
+                    total = total + (y.mT if transposed else y)
+            return total / 8
+
+    def _checked_sigma(self, sigma: float | None, *, takes: bool) -> float | None:
+        if sigma is None:
+            return None
+        if not takes:
+            raise ValueError(f"{self.weights.name} takes no noise level: leave out sigma, it finds the noise itself")
+        low, high = self.metadata.get("sigma_range", (0, 255))
+        if not low <= sigma <= high:
+            raise ValueError(f"sigma {sigma:g} is outside the {low:g} to {high:g} that {self.weights.name} is made for")
+        return sigma
+
+    def _say(self, note: str) -> None:
+        if note not in self._said:
+            self._said.add(note)
+            print(f"note: {note}", file=sys.stderr)
+
+
+def find_weights(task: Task) -> Path:
+    """The weights of a task that come with this project.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    found = sorted(WEIGHTS_FOLDER.glob(f"serpent_*_{task}.safetensors"))
+    if not found:
+        raise FileNotFoundError(f"no weights for {task} in {WEIGHTS_FOLDER}: name a file, or train one")
+    return found[0]
+
+
+def find_files(pattern: str) -> list[Path]:
+    """Files of a glob pattern, sorted.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    files = [Path(file) for file in sorted(glob(pattern, recursive=True)) if os.path.isfile(file)]
+    if not files:
+        raise FileNotFoundError(f"{pattern}: no file is named like this")
+    return files

@@ -1,0 +1,229 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mambavision.backbones.serpent import serpent_debug
+from mambavision.restoration import inferencer as module
+from mambavision.restoration import weights
+from mambavision.restoration.images import PhotoFile, write_photo_file
+from mambavision.restoration.inferencer import RestorationInferencer
+
+RNG = np.random.default_rng(0)
+
+
+def save(path, task="denoise_color", in_channels=3, scale=1, sigma_input=False, **metadata):
+    torch.manual_seed(0)
+    net = serpent_debug(in_channels, scale=scale, sigma_input=sigma_input)
+    nn.init.normal_(net.head.weight, std=0.03)
+    weights.save(net, path, task=task, metadata=metadata, precision="fp32")
+    return path
+
+
+class Network(nn.Module):
+    """A stand-in with a given function as its forward."""
+
+    config = dict(in_channels=3, scale=1, sigma_input=False)
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """An inferencer, on the CPU, of a function or of weights."""
+
+    def made(network=None, *, of=None, **options):
+        path = tmp_path / "w.safetensors"
+        if network is None:
+            save(path, **(of or {}))
+        else:
+            loaded = Network(network), {"task": "denoise_color"}
+            monkeypatch.setattr(module.weight_files, "load", lambda *_: loaded)
+        return RestorationInferencer(weights=path, **{"device": "cpu", **options})
+
+    return made
+
+
+def array(*shape, dtype=np.uint8):
+    return RNG.integers(0, np.iinfo(dtype).max, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", [(1, 1, 3), (3, 5, 3), (70, 90, 3), (40, 30), (40, 30, 1), (40, 30, 2), (9, 8, 4)])
+def test_arrays_come_back_as_they_went_in(make, dtype, shape):
+    picture = array(*shape, dtype=dtype)
+    out = make()(picture)
+    assert out.dtype == dtype and out.shape == (shape[:2] if shape[2:] == (1,) else shape)
+    if shape[2:] in ((2,), (4,)):
+        assert np.array_equal(out[..., -1], picture[..., -1])
+    assert not np.array_equal(out, picture.reshape(out.shape)) or out.size < 10
+
+
+def test_a_picture_is_what_its_network_makes_of_it(make):
+    inferencer = make()
+    picture = array(48, 32, 3)
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        expected = (inferencer.network(x)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(inferencer(picture), expected)
+
+
+def test_one_identity_loses_nothing(make):
+    for dtype in (np.uint8, np.uint16):
+        picture = array(150, 100, 4, dtype=dtype)
+        assert np.array_equal(make(lambda x: x, tile=64)(picture), picture)
+        assert np.array_equal(make(lambda x: x, self_ensemble=True)(picture), picture)
+
+
+def test_pillow_images_and_paths(make, tmp_path):
+    inferencer = make()
+    picture = array(40, 30, 3)
+    image = inferencer(Image.fromarray(picture))
+    assert image.mode == "RGB" and np.array_equal(np.asarray(image), inferencer(picture))
+    for name in ("a.png", "deep/b.png"):
+        write_photo_file(tmp_path / "photos" / name, PhotoFile(picture))
+    assert np.array_equal(inferencer(str(tmp_path / "photos" / "a.png")), inferencer(picture))
+    assert len(inferencer(tmp_path / "photos")) == 2
+    assert len(inferencer(tmp_path / "photos" / "*.png")) == 1
+    assert [type(one) for one in inferencer([picture, Image.fromarray(picture)])] == [np.ndarray, Image.Image]
+    with pytest.raises(FileNotFoundError, match="no file is named"):
+        inferencer(tmp_path / "*.gif")
+    with pytest.raises(ValueError, match="not a float"):
+        inferencer(1.0)
+
+
+def test_enlarging(make):
+    inferencer = make(of=dict(task="sr_x2", scale=2))
+    assert inferencer(array(1, 1, 3)).shape == (2, 2, 3)
+    whole, tiled = (make(of=dict(task="sr_x2", scale=2), tile=tile)(array(3, 5, 4)) for tile in ("auto", 64))
+    assert whole.shape == tiled.shape == (6, 10, 4)
+
+
+def test_self_ensemble_is_the_average_of_eight(make):
+    plain, ensemble = make(), make(self_ensemble=True)
+    picture = array(24, 40, 3) // 2 + 60  # nothing is clipped
+    sums = np.zeros(picture.shape)
+    for k in range(4):
+        for flipped in (False, True):
+            turned = np.rot90(picture[:, ::-1] if flipped else picture, k)
+            back = np.rot90(plain(np.ascontiguousarray(turned)).astype(float), -k)
+            sums += back[:, ::-1] if flipped else back
+    assert np.abs(ensemble(picture) - sums / 8).max() <= 1.5  # each of the eight was rounded
+
+
+def test_noise_level(make, tmp_path):
+    of = dict(sigma_input=True, sigma_range=[0, 50])
+    picture = array(24, 40, 3)
+    assert not np.array_equal(make(of=of, sigma=50)(picture), make(of=of)(picture))
+    with pytest.raises(ValueError, match=r"sigma 60 is outside the 0 to 50 that w\.safetensors"):
+        make(of=of, sigma=60)
+    with pytest.raises(ValueError, match="takes no noise level"):
+        make(sigma=25)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(task="deblur"), "is for denoise_color, not for deblur"),
+        (dict(task="colourise"), "unknown task 'colourise'"),
+        (dict(tile=-5), "tile -5 is too small"),
+        (dict(tile=63), "tile 63 is too small"),
+        (dict(overlap=-1), "overlap -1"),
+        (dict(tile=64, overlap=64), "smaller than the tile"),
+        (dict(precision="fp8"), "unknown precision"),
+        (dict(device="tpu"), "device 'tpu' cannot be used"),
+    ],
+)
+def test_bad_arguments_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_colour_for_gray_weights_is_refused(make):
+    inferencer = make(of=dict(task="denoise_gray", in_channels=1))
+    assert inferencer(array(20, 20)).shape == (20, 20)
+    with pytest.raises(ValueError, match="in colour"):
+        inferencer(array(20, 20, 3))
+
+
+def test_weights_that_are_not_there(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
+        RestorationInferencer(weights=tmp_path / "gone.safetensors")
+    monkeypatch.setattr(module, "WEIGHTS_FOLDER", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no weights for sr_x8"):
+        RestorationInferencer("sr_x8")
+    save(tmp_path / "serpent_debug_denoise_color.safetensors")
+    assert RestorationInferencer(device="cpu").task == "denoise_color"
+
+
+def test_tiles_are_halved_until_they_fit(make, capsys):
+    sizes = []
+
+    def network(x):
+        sizes.append(x.shape[-1])
+        if x.shape[-1] > 128:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+    inferencer = make(network, tile=512)
+    picture = array(300, 600, 3)
+    assert np.array_equal(inferencer(picture), picture)
+    assert "out of memory on cpu: going on with tiles of 128 pixels" in capsys.readouterr().err
+    sizes.clear()
+    assert np.array_equal(inferencer(picture), picture) and max(sizes) <= 128  # remembered
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_no_memory_for_the_smallest_tile(make, error):
+    def network(x):
+        raise error
+
+    with pytest.raises(MemoryError, match=r"with tiles of 64 pixels, \d+\.\d\d GB are free"):
+        make(network, tile=256)(array(300, 300, 3))
+    with pytest.raises(RuntimeError, match="shapes"):  # another error is no reason to go on
+        make(lambda x: (_ for _ in ()).throw(RuntimeError("shapes differ")), tile=256)(array(300, 300, 3))
+
+
+def test_one_piece_that_does_not_fit_is_refused_before_it_starts(make, monkeypatch):
+    inferencer = make(tile=0)
+    assert inferencer(array(100, 100, 3)).shape == (100, 100, 3)
+    inferencer._bytes_per_pixel = 1e9
+    with pytest.raises(MemoryError, match=r"100x200 pixels in one piece need about 20000\.0 GB on cpu"):
+        inferencer(array(200, 100, 3))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_tiles_that_are_not_finite_are_done_again_in_fp32(make, capsys, precision):
+    def network(x):
+        half = torch.is_autocast_enabled("cpu")
+        return x * torch.nan if half and x.mean() > 0.5 else x
+
+    inferencer = make(network, precision=precision, tile=64)
+    picture = np.concatenate([np.full((64, 160, 3), 20, np.uint8), np.full((64, 200, 3), 240, np.uint8)], 1)
+    assert np.array_equal(inferencer(picture), picture)
+    assert np.array_equal(inferencer(picture), picture)
+    assert capsys.readouterr().err.count("not finite") == 1
+    with pytest.raises(ValueError, match="even in fp32"):
+        make(lambda x: x / 0)(picture)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near_full(make, precision):
+    picture = array(40, 48, 3)
+    half, full = make(precision=precision)(picture), make()(picture)
+    assert np.abs(half.astype(int) - full).max() <= 4
+
+
+def test_progress_counts_tiles(make):
+    calls = []
+    make(lambda x: x, tile=64)(array(100, 100, 3), lambda *n: calls.append(n))
+    assert calls == [(n, calls[-1][1]) for n in range(1, len(calls) + 1)] and calls[-1][0] == calls[-1][1] > 1
