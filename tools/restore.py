@@ -22,6 +22,8 @@ from mambavision.restoration.tiles import MIN_TILE
 
 
 def tile_side(text: str) -> str | int:
+    if text != "auto" and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of pixels")
     return text if text == "auto" else int(text)
 
 
