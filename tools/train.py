@@ -32,9 +32,15 @@ def main() -> None:
     parser.add_argument("--load-from", help="checkpoint (.pth) or published weights (.safetensors) to start from")
     parser.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision; fp16 needs a GPU")
     parser.add_argument("--seed", type=int, help="seed of weights, data order and augmentation")
+    parser.add_argument("--max-seconds", type=float, help="train so long, in place of the config's iterations and rate")
     args = parser.parse_args()
-    task = {"detection": detection, "restoration": restoration}[runs.task_of(args)]
-    task.train(task.load_config(args), resume=args.resume, load_from=args.load_from, amp=args.amp, seed=args.seed)
+    options = dict(resume=args.resume, load_from=args.load_from, amp=args.amp, seed=args.seed)
+    if runs.task_of(args) == "restoration":
+        restoration.train(restoration.load_config(args), **options, max_seconds=args.max_seconds)
+    elif args.max_seconds is not None:
+        raise ValueError("--max-seconds is for restoration: a detector's schedule counts epochs, train_cfg.max_epochs")
+    else:
+        detection.train(detection.load_config(args), **options)
 
 
 if __name__ == "__main__":

@@ -258,6 +258,13 @@ class StepGraphs(_Recorder):
         return log_vars
 
 
+def _laid_out_like(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """The gradient with its parameter's strides, as backward() would leave it; fused optimisers rely on that."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
 class _StepGraph:
     def __init__(self, model: BaseModel, batch: Mapping[str, Tensor], optim_wrapper: OptimWrapper) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -271,6 +278,7 @@ class _StepGraph:
             loss, log_vars = model.parse_losses(losses)
             self.names = tuple(log_vars)
             gradients = torch.autograd.grad(loss, tuple(leaves.values()), allow_unused=True)
+            gradients = tuple(map(_laid_out_like, gradients, leaves.values()))
             return torch.stack([value.detach().float() for value in log_vars.values()]), gradients
 
         statistics = [buffer.clone() for buffer in model.buffers()]

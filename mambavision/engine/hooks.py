@@ -1,13 +1,15 @@
 """Training hooks: checkpoints that survive a kill, losses read without waiting for the GPU, loss curves."""
 
 import csv
+import math
 import os
 import os.path as osp
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.dist import is_main_process, master_only
+from mmengine.dist import get_world_size, is_main_process, master_only
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook, RuntimeInfoHook
 from mmengine.model import is_model_wrapper
@@ -162,6 +164,59 @@ class DeferredRuntimeInfoHook(RuntimeInfoHook):
                 for name in values:
                     runner.message_hub.update_scalar(f"train/{name}", next(numbers))
         self._pending.clear()
+
+
+@HOOKS.register_module()
+class WallTimeHook(Hook):
+    """Train for a number of seconds instead of iterations: the rate falls with the time, and at its end training ends.
+
+    With t the part of the time that is spent and i the iteration:
+
+        lr = initial_lr * min(1, (i + 1) / warmup) * (final_lr_ratio + (1 - final_lr_ratio) * (1 + cos(pi t)) / 2)
+
+    Time counts from the first iteration, validations included but for the last, and over all sessions of a run that is
+    resumed. Replaces ``param_scheduler``; one process, and more ``max_iters`` than fit. Checkpoints, logs and the last
+    validation are those of an ordinary end.
+
+    Args:
+        seconds: How long to train.
+        warmup: Iterations in which the rate rises.
+        final_lr_ratio: Rate at the end over the initial one.
+
+    Raises:
+        ValueError: If ``seconds`` is not positive or ``warmup`` less than 1; at the start, in several processes.
+    """
+
+    priority = 55  # after IterTimerHook, whose ETA is of iterations; before LoggerHook
+
+    def __init__(self, seconds: float, *, warmup: int = 200, final_lr_ratio: float = 1e-3) -> None:
+        if seconds <= 0 or warmup < 1:
+            raise ValueError(f"seconds={seconds} must be positive, warmup={warmup} at least 1")
+        self.seconds, self.warmup, self.final_lr_ratio = seconds, warmup, final_lr_ratio
+
+    def before_train(self, runner: Runner) -> None:
+        """Start the clock at what earlier sessions have spent."""
+        if get_world_size() > 1:
+            raise ValueError(f"training by wall time needs one process, there are {get_world_size()}")
+        self._start = time.monotonic() - runner.message_hub.runtime_info.get("train_seconds", 0.0)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
+        """Write the rate into the optimiser; when time is up, make this iteration the last."""
+        spent = time.monotonic() - self._start
+        runner.message_hub.update_info("train_seconds", spent)
+        part = min(spent / self.seconds, 1.0)
+        fall = self.final_lr_ratio + (1 - self.final_lr_ratio) * (1 + math.cos(math.pi * part)) / 2
+        for group in runner.optim_wrapper.param_groups:
+            initial = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = initial * min(1.0, (runner.iter + 1) / self.warmup) * fall
+        if spent >= self.seconds:
+            runner.train_loop._max_iters = runner.iter + 1
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
+        """Tell the logger what time is left."""
+        runner.message_hub.update_info("eta", max(0.0, self.seconds - (time.monotonic() - self._start)))
 
 
 class InitialWeightsHook(Hook):

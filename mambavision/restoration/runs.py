@@ -39,12 +39,22 @@ def train(
     load_from: str | None = None,
     amp: Literal["bf16", "fp16"] | None = None,
     seed: int | None = None,
+    max_seconds: float | None = None,
 ) -> Runner:
     """Train a restoration network: :func:`mambavision.engine.runs.train`, for photos that fit it.
+
+    Args:
+        cfg, resume, load_from, amp, seed: As there.
+        max_seconds: Train so long, by :class:`~mambavision.engine.hooks.WallTimeHook`, in place of the config's
+            iterations and schedule of the learning rate.
 
     Raises:
         ValueError: Besides, if a part of the learning-rate schedule begins after the last iteration.
     """
+    if max_seconds is not None:
+        cfg.param_scheduler = None
+        cfg.train_cfg.max_iters = 10**9
+        cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="WallTimeHook", seconds=max_seconds)]
     for part in cfg.get("param_scheduler") or ():
         begin, last = part.get("begin", 0), cfg.train_cfg.max_iters
         if begin >= last:

@@ -1,17 +1,21 @@
 """A tiny mmengine Runner trains, resumes, logs, and survives being killed at any write of a checkpoint."""
 
 import csv
+import math
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 
+from mambavision.engine import hooks
 from mambavision.engine.checkpoint import load
 from mambavision.engine.hooks import AtomicLocalBackend, DeferredRuntimeInfoHook, LossCurveHook
 from tests.engine.tiny_training import build
@@ -125,3 +129,27 @@ def test_loss_curve_goes_on_in_the_same_table_after_a_resume(tmp_path: Path):
 def test_bad_intervals_are_refused(hook: type[Hook]):
     with pytest.raises(ValueError, match="interval=0"):
         hook(interval=0)
+
+
+def test_wall_time_sets_the_rate_and_the_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hooks.time, "monotonic", lambda: now)
+    now, group, hub = 100.0, {"lr": 0.1}, MessageHub("wall time")
+    runner = SimpleNamespace(
+        iter=0, message_hub=hub, optim_wrapper=SimpleNamespace(param_groups=[group]), train_loop=SimpleNamespace()
+    )
+    rates = []
+    for seconds in (4, 8):  # two sessions, the second of another 4 seconds
+        hook = hooks.WallTimeHook(seconds, warmup=2, final_lr_ratio=0.0)
+        hook.before_train(runner)
+        runner.train_loop._max_iters = 10**9
+        while runner.iter < runner.train_loop._max_iters:
+            hook.before_train_iter(runner, 0)
+            rates.append(group["lr"])
+            runner.iter += 1
+            now += 1.0
+            hook.after_train_iter(runner, 0)
+            assert hub.get_info("eta") == max(0, seconds - hub.get_info("train_seconds") - 1)
+        now += 1000.0  # between the sessions
+    parts = [0, 1 / 4, 2 / 4, 3 / 4, 1, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1]
+    expected = [0.1 * (1 + math.cos(math.pi * part)) / 2 for part in parts]
+    assert rates == pytest.approx([expected[0] / 2, *expected[1:]])

@@ -7,7 +7,7 @@ import torch
 from mmengine.model import BaseModel
 from torch import nn
 
-from mambavision.engine.cuda_graphs import StepGraphs
+from mambavision.engine.cuda_graphs import StepGraphs, _laid_out_like
 from mambavision.engine.optim import AsyncOptimWrapper, BFloat16OptimWrapper
 
 
@@ -35,10 +35,10 @@ def batch(seed, side, device):
 
 
 def train(model, wrapper_type, sides, *, record, device):
-    wrapper = wrapper_type(torch.optim.AdamW(model.parameters(), lr=0.01), clip_grad=dict(max_norm=0.5))
+    wrapper = wrapper_type(torch.optim.AdamW(model.parameters(), lr=0.01, fused=True), clip_grad=dict(max_norm=0.5))
     model.graphs.record_training = record
     return [
-        {name: float(value) for name, value in model.train_step(batch(i, side, device), wrapper).items()}
+        {name: float(value.detach()) for name, value in model.train_step(batch(i, side, device), wrapper).items()}
         for i, side in enumerate(sides)
     ]
 
@@ -51,6 +51,14 @@ def test_on_a_cpu_steps_run_as_they_are():
     losses = train(model, AsyncOptimWrapper, [8] * 5, record=True, device="cpu")
     assert losses == train(other, AsyncOptimWrapper, [8] * 5, record=False, device="cpu")
     assert model.graphs._recorded is None
+
+
+def test_gradients_are_laid_out_like_their_parameters():
+    parameter = torch.zeros(2, 3, 4, 4)
+    gradient = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    laid_out = _laid_out_like(gradient, parameter)
+    assert laid_out.stride() == parameter.stride() and torch.equal(laid_out, gradient)
+    assert _laid_out_like(laid_out, parameter) is laid_out and _laid_out_like(None, parameter) is None
 
 
 @pytest.mark.gpu

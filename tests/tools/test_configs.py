@@ -105,3 +105,20 @@ def test_ground_truth_scores_one_on_the_small_data(path):
     scores = metric.evaluate(size=len(dataset))
     assert len(dataset) == 6 and dataset.metainfo["classes"] == ("Platelets", "RBC", "WBC")
     assert scores["coco/bbox_mAP"] == pytest.approx(1.0)
+
+
+def test_restorers_share_data_and_budget():
+    ours, *baselines = (
+        Config.fromfile(CONFIGS / name / f"{stem}_denoise_gray25.py")
+        for name, stem in (
+            ("serpent", "serpent_s"), ("dncnn", "dncnn"), ("conv_unet", "conv_unet"),
+            ("window_transformer", "window_transformer"),
+        )
+    )  # fmt: skip
+    for other in baselines:
+        own = other.model.network
+        assert own.type != ours.model.network.type and own.in_channels == 1
+        for part in ("train_dataloader", "val_dataloader", "test_dataloader", "train_cfg", "optim_wrapper",
+                     "param_scheduler", "custom_hooks"):  # fmt: skip
+            assert other[part] == ours[part], part
+        assert other.model.loss == ours.model.loss

@@ -110,6 +110,17 @@ def test_killed_run_resumes_with_the_same_losses(whole, tmp_path, tool):
             torch.testing.assert_close(ours[part][name], value, msg=name)
 
 
+def test_wall_time_ends_a_run_as_its_last_iteration_would(tmp_path, tool):
+    work = tmp_path / "work"
+    code, _, err = tool("train", small_config(tmp_path, interval=1), "--work-dir", work, *SEED, "--max-seconds", 1.0)
+    assert code == 0, err
+    steps = [row for row in rows(work / "loss_curve.csv") if row["loss"]]
+    assert float(steps[-1]["lr"]) < 0.1 * max(float(row["lr"]) for row in steps)
+    last = load((work / "last_checkpoint").read_text())
+    assert last["meta"]["iter"] == len(steps) and last["message_hub"]["runtime_info"]["train_seconds"] >= 1
+    assert float([row for row in rows(work / "loss_curve.csv") if row["s15/PSNR"]][-1]["iter"]) == len(steps)
+
+
 def test_two_processes_train_like_one(whole, tmp_path):
     arguments = [small_config(tmp_path), "--launcher", "pytorch", "--work-dir", tmp_path / "work", *SEED]
     with socket.socket() as probe:
