@@ -28,7 +28,7 @@ from mambavision.backbones.conv_unet import conv_unet
 from mambavision.backbones.dncnn import dncnn
 from mambavision.backbones.serpent import serpent_b, serpent_l, serpent_s, serpent_t
 from mambavision.backbones.window_transformer import window_transformer
-from mambavision.detection import cli
+from mambavision.engine import cli
 from mambavision.engine.flops import count_macs
 
 NETWORKS = {
