@@ -1,8 +1,8 @@
 """ConvUNet: a U-Net of NAFNet's convolutional blocks, the baseline of Serpent without a scan.
 
 The block is that of Chen et al., "Simple Baselines for Image Restoration", ECCV 2022, arXiv 2204.04676, with its
-channel attention over the whole image; the U-Net around it is Serpent's, so that the two differ in their blocks alone. The
-1x1 convolutions have no biases, as Serpent's.
+channel attention over the whole image; the U-Net around it is Serpent's, so that the two differ in their blocks alone.
+The 1x1 convolutions have no biases, as Serpent's.
 
 Images are (B, C, H, W) in [0, 1]; features are (B, H, W, C).
 """

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambavision.layers import SS2D, SelectiveSSM
+from mambavision.layers import SelectiveSSM
 from mambavision.layers.ssm import two_linear
 from mambavision.ops import depthwise_conv, norm_gate
 
@@ -26,31 +26,62 @@ Mixer = Literal["strided", "wavelet"]
 """Form of the multi-scale core: :class:`StridedScan` or :class:`WaveletScan`."""
 
 
-class StridedScan(nn.Module):
-    """Scans of an image at strides s = 1, 2, 4, ..., summed: y = sum over s of repeat_s(SS2D_s(mean_s(x))).
-
-    mean_s averages s x s pixels, repeat_s writes a token to s x s pixels; both commute with the projections of SS2D, so
-    that all of a coarse branch runs on 1 / s^2 of the tokens.
+class _Core(SelectiveSSM):
+    """What both forms share: in_proj and conv2d to u and z, and the way out, out_proj(out_norm(y) * silu(z)).
 
     Args:
         dim: channels C of input and output.
         d_state: N, states per channel.
-        expand: each stride has expand * C channels inside.
-        num_strides: 1 for the full resolution alone.
+        expand: u and z have D = expand * C channels.
+        channels: of a token of the scan, in multiples of D.
     """
 
-    def __init__(self, dim: int, *, d_state: int, expand: float, num_strides: int) -> None:
-        super().__init__()
-        self.scans = nn.ModuleList(SS2D(dim, d_state=d_state, expand=expand) for _ in range(num_strides))
+    def __init__(self, dim: int, *, d_state: int, expand: float, channels: int = 1) -> None:
+        d_inner = int(expand * dim)
+        super().__init__(channels * d_inner, math.ceil(dim / 16), d_state=d_state)
+        self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False)
+        self.conv2d = nn.Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner)
+        self.out_norm = nn.LayerNorm(d_inner)
+        self.out_proj = nn.Linear(d_inner, dim, bias=False)
+
+    def scan(self, x: Tensor) -> Tensor:
+        """The four-direction scan of tokens (B, H, W, D) or (B, H, W, 4 D), summed; same shape."""
+        return super().forward(x.flatten(1, 2), x.shape[1:3]).view_as(x)
+
+    def multi_scale(self, u: Tensor) -> Tensor:
+        """y of u (B, H, W, D), same shape."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix x (B, H, W, C), H and W multiples of every stride; same shape."""
-        y = self.scans[0](x)
-        for i, scan in enumerate(self.scans[1:], 1):
-            s = 2**i
-            coarse = scan(_cells(x, s).mean((2, 4)))  # (B, H / s, W / s, C)
-            y = (_cells(y, s) + coarse[:, :, None, :, None]).view_as(x)
-        return y
+        """Mix x (B, H, W, C), H and W multiples of a token of the scan; same shape."""
+        u, z = two_linear(x, self.in_proj)
+        u = depthwise_conv(u, self.conv2d.weight, self.conv2d.bias, activation="silu")
+        return self.out_proj(norm_gate(self.multi_scale(u), z, self.out_norm.weight, self.out_norm.bias))
+
+
+class StridedScan(_Core):
+    """Pixels beside a scan at a stride s: y = u + repeat(ssm(mean(u))).
+
+    With [u, z] = in_proj(x), u convolved by a depth-wise 3x3 and SiLU; mean averages s x s pixels to a token of the
+    scan, repeat writes a token to s x s pixels; the output is out_proj(out_norm(y) * silu(z)).
+
+    Args:
+        dim: channels C of input and output.
+        d_state: N, states per channel.
+        expand: u and z have expand * C channels.
+        stride: s.
+    """
+
+    def __init__(self, dim: int, *, d_state: int, expand: float, stride: int) -> None:
+        super().__init__(dim, d_state=d_state, expand=expand)
+        self.stride = stride
+
+    def multi_scale(self, u: Tensor) -> Tensor:
+        """y of u (B, H, W, D), same shape."""
+        if self.stride == 1:
+            return u + self.scan(u)
+        cells = _cells(u, self.stride)
+        return (cells + self.scan(cells.mean((2, 4)))[:, :, None, :, None]).view_as(u)
 
 
 def _cells(x: Tensor, s: int) -> Tensor:
@@ -58,36 +89,23 @@ def _cells(x: Tensor, s: int) -> Tensor:
     return x.unflatten(2, (-1, s)).unflatten(1, (-1, s))
 
 
-class WaveletScan(SelectiveSSM):
-    """Scan of an image's four Haar bands as separate channels of one token, then the inverse transform.
+class WaveletScan(_Core):
+    """A scan of the four Haar bands as channels of one token, and back: y = haar^-1(ssm(haar(u))).
 
-    ::
-
-        u = silu(conv2d(in_proj_x(x)))    z = silu(in_proj_z(x))    y = out_proj(out_norm(haar^-1(ssm(haar(u)))) * z)
-
-    A token is 2 x 2 pixels: sequences are four times shorter and four times wider than those of SS2D.
+    u, z and the output are those of :class:`StridedScan`. A token is 2 x 2 pixels with 4 D channels.
 
     Args:
         dim: channels C of input and output.
         d_state: N, states per channel.
-        expand: u and z have D = expand * C channels, the scan 4 D.
+        expand: u and z have D = expand * C channels.
     """
 
     def __init__(self, dim: int, *, d_state: int, expand: float) -> None:
-        d_inner = int(expand * dim)
-        super().__init__(4 * d_inner, math.ceil(dim / 16), d_state=d_state)
-        self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False)
-        self.conv2d = nn.Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner)
-        self.out_norm = nn.LayerNorm(d_inner)
-        self.out_proj = nn.Linear(d_inner, dim, bias=False)
+        super().__init__(dim, d_state=d_state, expand=expand, channels=4)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix x (B, H, W, C), H and W even; same shape."""
-        u, z = two_linear(x, self.in_proj)
-        u = depthwise_conv(u, self.conv2d.weight, self.conv2d.bias, activation="silu")
-        bands = haar(u)  # (B, H / 2, W / 2, 4 D)
-        bands = super().forward(bands.flatten(1, 2), bands.shape[1:3]).view_as(bands)
-        return self.out_proj(norm_gate(inverse_haar(bands), z, self.out_norm.weight, self.out_norm.bias))
+    def multi_scale(self, u: Tensor) -> Tensor:
+        """y of u (B, H, W, D), same shape."""
+        return inverse_haar(self.scan(haar(u)))
 
 
 def haar(x: Tensor) -> Tensor:
@@ -131,17 +149,17 @@ class SerpentBlock(nn.Module):
 
     Args:
         dim: channels C.
-        d_state, expand, mixer, num_strides: of the scan, see :class:`StridedScan` and :class:`WaveletScan`.
+        d_state, expand, mixer, stride: of the scan, see :class:`StridedScan` and :class:`WaveletScan`.
         ffn_expand: of the :class:`GatedFeedForward`.
     """
 
     def __init__(
-        self, dim: int, *, d_state: int, expand: float, ffn_expand: float, mixer: Mixer, num_strides: int
+        self, dim: int, *, d_state: int, expand: float, ffn_expand: float, mixer: Mixer, stride: int
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         if mixer == "strided":
-            self.scan = StridedScan(dim, d_state=d_state, expand=expand, num_strides=num_strides)
+            self.scan = StridedScan(dim, d_state=d_state, expand=expand, stride=stride)
         else:
             self.scan = WaveletScan(dim, d_state=d_state, expand=expand)
         self.norm2 = nn.LayerNorm(dim)
@@ -178,7 +196,7 @@ class Serpent(nn.Module):
         expand: channels inside a scan per channel of the level.
         ffn_expand: the same of the feed-forward.
         mixer: form of the multi-scale core.
-        num_strides: of the scans in a "strided" core; a "wavelet" core has 1.
+        strides: of the scans of each level in a "strided" core; those of a "wavelet" core are 2.
         scale: of the output.
         sigma_input: whether forward takes the noise level.
 
@@ -198,16 +216,17 @@ class Serpent(nn.Module):
         expand: float = 1.0,
         ffn_expand: float = 2.0,
         mixer: Mixer = "strided",
-        num_strides: int = 2,
+        strides: Sequence[int],
         scale: int = 1,
         sigma_input: bool = False,
     ) -> None:
-        if not len(dims) == len(depths) == len(d_state) >= 1:
-            raise ValueError(f"dims, depths and d_state need one entry a level, got {dims}, {depths}, {d_state}")
+        levels = {name: list(v) for name, v in dict(dims=dims, depths=depths, d_state=d_state, strides=strides).items()}
+        if len({len(v) for v in levels.values()}) > 1 or not dims:
+            raise ValueError(f"dims, depths, d_state and strides need one entry for each level, got {levels}")
         if mixer not in ("strided", "wavelet"):
             raise ValueError(f"mixer must be 'strided' or 'wavelet', got {mixer!r}")
-        if num_strides < 1 or (mixer == "wavelet" and num_strides > 1):
-            raise ValueError(f"num_strides must be at least 1, and 1 for the wavelet core, got {num_strides}")
+        if mixer == "wavelet" and set(strides) != {2}:
+            raise ValueError(f"the strides of a wavelet core are 2, got {list(strides)}")
         if in_channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 or 3, got {in_channels}")
         for dim in dims:
@@ -215,16 +234,17 @@ class Serpent(nn.Module):
                 raise ValueError(f"expand {expand} and ffn_expand {ffn_expand} must give whole channels for {dim}")
         super().__init__()
         self.config: dict[str, Any] = dict(
-            in_channels=in_channels, dims=list(dims), depths=list(depths), refinement=refinement,
-            patch_size=patch_size, d_state=list(d_state), expand=expand, ffn_expand=ffn_expand, mixer=mixer,
-            num_strides=num_strides, scale=scale, sigma_input=sigma_input,
+            in_channels=in_channels, **levels, refinement=refinement, patch_size=patch_size, expand=expand,
+            ffn_expand=ffn_expand, mixer=mixer, scale=scale, sigma_input=sigma_input,
         )  # fmt: skip
         self.patch_size, self.scale = patch_size, scale
-        self.multiple = patch_size * 2 ** (len(dims) - 1) * (2 if mixer == "wavelet" else 2 ** (num_strides - 1))
+        self.multiple = patch_size * math.lcm(*(2**i * s for i, s in enumerate(strides)))
+        self.register_buffer("strides", torch.tensor(list(strides)))  # no shape tells them
 
         def blocks(level: int, depth: int) -> nn.Sequential:
-            options = dict(expand=expand, ffn_expand=ffn_expand, mixer=mixer, num_strides=num_strides)
-            return nn.Sequential(*(SerpentBlock(dims[level], d_state=d_state[level], **options) for _ in range(depth)))
+            options = dict(d_state=d_state[level], stride=strides[level])
+            options |= dict(expand=expand, ffn_expand=ffn_expand, mixer=mixer)
+            return nn.Sequential(*(SerpentBlock(dims[level], **options) for _ in range(depth)))
 
         top = range(len(dims) - 1)
         self.embed = nn.Conv2d(in_channels * patch_size**2, dims[0], 3, padding=1)
@@ -291,11 +311,10 @@ def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
         return 1 + max((int(m[1]) for name in state if (m := re.match(pattern, name))), default=-1)
 
     levels = count(r"encoder\.(\d+)\.")
-    mixer: Mixer = "strided" if "encoder.0.0.scan.scans.0.x_proj_weight" in state else "wavelet"
-    inner = "scan.scans.0" if mixer == "strided" else "scan"
     dims = [state[f"encoder.{i}.0.norm1.weight"].shape[0] for i in range(levels)]
-    rows = [state[f"encoder.{i}.0.{inner}.x_proj_weight"].shape[1] for i in range(levels)]
+    rows = [state[f"encoder.{i}.0.scan.x_proj_weight"].shape[1] for i in range(levels)]
     inputs, outputs = state["embed.weight"].shape[1], state["head.weight"].shape[0]
+    d_inner = state["encoder.0.0.scan.out_norm.weight"].shape[0]
     in_channels = 1 if math.isqrt(inputs) ** 2 == inputs else 3
     return dict(
         in_channels=in_channels,
@@ -304,10 +323,10 @@ def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
         refinement=count(r"refinement\.(\d+)\."),
         patch_size=math.isqrt(inputs // in_channels),
         d_state=[(n - math.ceil(dim / 16)) // 2 for n, dim in zip(rows, dims, strict=True)],
-        expand=state[f"encoder.0.0.{inner}.in_proj.weight"].shape[0] / 2 / dims[0],
+        expand=d_inner / dims[0],
         ffn_expand=state["encoder.0.0.ffn.fc2.weight"].shape[1] / dims[0],
-        mixer=mixer,
-        num_strides=count(r"encoder\.0\.0\.scan\.scans\.(\d+)\.") if mixer == "strided" else 1,
+        mixer="strided" if state["encoder.0.0.scan.x_proj_weight"].shape[2] == d_inner else "wavelet",
+        strides=state["strides"].tolist(),
         scale=math.isqrt(outputs // inputs),
         sigma_input="sigma" in state,
     )
@@ -316,7 +335,7 @@ def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def serpent_t(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
     """About 0.25 M parameters."""
     return Serpent(
-        in_channels, dims=(32, 48), depths=(2, 3), refinement=2, d_state=(1, 1), expand=0.5, num_strides=2,
+        in_channels, dims=(32, 48), depths=(2, 3), refinement=2, d_state=(1, 1), strides=(2, 1),
         scale=scale, sigma_input=sigma_input,
     )  # fmt: skip
 
@@ -324,7 +343,7 @@ def serpent_t(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -
 def serpent_s(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
     """Under 1 M parameters."""
     return Serpent(
-        in_channels, dims=(48, 64, 96), depths=(2, 4, 3), refinement=2, d_state=(1, 1, 1), expand=0.5, num_strides=2,
+        in_channels, dims=(64, 64, 96), depths=(2, 3, 3), refinement=2, d_state=(1, 1, 1), strides=(2, 2, 1),
         scale=scale, sigma_input=sigma_input,
     )  # fmt: skip
 
@@ -332,7 +351,7 @@ def serpent_s(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -
 def serpent_b(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
     """About 4 M parameters."""
     return Serpent(
-        in_channels, dims=(64, 96, 160), depths=(4, 6, 8), refinement=4, d_state=(1, 1, 1), expand=0.5, num_strides=2,
+        in_channels, dims=(64, 96, 160), depths=(4, 6, 8), refinement=4, d_state=(1, 1, 1), strides=(2, 2, 1),
         scale=scale, sigma_input=sigma_input,
     )  # fmt: skip
 
@@ -340,7 +359,7 @@ def serpent_b(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -
 def serpent_l(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
     """About 12 M parameters."""
     return Serpent(
-        in_channels, dims=(96, 160, 256), depths=(6, 8, 8), refinement=4, d_state=(1, 1, 1), expand=0.5, num_strides=2,
+        in_channels, dims=(96, 160, 256), depths=(6, 8, 8), refinement=4, d_state=(1, 1, 1), strides=(2, 2, 1),
         scale=scale, sigma_input=sigma_input,
     )  # fmt: skip
 
@@ -348,6 +367,6 @@ def serpent_l(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -
 def serpent_debug(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
     """Seconds on a CPU, for tests."""
     return Serpent(
-        in_channels, dims=(8, 16), depths=(1, 1), refinement=1, d_state=(2, 1), expand=1.0, num_strides=2,
+        in_channels, dims=(8, 16), depths=(1, 1), refinement=1, d_state=(2, 1), strides=(2, 1),
         scale=scale, sigma_input=sigma_input,
     )  # fmt: skip
