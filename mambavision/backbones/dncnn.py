@@ -42,6 +42,7 @@ class DnCNN(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
         nn.init.trunc_normal_(self.layers[-1].weight, std=1e-4)  # an untrained network nearly returns its input
+        nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
         """Restore x (B, in_channels, H, W) to (B, in_channels, scale H, scale W); `sigma` as in `Serpent`."""

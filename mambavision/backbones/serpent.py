@@ -223,6 +223,8 @@ class Serpent(nn.Module):
         levels = {name: list(v) for name, v in dict(dims=dims, depths=depths, d_state=d_state, strides=strides).items()}
         if len({len(v) for v in levels.values()}) > 1 or not dims:
             raise ValueError(f"dims, depths, d_state and strides need one entry for each level, got {levels}")
+        if min(depths) < 1:
+            raise ValueError(f"every level needs a block, got depths {list(depths)}")
         if mixer not in ("strided", "wavelet"):
             raise ValueError(f"mixer must be 'strided' or 'wavelet', got {mixer!r}")
         if mixer == "wavelet" and set(strides) != {2}:
@@ -335,7 +337,7 @@ def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def serpent_t(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
     """About 0.25 M parameters."""
     return Serpent(
-        in_channels, dims=(32, 48), depths=(2, 3), refinement=2, d_state=(1, 1), strides=(2, 1),
+        in_channels, dims=(32, 64), depths=(3, 3), refinement=2, d_state=(1, 1), strides=(2, 1),
         scale=scale, sigma_input=sigma_input,
     )  # fmt: skip
 

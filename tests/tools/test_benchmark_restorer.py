@@ -1,0 +1,35 @@
+import csv
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = runpy.run_path(str(ROOT / "tools/benchmark_restorer.py"), run_name="benchmark_restorer")
+
+
+def test_exponent_is_fitted():
+    assert TOOL["exponent"]((512, 1024, 2048), (3.0, 12.0, 48.0)) == pytest.approx(1)
+    assert TOOL["exponent"]((512, 1024), (3.0, 48.0)) == pytest.approx(2)
+    assert math.isnan(TOOL["exponent"]((512,), (3.0,)))
+
+
+def test_figures_and_a_size_that_does_not_fit(tmp_path, monkeypatch, capsys):
+    real = TOOL["measure"]
+
+    def measure(call, device, seconds):
+        if call.args[-1].shape[-1] == 24:
+            raise TOOL["torch"].OutOfMemoryError
+        return real(call, device, seconds)
+
+    monkeypatch.setitem(TOOL["main"].__globals__, "measure", measure)
+    path = tmp_path / "figures.csv"
+    options = "--networks serpent_t dncnn --size 16 24 --channels 1 --seconds 0".split()
+    monkeypatch.setattr(sys, "argv", ["benchmark_restorer", *options, "--csv", str(path)])
+    TOOL["main"]()
+    assert "out of memory" in capsys.readouterr().out
+    rows = list(csv.DictReader(path.open()))
+    assert [(r["network"], r["side"]) for r in rows] == [(n, s) for n in ("serpent_t", "dncnn") for s in ("16", "24")]
+    assert float(rows[0]["ms"]) > 0 and rows[1]["ms"] == "inf" and rows[2]["parameters"] == "556097"
