@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambavision.layers import SelectiveSSM
+from mambavision.layers import SelectiveSSM, init_mamba
 from mambavision.layers.ssm import two_linear
 from mambavision.ops import depthwise_conv, norm_gate
 
@@ -26,8 +26,16 @@ Mixer = Literal["strided", "wavelet"]
 """Form of the multi-scale core: :class:`StridedScan` or :class:`WaveletScan`."""
 
 
+def init_serpent(A_log: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor) -> None:
+    """Initialise as Mamba does, but with memories of 1 to 100 tokens, and D = 0: the pixels have a way of their own."""
+    init_mamba(A_log, D, dt_weight, dt_bias, dt_min=0.01, dt_max=1.0)
+    nn.init.zeros_(D)
+
+
 class _Core(SelectiveSSM):
-    """What both forms share: in_proj and conv2d to u and z, and the way out, out_proj(out_norm(y) * silu(z)).
+    """What both forms share: out_proj(out_norm(u + multi_scale(u)) * silu(z)), [u, z] from in_proj(norm(x)).
+
+    u is convolved by a depth-wise 3x3 and SiLU.
 
     Args:
         dim: channels C of input and output.
@@ -38,7 +46,8 @@ class _Core(SelectiveSSM):
 
     def __init__(self, dim: int, *, d_state: int, expand: float, channels: int = 1) -> None:
         d_inner = int(expand * dim)
-        super().__init__(channels * d_inner, math.ceil(dim / 16), d_state=d_state)
+        super().__init__(channels * d_inner, math.ceil(dim / 16), d_state=d_state, init=init_serpent)
+        self.norm = nn.LayerNorm(dim)
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False)
         self.conv2d = nn.Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner)
         self.out_norm = nn.LayerNorm(d_inner)
@@ -48,22 +57,22 @@ class _Core(SelectiveSSM):
         """The four-direction scan of tokens (B, H, W, D) or (B, H, W, 4 D), summed; same shape."""
         return super().forward(x.flatten(1, 2), x.shape[1:3]).view_as(x)
 
-    def multi_scale(self, u: Tensor) -> Tensor:
-        """y of u (B, H, W, D), same shape."""
+    def add_scan(self, u: Tensor) -> Tensor:
+        """u + multi_scale(u), (B, H, W, D)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, H, W, C), H and W multiples of a token of the scan; same shape."""
-        u, z = two_linear(x, self.in_proj)
+        u, z = two_linear(_normalise(x, self.norm), self.in_proj)
         u = depthwise_conv(u, self.conv2d.weight, self.conv2d.bias, activation="silu")
-        return self.out_proj(norm_gate(self.multi_scale(u), z, self.out_norm.weight, self.out_norm.bias))
+        return self.out_proj(norm_gate(self.add_scan(u), z, self.out_norm.weight, self.out_norm.bias))
 
 
 class StridedScan(_Core):
-    """Pixels beside a scan at a stride s: y = u + repeat(ssm(mean(u))).
+    """Pixels beside a scan at a stride s: out_proj(out_norm(u + repeat(ssm(mean(u)))) * silu(z)).
 
-    With [u, z] = in_proj(x), u convolved by a depth-wise 3x3 and SiLU; mean averages s x s pixels to a token of the
-    scan, repeat writes a token to s x s pixels; the output is out_proj(out_norm(y) * silu(z)).
+    With [u, z] = in_proj(norm(x)), u convolved by a depth-wise 3x3 and SiLU; mean averages s x s pixels to a token of
+    the scan, repeat writes a token to s x s pixels.
 
     Args:
         dim: channels C of input and output.
@@ -76,23 +85,19 @@ class StridedScan(_Core):
         super().__init__(dim, d_state=d_state, expand=expand)
         self.stride = stride
 
-    def multi_scale(self, u: Tensor) -> Tensor:
-        """y of u (B, H, W, D), same shape."""
+    def add_scan(self, u: Tensor) -> Tensor:
+        """u + repeat(ssm(mean(u))), (B, H, W, D)."""
         if self.stride == 1:
             return u + self.scan(u)
-        cells = _cells(u, self.stride)
+        s = self.stride
+        cells = u.unflatten(2, (-1, s)).unflatten(1, (-1, s))  # (B, H / s, s, W / s, s, D)
         return (cells + self.scan(cells.mean((2, 4)))[:, :, None, :, None]).view_as(u)
 
 
-def _cells(x: Tensor, s: int) -> Tensor:
-    """x (B, H, W, C) as (B, H / s, s, W / s, s, C)."""
-    return x.unflatten(2, (-1, s)).unflatten(1, (-1, s))
-
-
 class WaveletScan(_Core):
-    """A scan of the four Haar bands as channels of one token, and back: y = haar^-1(ssm(haar(u))).
+    """Pixels beside a scan of their four Haar bands: out_proj(out_norm(u + haar^-1(ssm(haar(u)))) * silu(z)).
 
-    u, z and the output are those of :class:`StridedScan`. A token is 2 x 2 pixels with 4 D channels.
+    u and z are those of :class:`StridedScan`. A token is 2 x 2 pixels, with the bands as 4 D channels.
 
     Args:
         dim: channels C of input and output.
@@ -103,9 +108,9 @@ class WaveletScan(_Core):
     def __init__(self, dim: int, *, d_state: int, expand: float) -> None:
         super().__init__(dim, d_state=d_state, expand=expand, channels=4)
 
-    def multi_scale(self, u: Tensor) -> Tensor:
-        """y of u (B, H, W, D), same shape."""
-        return inverse_haar(self.scan(haar(u)))
+    def add_scan(self, u: Tensor) -> Tensor:
+        """u + haar^-1(ssm(haar(u))), (B, H, W, D)."""
+        return u + inverse_haar(self.scan(haar(u)))
 
 
 def haar(x: Tensor) -> Tensor:
@@ -124,7 +129,7 @@ def inverse_haar(x: Tensor) -> Tensor:
 
 
 class GatedFeedForward(nn.Module):
-    """Feed-forward of pixels with a depth-wise 3x3 gate: fc2(v * silu(dwconv(u))) with [u, v] = fc1(x).
+    """Feed-forward of pixels with a depth-wise 3x3 gate: fc2(v * silu(dwconv(u))) with [u, v] = fc1(norm(x)).
 
     Args:
         dim: channels C of input and output.
@@ -134,45 +139,46 @@ class GatedFeedForward(nn.Module):
     def __init__(self, dim: int, expand: float) -> None:
         super().__init__()
         hidden = int(expand * dim)
+        self.norm = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, 2 * hidden, bias=False)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C), same shape."""
-        u, v = two_linear(x, self.fc1)
+        u, v = two_linear(_normalise(x, self.norm), self.fc1)
         return self.fc2(norm_gate(v, depthwise_conv(u, self.dwconv.weight, self.dwconv.bias)))
 
 
+def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return norm_gate(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+
+
 class SerpentBlock(nn.Module):
-    """x = x + scan(norm1(x)), then x = x + ffn(norm2(x)).
+    """A scan and two feed-forwards: x = x + scan(x), x = x + ffn1(x), x = x + ffn2(x).
 
     Args:
         dim: channels C.
         d_state, expand, mixer, stride: of the scan, see :class:`StridedScan` and :class:`WaveletScan`.
-        ffn_expand: of the :class:`GatedFeedForward`.
+        ffn_expand: of each :class:`GatedFeedForward`.
     """
 
     def __init__(
         self, dim: int, *, d_state: int, expand: float, ffn_expand: float, mixer: Mixer, stride: int
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
         if mixer == "strided":
             self.scan = StridedScan(dim, d_state=d_state, expand=expand, stride=stride)
         else:
             self.scan = WaveletScan(dim, d_state=d_state, expand=expand)
-        self.norm2 = nn.LayerNorm(dim)
-        self.ffn = GatedFeedForward(dim, ffn_expand)
+        self.ffn1 = GatedFeedForward(dim, ffn_expand)
+        self.ffn2 = GatedFeedForward(dim, ffn_expand)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C), same shape."""
-        x = x + self.scan(_normalise(x, self.norm1))
-        return x + self.ffn(_normalise(x, self.norm2))
-
-
-def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return norm_gate(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        x = x + self.scan(x)
+        x = x + self.ffn1(x)
+        return x + self.ffn2(x)
 
 
 def on_pixels(conv: nn.Module, x: Tensor) -> Tensor:
@@ -305,15 +311,15 @@ def enlarge(x: Tensor, scale: int) -> Tensor:
 
 def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of the :class:`Serpent` whose state dict this is, from its names and shapes alone."""
-    if "embed.weight" not in state or "encoder.0.0.ffn.fc1.weight" not in state:
-        raise ValueError("not the state dict of a Serpent: it has no embed.weight and no encoder.0.0.ffn.fc1.weight")
+    if "embed.weight" not in state or "encoder.0.0.ffn1.fc1.weight" not in state:
+        raise ValueError("not the state dict of a Serpent: it has no embed.weight and no encoder.0.0.ffn1.fc1.weight")
 
     def count(pattern: str) -> int:
         """1 + the largest number that the group of the pattern takes."""
         return 1 + max((int(m[1]) for name in state if (m := re.match(pattern, name))), default=-1)
 
     levels = count(r"encoder\.(\d+)\.")
-    dims = [state[f"encoder.{i}.0.norm1.weight"].shape[0] for i in range(levels)]
+    dims = [state[f"encoder.{i}.0.scan.norm.weight"].shape[0] for i in range(levels)]
     rows = [state[f"encoder.{i}.0.scan.x_proj_weight"].shape[1] for i in range(levels)]
     inputs, outputs = state["embed.weight"].shape[1], state["head.weight"].shape[0]
     d_inner = state["encoder.0.0.scan.out_norm.weight"].shape[0]
@@ -326,7 +332,7 @@ def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
         patch_size=math.isqrt(inputs // in_channels),
         d_state=[(n - math.ceil(dim / 16)) // 2 for n, dim in zip(rows, dims, strict=True)],
         expand=d_inner / dims[0],
-        ffn_expand=state["encoder.0.0.ffn.fc2.weight"].shape[1] / dims[0],
+        ffn_expand=state["encoder.0.0.ffn1.fc2.weight"].shape[1] / dims[0],
         mixer="strided" if state["encoder.0.0.scan.x_proj_weight"].shape[2] == d_inner else "wavelet",
         strides=state["strides"].tolist(),
         scale=math.isqrt(outputs // inputs),
@@ -337,7 +343,7 @@ def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def serpent_t(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
     """About 0.25 M parameters."""
     return Serpent(
-        in_channels, dims=(32, 64), depths=(3, 3), refinement=2, d_state=(1, 1), strides=(2, 1),
+        in_channels, dims=(32, 64), depths=(1, 2), refinement=1, d_state=(1, 1), strides=(2, 1),
         scale=scale, sigma_input=sigma_input,
     )  # fmt: skip
 
@@ -345,7 +351,7 @@ def serpent_t(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -
 def serpent_s(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
     """Under 1 M parameters."""
     return Serpent(
-        in_channels, dims=(64, 64, 96), depths=(2, 3, 3), refinement=2, d_state=(1, 1, 1), strides=(2, 2, 1),
+        in_channels, dims=(64, 64, 96), depths=(1, 2, 2), refinement=1, d_state=(1, 1, 1), strides=(2, 2, 1),
         scale=scale, sigma_input=sigma_input,
     )  # fmt: skip
 
@@ -353,7 +359,7 @@ def serpent_s(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -
 def serpent_b(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
     """About 4 M parameters."""
     return Serpent(
-        in_channels, dims=(64, 96, 160), depths=(4, 6, 8), refinement=4, d_state=(1, 1, 1), strides=(2, 2, 1),
+        in_channels, dims=(64, 96, 160), depths=(2, 4, 5), refinement=2, d_state=(1, 1, 1), strides=(2, 2, 1),
         scale=scale, sigma_input=sigma_input,
     )  # fmt: skip
 
@@ -361,7 +367,7 @@ def serpent_b(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -
 def serpent_l(in_channels: int = 3, scale: int = 1, sigma_input: bool = False) -> Serpent:
     """About 12 M parameters."""
     return Serpent(
-        in_channels, dims=(96, 160, 256), depths=(6, 8, 8), refinement=4, d_state=(1, 1, 1), strides=(2, 2, 1),
+        in_channels, dims=(96, 160, 256), depths=(4, 5, 5), refinement=2, d_state=(1, 1, 1), strides=(2, 2, 1),
         scale=scale, sigma_input=sigma_input,
     )  # fmt: skip
 

@@ -96,7 +96,7 @@ def test_stride_is_a_scan_of_means_beside_the_pixels():
     u = torch.randn(1, 4, 6, 4)
     means = (u[:, ::2, ::2] + u[:, 1::2, ::2] + u[:, ::2, 1::2] + u[:, 1::2, 1::2]) / 4
     expected = u + core.scan(means).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    torch.testing.assert_close(core.multi_scale(u), expected)
+    torch.testing.assert_close(core.add_scan(u), expected)
 
 
 @pytest.mark.parametrize("mixer", ["strided", "wavelet"])
