@@ -123,6 +123,12 @@ def test_what_cannot_be_is_refused(make):
         make()
 
 
+def assert_same_but_for_ties(got: Tensor, expected: Tensor):
+    """8-bit photos: sums in another order may round a value half way between two levels to the other one."""
+    levels = ((got - expected) * 255).abs()
+    assert levels.max() < 1.001 and (levels > 0.5).float().mean() < 1e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("degradation", ALL, ids=str)
 def test_gpu_follows_the_cpu(degradation, photo: Tensor):
@@ -133,7 +139,7 @@ def test_gpu_follows_the_cpu(degradation, photo: Tensor):
     assert all(torch.equal(got[key], again[key].cpu()) for key in got)
     cpu = degradation(gt, _generator())
     if isinstance(degradation, Downsample):
-        assert torch.equal(got["lq"], cpu["lq"])
+        assert_same_but_for_ties(got["lq"], cpu["lq"])
     difference = (got["lq"].mean() - cpu["lq"].mean()).abs()
     assert got["lq"].shape == cpu["lq"].shape and difference < (
         0.1 if isinstance(degradation, InpaintingMask) else 5e-3
