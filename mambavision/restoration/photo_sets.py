@@ -38,7 +38,7 @@ PHOTO_SETS = (
     ),
     PhotoSet("train/t91", "tegg89/SRCNN-Tensorflow", ("Train/*.bmp",), 91),
     PhotoSet("train/coco128", "developer0hye/COCO128", ("train2017/*.jpg",), 128),
-    PhotoSet("train/davis", "MathLee/EOR-VOS", ("DAVIS/JPEGImages/480p/*/*.jpg",), 92, every=15),
+    PhotoSet("val/davis", "MathLee/EOR-VOS", ("DAVIS/JPEGImages/480p/*/*.jpg",), 16, every=90),
     PhotoSet("test/set12", "cszn/FFDNet", ("testsets/Set12/*.png",), 12),
     PhotoSet("test/bsd68", "cszn/FFDNet", ("testsets/BSD68/*.png",), 68),
     PhotoSet("test/cbsd68", "cszn/FFDNet", ("testsets/CBSD68/*.png",), 68),

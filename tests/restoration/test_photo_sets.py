@@ -13,7 +13,7 @@ from tests.restoration.conftest import REPOSITORY, fetched
 
 SETS = (
     PhotoSet("train/set", "owner/trains", ("*.jpg", "deep/*.bmp"), 3, leave_out=("known.jpg",)),
-    PhotoSet("train/davis", "owner/frames", ("*/*.jpg",), 2, every=2),
+    PhotoSet("val/davis", "owner/frames", ("*/*.jpg",), 2, every=2),
     PhotoSet("test/set", "owner/tests", ("*.tif",), 1),
 )
 
@@ -34,15 +34,15 @@ def clones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_gathers_every_set(clones: Path, tmp_path: Path):
     out = tmp_path / "out"
-    assert prepare(clones, out) == {"train/set": 3, "train/davis": 2, "test/set": 1}
+    assert prepare(clones, out) == {"train/set": 3, "val/davis": 2, "test/set": 1}
     found = sorted(str(path.relative_to(out)) for path in out.rglob("*.*"))
     assert found == [
         "test/set/t.png",
-        "train/davis/x_0.jpg",
-        "train/davis/y_0.jpg",
         "train/set/a.jpg",
         "train/set/b.jpg",
         "train/set/c.png",
+        "val/davis/x_0.jpg",
+        "val/davis/y_0.jpg",
     ]
     assert (out / "train/set/a.jpg").read_bytes() == (clones / "trains/a.jpg").read_bytes()
     assert np.array_equal(cv2.imread(str(out / "test/set/t.png")), cv2.imread(str(clones / "tests/t.tif")))

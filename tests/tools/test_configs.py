@@ -7,6 +7,7 @@ from mmdet.registry import DATASETS, METRICS, MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+import mambavision.detection  # noqa: F401, gives mmcv-lite what mmdet imports
 from tests.conftest import shared
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

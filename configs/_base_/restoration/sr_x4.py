@@ -1,6 +1,6 @@
 restores = "sr_x4"  # task of the weights
 data_root = "data/restoration"  # made by tools/prepare_restoration_data.py
-train_roots = [f"{data_root}/train/{name}" for name in ("bsd400", "t91", "coco128", "davis")]
+train_roots = [f"{data_root}/train/{name}" for name in ("bsd400", "t91", "coco128")]
 train_dataloader = dict(
     photos=dict(type="CleanFolder", root=train_roots),
     degradation=dict(type="Downsample", scale=4),
@@ -21,7 +21,14 @@ val_dataloader = dict(
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=False),
     collate_fn=dict(type="default_collate"),
-    dataset=dict(type="EvaluationSets", sets=[one for one in sets if one["name"] == "set5"]),
+    dataset=dict(
+        type="EvaluationSets",  # photos that are neither trained on nor tested on
+        sets=[
+            dict(one, name="davis", photos=dict(one["photos"], root=f"{data_root}/val/davis"))
+            for one in sets
+            if one["name"] == "set5"
+        ],
+    ),
 )
 test_dataloader = dict(
     batch_size=1,
