@@ -8,8 +8,9 @@
     python tools/prepare_restoration_data.py --mirror clones --out data/restoration
 
 Training photos: bsd400 (BSDS500's train and test, but two that Set5 and Set12 were cut from), t91, coco128.
-Validation photos, by which checkpoints are chosen: davis, 16 frames of videos. Test photos: set12, bsd68, cbsd68, kodak24
-(500x500), mcmaster, urban100, set5, set14, bsd100, classic5, live1; set5_lr is MATLAB's bicubic. Counts are checked, and that no test photo is among the training photos.
+Validation photos, by which checkpoints are chosen: davis, 16 frames of videos.
+Test photos: set12, bsd68, cbsd68, kodak24 (500x500), mcmaster, urban100, set5, set14, bsd100, classic5, live1; set5_lr
+is MATLAB's bicubic. Counts are checked, and that no test photo is among the training photos.
 """
 
 import argparse
