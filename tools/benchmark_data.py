@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from mmengine.registry import DATASETS, init_default_scope
 
-from mambavision.detection.cli import add_config_arguments, load_config
+from mambavision.detection.cli import add_data_arguments, load_config
 from mambavision.engine.cli import run
+from mambavision.engine.runs import add_config_arguments
 
 
 def main() -> None:
@@ -24,6 +25,7 @@ def main() -> None:
         description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument("--count", type=int, default=300, help="pictures to make (default 300)")
     args = parser.parse_args()
     cfg = load_config(args)

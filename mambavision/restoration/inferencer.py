@@ -229,7 +229,7 @@ class RestorationInferencer:
         if sigma is None:
             return None
         if not takes:
-            raise ValueError(f"{self.weights.name} takes no noise level: leave out sigma, it finds the noise itself")
+            raise ValueError(f"{self.weights.name} takes no noise level; leave out sigma")
         low, high = self.metadata.get("sigma_range", (0, 255))
         if not low <= sigma <= high:
             raise ValueError(f"sigma {sigma:g} is outside the {low:g} to {high:g} that {self.weights.name} is made for")

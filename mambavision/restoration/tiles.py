@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -168,6 +170,7 @@ def measure_bytes_per_pixel(network: Network, channels: int, device: str | torch
         taken = torch.cuda.max_memory_allocated(device) - before
     else:
         try:
+            _give_free_memory_back()  # what the process holds and uses anew would not be seen
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
             before = _resident("VmRSS")
             network(x)
@@ -175,6 +178,11 @@ def measure_bytes_per_pixel(network: Network, channels: int, device: str | torch
         except OSError:  # not Linux
             return float(_ASSUMED)
     return max(taken / side**2, 4.0 * channels)
+
+
+def _give_free_memory_back() -> None:
+    with contextlib.suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(field: str) -> int:

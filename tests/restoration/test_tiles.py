@@ -104,5 +104,8 @@ def test_memory_is_measured():
     def hungry(x):
         return x.repeat(1, 200, 1, 1).sum(1, keepdim=True)  # 600 floats a pixel
 
-    measured = measure_bytes_per_pixel(hungry, 3, "cpu")
-    assert 2000 < measured < 5000 or measured == tiles._ASSUMED
+    for _ in range(2):
+        measured = measure_bytes_per_pixel(hungry, 3, "cpu")
+        assert 2000 < measured < 5000 or measured == tiles._ASSUMED
+        freed = [torch.rand(2**14) for _ in range(4000)]  # 250 MB that the process has free for the second round
+        del freed

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,25 +25,11 @@ def run_tool(monkeypatch, capfd, name: str, *args: object) -> tuple[int, str, st
     return code, *capfd.readouterr()
 
 
-def fork_tool(name: str, *args: object, **environment: object) -> int:
-    """Start a tool in a copy of this process, which has all imports behind it; returns the process id."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.environ.update({key: str(value) for key, value in environment.items()})
-            sys.argv = [name, *map(str, args)]
-            forget_runs()
-            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-            status = 0
-        finally:
-            os._exit(status)
-    return child
-
-
-def exit_status(child: int) -> int:
-    """Wait for a process of `fork_tool`: 0, 1 for an exception, -9 for a kill."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def start_tool(name: str, *args: object, **environment: object) -> subprocess.Popen:
+    """Start a tool in a process of its own: one forked off pytest would lack the threads that libraries rely on."""
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, args)]
+    given = {key: str(value) for key, value in environment.items()}
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), **given})
 
 
 def refusal(result: tuple[int, str, str]) -> str:

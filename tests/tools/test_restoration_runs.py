@@ -16,7 +16,7 @@ from mmengine.config import Config
 
 from mambavision.engine.checkpoint import load
 from mambavision.restoration import weights
-from tests.tools.running import ROOT, exit_status, fork_tool, refusal, run_tool
+from tests.tools.running import ROOT, refusal, run_tool, start_tool
 
 CONFIG = ROOT / "configs/serpent/serpent_debug.py"
 SEED = ("--seed", 3)
@@ -75,7 +75,7 @@ def whole(tmp_path_factory):
     """Folder of a config, and the work directory of its whole run."""
     os.chdir(ROOT)
     folder = tmp_path_factory.mktemp("whole")
-    assert exit_status(fork_tool("train", small_config(folder, interval=1), "--work-dir", folder / "work", *SEED)) == 0
+    assert start_tool("train", small_config(folder, interval=1), "--work-dir", folder / "work", *SEED).wait() == 0
     return folder
 
 
@@ -96,7 +96,7 @@ def test_killed_run_resumes_with_the_same_losses(whole, tmp_path, tool):
     killing = 'custom_imports = dict(imports=["mambavision.restoration.register", "tests.tools.kill_hook"])'
     hook = 'custom_hooks = [*_base_.custom_hooks, dict(type="KillHook", iteration=9)]\n'
     config = small_config(tmp_path, imports=killing, more=hook)
-    assert exit_status(fork_tool("train", config, "--work-dir", tmp_path / "work", *SEED)) == -signal.SIGKILL
+    assert start_tool("train", config, "--work-dir", tmp_path / "work", *SEED).wait() == -signal.SIGKILL
     assert (tmp_path / "work/last_checkpoint").read_text().endswith("iter_8.pth")
     # without --seed: it is the checkpoint's
     code, _, err = tool("train", small_config(tmp_path), "--work-dir", tmp_path / "work", "--resume")
@@ -127,8 +127,8 @@ def test_two_processes_train_like_one(whole, tmp_path):
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     torchrun = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=2)
-    ranks = [fork_tool("train", *arguments, **torchrun, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)]
-    assert [exit_status(rank) for rank in ranks] == [0, 0]
+    ranks = [start_tool("train", *arguments, **torchrun, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
     ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
     for name, value in theirs["state_dict"].items():
         torch.testing.assert_close(ours["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=name)
