@@ -1,3 +1,5 @@
+_base_ = "evaluation.py"
+
 restores = "denoise_gray"  # task of the weights
 data_root = "data/restoration"  # made by tools/prepare_restoration_data.py
 train_roots = [f"{data_root}/train/{name}" for name in ("bsd400", "t91", "coco128")]
@@ -17,13 +19,9 @@ sets = [
     for name in ("set12", "bsd68", "urban100")
     for sigma in (15, 25, 50)
 ]
+# photos that are neither trained on nor tested on
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    collate_fn=dict(type="default_collate"),
     dataset=dict(
-        type="EvaluationSets",  # photos that are neither trained on nor tested on
         sets=[
             dict(one, name="davis_s25", photos=dict(one["photos"], root=f"{data_root}/val/davis"))
             for one in sets
@@ -31,12 +29,4 @@ val_dataloader = dict(
         ],
     ),
 )
-test_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    collate_fn=dict(type="default_collate"),
-    dataset=dict(type="EvaluationSets", sets=sets),
-)
-val_evaluator = dict(type="RestorationMetric")
-test_evaluator = dict(type="RestorationMetric")
+test_dataloader = dict(dataset=dict(sets=sets))

@@ -1,3 +1,5 @@
+_base_ = "evaluation.py"
+
 restores = "jpeg_gray"  # task of the weights
 data_root = "data/restoration"  # made by tools/prepare_restoration_data.py
 train_roots = [f"{data_root}/train/{name}" for name in ("bsd400", "t91", "coco128")]
@@ -18,13 +20,9 @@ sets = [
     for name in ("classic5", "live1")
     for quality in (10, 20, 30, 40)
 ]
+# photos that are neither trained on nor tested on
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    collate_fn=dict(type="default_collate"),
     dataset=dict(
-        type="EvaluationSets",  # photos that are neither trained on nor tested on
         sets=[
             dict(one, name="davis_q10", photos=dict(one["photos"], root=f"{data_root}/val/davis"))
             for one in sets
@@ -32,12 +30,6 @@ val_dataloader = dict(
         ],
     ),
 )
-test_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    collate_fn=dict(type="default_collate"),
-    dataset=dict(type="EvaluationSets", sets=sets),
-)
-val_evaluator = dict(type="RestorationMetric", psnr_b=True)
-test_evaluator = dict(type="RestorationMetric", psnr_b=True)
+test_dataloader = dict(dataset=dict(sets=sets))
+val_evaluator = dict(psnr_b=True)
+test_evaluator = dict(psnr_b=True)

@@ -1,3 +1,5 @@
+_base_ = "evaluation.py"
+
 restores = "motion_deblur"  # task of the weights
 data_root = "data/gopro"  # train/blur, train/sharp, test/blur, test/sharp: photos of the same name are pairs
 train_dataloader = dict(
@@ -13,19 +15,5 @@ sets = [
         photos=dict(type="PairedFolder", lq_root=f"{data_root}/test/blur", gt_root=f"{data_root}/test/sharp"),
     )
 ]
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    collate_fn=dict(type="default_collate"),
-    dataset=dict(type="EvaluationSets", sets=sets),
-)
-test_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    collate_fn=dict(type="default_collate"),
-    dataset=dict(type="EvaluationSets", sets=sets),
-)
-val_evaluator = dict(type="RestorationMetric")
-test_evaluator = dict(type="RestorationMetric")
+val_dataloader = dict(dataset=dict(sets=sets))
+test_dataloader = dict(dataset=dict(sets=sets))

@@ -1,3 +1,5 @@
+_base_ = "evaluation.py"
+
 restores = "sr_x4"  # task of the weights
 data_root = "data/restoration"  # made by tools/prepare_restoration_data.py
 train_roots = [f"{data_root}/train/{name}" for name in ("bsd400", "t91", "coco128")]
@@ -16,13 +18,9 @@ sets = [
     )
     for name in ("set5", "set14", "bsd100", "urban100")
 ]
+# photos that are neither trained on nor tested on
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    collate_fn=dict(type="default_collate"),
     dataset=dict(
-        type="EvaluationSets",  # photos that are neither trained on nor tested on
         sets=[
             dict(one, name="davis", photos=dict(one["photos"], root=f"{data_root}/val/davis"))
             for one in sets
@@ -30,12 +28,6 @@ val_dataloader = dict(
         ],
     ),
 )
-test_dataloader = dict(
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    collate_fn=dict(type="default_collate"),
-    dataset=dict(type="EvaluationSets", sets=sets),
-)
-val_evaluator = dict(type="RestorationMetric", y_only=True, crop_border=4)
-test_evaluator = dict(type="RestorationMetric", y_only=True, crop_border=4)
+test_dataloader = dict(dataset=dict(sets=sets))
+val_evaluator = dict(y_only=True, crop_border=4)
+test_evaluator = dict(y_only=True, crop_border=4)
