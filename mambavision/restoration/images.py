@@ -162,7 +162,7 @@ def from_pil(image: Image.Image) -> PhotoFile:
         image = image.convert(_CONVERTED[image.mode])
     if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
         raise ValueError(f"a Pillow image of mode {image.mode} cannot be restored; convert it to RGB, L or I;16")
-    photo = from_array(np.asarray(image))
+    photo = from_array(np.array(image))
     return replace(photo, icc=_fitting_icc(icc, photo.pixels.shape[2]))
 
 

@@ -58,6 +58,7 @@ class RestorationInferencer:
     Attributes:
         network, metadata: As the weights file gives them.
         scale: Factor by which pictures are enlarged.
+        redone: How many tiles of half precision were done again in fp32 so far.
 
     Raises:
         FileNotFoundError: If there are no such weights.
@@ -96,6 +97,7 @@ class RestorationInferencer:
         self.scale: int = config["scale"]
         self.sigma = self._checked_sigma(sigma, takes=config["sigma_input"])
         self.tile, self.overlap, self.precision, self.self_ensemble = tile, overlap, precision, self_ensemble
+        self.redone = 0
         self._bytes_per_pixel: float | None = None
         self._largest: int | None = None  # of a tile, once memory ran out
         self._said: set[str] = set()
@@ -206,6 +208,7 @@ class RestorationInferencer:
         """Restore floats (1, C, H, W) in [0, 1] on the device in one piece; not clipped. In inference mode."""
         y = self._apply(x, _AUTOCAST[self.precision])
         if self.precision != "fp32" and not y.isfinite().all():
+            self.redone += 1
             self._say(f"{self.precision} gave values that are not finite: such tiles are done again in fp32")
             y = self._apply(x, None)
         if not y.isfinite().all():

@@ -180,6 +180,23 @@ def test_tiles_are_halved_until_they_fit(make, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.gpu
+def test_tiles_are_halved_when_a_gpu_runs_out_of_memory(make, capsys):
+    picture = array(1024, 1024, 3)
+    inferencer = make(device="cuda", tile=1024)
+    expected = make(device="cuda", tile=256)(picture)
+    allowed = torch.cuda.memory_reserved() + 0.4 * picture.shape[0] ** 2 * inferencer._measured()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.mem_get_info()[1])
+    try:
+        restored = inferencer(picture)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory on cuda: going on with tiles of " in capsys.readouterr().err
+    assert inferencer._largest in (256, 512)
+    assert np.abs(restored.astype(int) - expected).mean() < 1
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 )

@@ -189,21 +189,20 @@ def test_tiles_are_measured(monkeypatch, capfd, tmp_path, task, scale, degradati
     metadata = dict(degradation=dict(type=degradation, scale=scale)) if degradation else {}
     weights = save(tmp_path / "w.safetensors", task=task, scale=scale, **metadata)
     options = ["--sigma", 25] if task == "denoise_color" else []
-    arguments = [
-        tmp_path / "photos",
-        "--weights",
-        weights,
-        "--tile",
-        64,
-        "--overlap",
-        0,
-        32,
-        "--device",
-        "cpu",
-        *options,
-    ]
+    options += ["--tile", 64, "--overlap", 0, 32, "--precision", "bf16", "--device", "cpu"]
+    arguments = [tmp_path / "photos", "--weights", weights, *options]
     code, out, err = run_tool(monkeypatch, capfd, "benchmark_tiles", *arguments)
     assert code == 0, err
-    rows = [line.replace("│", " ").split() for line in out.splitlines() if "│" in line and "." in line][-2:]
-    assert [row[0] for row in rows] == ["0", "32"]
-    assert all(5 < float(row[1]) < 50 and abs(float(row[2])) <= float(row[3]) + 0.001 for row in rows)
+    rows = [line.replace("│", " ").split() for line in out.splitlines() if "│ fp32" in line or "│ bf16" in line]
+    assert [row[:3] for row in rows] == [
+        ["fp32", "whole", "0"],
+        ["bf16", "whole", "0"],
+        *(["fp32", "64", o] for o in ("0", "32")),
+    ]
+    numbers = [[float(cell) for cell in row[3:]] for row in rows]
+    assert numbers[0][1:] == [0, 0, 0] and all(5 < row[0] < 50 and row[3] == 0 for row in numbers)
+    assert all(0 < row[2] < 1 and abs(row[1]) <= row[2] for row in numbers[1:])
+    if task != "denoise_color":
+        assert "--sigma is for weights against noise" in refusal(
+            run_tool(monkeypatch, capfd, "benchmark_tiles", *arguments, "--sigma", 5)
+        )
