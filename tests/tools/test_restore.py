@@ -1,11 +1,12 @@
 import errno
+import os
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from mambavision.restoration import cli
 from mambavision.restoration.images import PhotoFile, read_photo_file, write_photo_file
 from tests.restoration.test_inferencer import save
 from tests.tools.running import refusal, run_tool
@@ -110,6 +111,31 @@ def test_enlarging(restore, photos, tmp_path):
     assert code == 0 and read_photo_file(tmp_path / "b.png").pixels.shape == (80, 112, 3), err
 
 
+def test_masks(restore, photos, tmp_path):
+    weights = save(tmp_path / "inpaint.safetensors", task="inpaint")
+    white = np.zeros((40, 56, 1), np.uint8)
+    white[10:20, 30:40] = 255
+    for name in ("one.png", "masks/b.png", "masks/deep/c.png", "masks/wide.jpg"):
+        write_photo_file(tmp_path / name, PhotoFile(white))
+    options = ["--task", "inpaint", "--weights", weights, "--mask"]
+    assert restore(photos / "b.png", "-o", tmp_path / "b.png", *options, tmp_path / "one.png")[0] == 0
+    before, after = (read_photo_file(path).pixels for path in (photos / "b.png", tmp_path / "b.png"))
+    changed = (before != after).any(2)
+    assert changed[10:20, 30:40].all() and changed.sum() == 100
+
+    code, _, err = restore(photos, "-o", tmp_path / "out", *options, tmp_path / "masks")
+    assert code == 2 and written(tmp_path / "out") == ["b.png", "deep/c.webp", "wide.tif"]
+    assert np.array_equal(read_photo_file(tmp_path / "out" / "b.png").pixels, after)
+    assert "masks/a.jpg: no such file" in err and "5 of 8 files could not be restored" in err
+    line = refusal(restore(photos / "tiny.png", "-o", tmp_path / "no", *options, tmp_path / "one.png"))
+    assert "one.png: a mask of 56x40 pixels for a photo of 1x1" in line
+    line = refusal(restore(photos / "b.png", "-o", tmp_path / "no", *options, tmp_path / "gone"))
+    assert "gone: no such mask or folder of masks" in line
+    line = refusal(restore(photos / "b.png", "-o", tmp_path / "no", "--mask", tmp_path / "one.png"))
+    assert "a mask is for the task inpaint, w.safetensors is for denoise_color" in line
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_video(restore, tmp_path):
     clip = make_video(tmp_path / "clip.mp4", frames=3)
     code, _, err = restore(clip, "-o", tmp_path / "out", "--side-by-side")
@@ -169,15 +195,16 @@ def test_bad_options_are_refused(restore, photos, tmp_path):
 
 
 def test_a_full_disk_ends_it_with_nothing_half_written(restore, photos, tmp_path, monkeypatch):
-    write_whole, count = cli.write_photo_file, []
+    write_whole, count = Path.write_bytes, []
 
-    def full(path, photo):
+    def full(path, data):
         count.append(path)
-        if len(count) > 1:
-            raise OSError(errno.ENOSPC, f"{path}: cannot be written (No space left on device)")
-        write_whole(path, photo)
+        if len(count) == 1:
+            return write_whole(path, data)
+        write_whole(path, data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cli, "write_photo_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     line = refusal(restore(photos, "-o", tmp_path / "out"))
     assert written(tmp_path / "out") == ["a.jpg"] and len(count) == 2
     assert "b.png: cannot be written (No space left on device); 6 more not tried" in line
