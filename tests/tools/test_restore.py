@@ -1,5 +1,6 @@
 import errno
 import os
+import struct
 from pathlib import Path
 
 import cv2
@@ -47,6 +48,14 @@ def photos(tmp_path):
     (folder / "text.png").write_text("this is no photo")
     (folder / "notes.txt").write_text("neither")
     return folder
+
+
+def five_channels(path):
+    """A TIFF of one pixel with five channels, as satellites' photos have."""
+    tags = [(256, 1), (257, 1), (258, 138), (259, 1), (262, 1), (273, 148), (277, 5), (278, 1), (279, 5), (284, 1)]
+    entries = [struct.pack("<HHII", tag, 3, 5 if tag == 258 else 1, value) for tag, value in tags]
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(entries) + struct.pack("<I", 0)
+    path.write_bytes(head.ljust(138, b"\0") + struct.pack("<5H", *[8] * 5) + bytes(5))
 
 
 def written(folder):
@@ -150,6 +159,7 @@ def test_bad_inputs_are_refused(restore, photos, tmp_path):
     (tmp_path / "text.mp4").write_text("this is no video")
     (tmp_path / "file").write_text("a file")
     cv2.imwrite(str(tmp_path / "float.tif"), np.zeros((4, 4, 3), np.float32))
+    five_channels(tmp_path / "five.tif")
     write(tmp_path / "wide.png", dtype=np.uint16)
     write(tmp_path / "glass.png", alpha=np.zeros((40, 56), np.uint8))
     out = tmp_path / "out"
@@ -163,6 +173,7 @@ def test_bad_inputs_are_refused(restore, photos, tmp_path):
         (photos / "notes.txt", out, "notes.txt: not a photo"),
         (tmp_path / "text.mp4", out, "text.mp4: not a video"),
         (tmp_path / "float.tif", out, "float32 pixels"),
+        (tmp_path / "five.tif", out, "five.tif: not a photo of 1 to 4 channels"),
         (tmp_path / "wide.png", out / "wide.jpg", "16 bits a channel"),
         (tmp_path / "glass.png", out / "glass.jpg", "JPEG holds no alpha"),
         (photos / "b.png", out / "b.gif", "a photo is written as .jpg"),
