@@ -39,7 +39,13 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances (B,) of pictures (B, 3, H, W) in [0, 1]; 0 where they are the same."""
+        """Distances (B,) of pictures (B, 3, H, W) in [0, 1]; 0 where they are the same.
+
+        Raises:
+            ValueError: If a side is less than 32 pixels.
+        """
+        if min(x.shape[2:]) < 32:
+            raise ValueError(f"LPIPS needs pictures of at least 32 x 32 pixels, got {tuple(x.shape[2:])}")
         count = len(x)
         maps = (2 * torch.cat([x, y]) - 1 - self.shift) / self.scale
         distance = maps.new_zeros(count)

@@ -100,8 +100,7 @@ class RestorationMetric(BaseMetric):
         crop_border: Pixels left out on each side; super-resolution leaves out its scale.
         y_only: Measure Y of BT.601 instead of RGB.
         psnr_b: Measure PSNR-B, for JPEG.
-        lpips: Arguments of :func:`~mambavision.restoration.lpips.load_lpips`; measured in RGB, whole, at least 32
-            pixels a side.
+        lpips: Arguments of :func:`~mambavision.restoration.lpips.load_lpips`; measured in RGB, whole.
         csv: File to write a line per picture to.
         collect_device: As in mmengine.
     """

@@ -46,6 +46,8 @@ def test_it_is_the_definition(files):
     # the authors' shift and scale are ImageNet's, rounded
     assert distances[:2].tolist() == pytest.approx([slow_lpips(files, x, y)] * 2, rel=0.01)
     assert distances[0] > 0 and distances[2] == 0
+    with pytest.raises(ValueError, match="at least 32 x 32"):
+        measure(torch.rand(1, 3, 31, 40), torch.rand(1, 3, 31, 40))
 
 
 @pytest.mark.parametrize("network", ["alex", "vgg"])
