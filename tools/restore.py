@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Restore photos and videos: denoise, deblur, enlarge, remove JPEG artefacts.
 
-    python tools/restore.py photo.jpg -o clean.jpg                       (noise of unknown strength, in colour)
+    python tools/restore.py photo.jpg                                    (noise of unknown strength; to restored/)
     python tools/restore.py photos/ -o clean/ --side-by-side             (a folder and its subfolders)
     python tools/restore.py "scans/*.tif" -o clean/ --sigma 25           (noise of standard deviation 25 of 255)
     python tools/restore.py small.png -o large.png --task sr_x4
@@ -33,7 +33,8 @@ def main() -> None:
         description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="photo, video, folder of photos, or glob pattern")
-    parser.add_argument("-o", "--out", required=True, help="file to write, or folder where there are several")
+    out_help = "file to write, or folder where there are several (default: restored/)"
+    parser.add_argument("-o", "--out", default="restored/", help=out_help)
     parser.add_argument("--task", choices=TASKS, help="default: that of --weights, or denoise_color")
     parser.add_argument("--weights", help="weights file (default: the largest network's of the task in weights/)")
     parser.add_argument("--sigma", type=float, help="noise level in units of 1/255, for weights that take it")

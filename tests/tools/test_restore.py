@@ -73,6 +73,15 @@ def test_a_photo_to_a_file(restore, tmp_path):
     assert (restored.alpha == 77).all() and not np.array_equal(restored.pixels, read_photo_file(photo).pixels)
 
 
+def test_a_photo_alone_goes_to_a_folder_here(restore, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = write(tmp_path / "a.png")
+    code, text, err = restore(photo)
+    assert code == 0 and written(tmp_path / "restored") == ["a.png"], err
+    assert "written to restored/a.png" in text
+    assert "restored/a.png exists already" in refusal(restore(photo))
+
+
 def test_a_folder_leaves_out_what_cannot_be_read(restore, photos, tmp_path):
     out = tmp_path / "out"
     code, text, err = restore(photos, "-o", out, "--tile", 64)
