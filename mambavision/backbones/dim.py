@@ -8,7 +8,7 @@ without an MLP, under adaLN-zero; the class enters there too, not as a token; wi
 ``dim_xl_2x`` (iso-parameter); no variance is predicted; layers may take tokens in different orders (ZigMa, arXiv
 2403.13802). ``dit.py`` is its twin with attention.
 
-Images are (B, C, H, W), videos (B, C, T, H, W); tokens (B, L, D), L = H W / p^2, or T times that: frames are not joined.
+Images are (B, C, H, W), videos (B, C, T, H, W); tokens (B, L, D), L = H W / p^2 or T times that: frames are not joined.
 """
 
 from collections.abc import Sequence
@@ -169,7 +169,7 @@ class DiM(nn.Module):
     def _lay_out(self, orders: Sequence[LayerOrder], grid: Size) -> None:
         """Make the index tables that bring tokens from one layer's order into the next one's: one for each change.
 
-        Tokens stay in a layer's order until another one is wanted, so a network of one order copies none between layers.
+        Tokens stay in a layer's order until another one is wanted: a network of one order moves none between layers.
         """
         self.sequences, self.changes = [], []  # of each layer; the last change is to the image's order
         names: dict[tuple[LayerOrder, LayerOrder], str] = {}

@@ -1,7 +1,7 @@
-"""DiT: the diffusion transformer with attention, the twin of ``dim.py``: the mixer and its MLP apart, all is the same.
+"""DiT: the diffusion transformer with attention, the twin of ``dim.py``: all but mixer and MLP is the same.
 
-Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748. Differences from the published code: no
-variance is predicted, positions may be learned, videos (B, C, T, H, W) attend over all of their space-time tokens.
+Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748. Differences from the published code:
+no variance is predicted, positions may be learned, videos (B, C, T, H, W) attend over all of their space-time tokens.
 """
 
 from collections.abc import Sequence
