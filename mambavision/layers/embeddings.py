@@ -100,7 +100,7 @@ def patch_grid(size: Size, patch_size: int) -> Size:
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """Cut (B, C, H, W) or (B, C, T, H, W) into tokens (B, L, C p p): row-major over the grid, channels first in a token."""
+    """Cut (B, C, H, W) or (B, C, T, H, W) into tokens (B, L, C p p): row-major, a token channels first."""
     p = patch_size
     x = x.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # (B, C, [T,] H / p, p, W / p, p)
     x = x.movedim(-3, -2)  # (B, C, [T,] H / p, W / p, p, p)
