@@ -135,6 +135,7 @@ class NoisyBatches(BatchMaker):
         self.batch_size, self.seed, self.iteration = batch_size, seed, 0
         self.device = _device(device)
         self._items = _store(self.dataset, keep, self.device)
+        self.metainfo = {"classes": list(self.dataset.class_names)}  # kept in checkpoints
 
     @property
     def skipped(self) -> list[str]:

@@ -25,7 +25,6 @@ class Diffusion(BaseModel):
         class_dropout: How often a picture's class is left out in training, so that sampling can be guided by the
             difference that the class makes (Ho and Salimans, "Classifier-free diffusion guidance", 2022).
         compile: Compile each of the network's ``blocks``.
-        gradient_checkpointing: Keep only what goes into each block, and compute the rest again for the gradients.
         data_preprocessor: As in mmengine.
 
     Raises:
@@ -41,7 +40,6 @@ class Diffusion(BaseModel):
         objective: dict,
         class_dropout: float = 0.1,
         compile: bool = False,
-        gradient_checkpointing: bool = False,
         data_preprocessor: dict | nn.Module | None = None,
     ) -> None:
         super().__init__(data_preprocessor)
@@ -50,7 +48,6 @@ class Diffusion(BaseModel):
         self.network = MODELS.build(network)
         self.objective = objective_from(objective)
         self.class_dropout = class_dropout
-        self.network.gradient_checkpointing = gradient_checkpointing
         if compile:
             for block in self.network.blocks:
                 block.compile()
@@ -62,6 +59,7 @@ class Diffusion(BaseModel):
         noise: Tensor,
         draws: Tensor,
         labels: Tensor | None = None,
+        *,
         mode: Literal["loss", "predict"] = "loss",
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """The mean loss of a batch ("loss"), or ``loss`` and ``t`` of each item with its class ("predict").
