@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.3, help="seconds to time a call")
     parser.add_argument("--device")
     args = parser.parse_args()
-    if min(*args.frames, args.batch, args.channels, 2) < 1:
+    if min(*args.frames, args.batch, args.channels) < 1:
         raise ValueError("--frames, --batch and --channels must be at least 1")
     device = choose_device(args.device)
     args.out_dir.mkdir(parents=True, exist_ok=True)

@@ -356,6 +356,11 @@ class VideoUNet(nn.Module):
             x = level[-1](self._run(level, torch.cat([x, skips.pop()], -1), time, *bias))
         return self.final_conv(torch.cat([x, first], -1)).permute(0, 4, 1, 2, 3).to(x_t.dtype)
 
+    @property
+    def blocks(self) -> list[Level]:
+        """The levels, on the way down and up."""
+        return [*self.downs, *self.ups]
+
     def _run(self, level: Level, *arguments: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(level, *arguments, use_reentrant=False)
