@@ -1,0 +1,1 @@
+"""Diffusion of images and video: DiM, its attention twin and the video U-Net, trained, sampled and measured."""
