@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LAYERS = ("kernels", "ops", "layers", "backbones", "engine", "detection", "restoration")
-TASKS = ("detection", "restoration")
+LAYERS = ("kernels", "ops", "layers", "backbones", "engine", "detection", "restoration", "diffusion")
+TASKS = ("detection", "restoration", "diffusion")
 OPENMMLAB = {"mmengine", "mmdet", "mmcv"}
 THIRD_PARTY = {  # of each layer, beside the standard library
     "kernels": {"torch", "triton"},
@@ -24,6 +24,7 @@ THIRD_PARTY = {  # of each layer, beside the standard library
     | OPENMMLAB,
     "restoration": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine"}
     | {"lpips"},  # on demand
+    "diffusion": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine", "diffusers"},
 }
 BELOW = {
     "kernels": {"kernels"},

@@ -1,0 +1,116 @@
+"""Mamba-2 mixers of token sequences. B batch, L tokens, D d_inner, H heads of P channels, G groups, N d_state."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambavision.ops import Padding, depthwise_conv, ssd
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba-2 block: out_proj(norm(ssd(x, dt, B, C) * silu(z))) with [z, x, B, C, dt] = in_proj(input), causal.
+
+    x, B and C pass through a depth-wise convolution and SiLU; norm is a root-mean-square normalisation. Parameter names
+    are those of state-spaces/mamba's Mamba2, so that its checkpoints load. The parameters of in_proj and conv1d are
+    used, not these modules: hooks on them do not run.
+    Source: Dao and Gu, "Transformers are SSMs", arXiv 2405.21060, section 7.
+
+    Args:
+        d_model: channels of input and output.
+        d_state: N, states per channel.
+        d_conv: width of the convolution.
+        expand: D = expand * d_model.
+        headdim: P, channels that share a decay.
+        ngroups: G, groups of heads that share B and C.
+
+    Raises ValueError where heads do not divide the channels, or groups the heads.
+    """
+
+    padding: Padding = "past"
+    bidirectional = False
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 64,
+        d_conv: int = 4,
+        expand: float = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+    ) -> None:
+        super().__init__()
+        d_inner = int(expand * d_model)
+        nheads = d_inner // headdim
+        if d_inner % headdim or nheads % ngroups:
+            raise ValueError(f"{d_inner} channels cannot be heads of {headdim} in {ngroups} groups of as many heads")
+        self.d_state, self.headdim, self.ngroups = d_state, headdim, ngroups
+        self.sizes = (d_inner, d_inner + 2 * ngroups * d_state, nheads)  # of z, of [x, B, C], of dt
+        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
+        self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], d_conv, groups=self.sizes[1])
+        self.dt_bias = nn.Parameter(torch.empty(nheads))
+        self.A_log = nn.Parameter(torch.empty(nheads))
+        self.D = nn.Parameter(torch.ones(nheads))
+        self.norm = nn.RMSNorm(d_inner, eps=1e-5)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        init_mamba2(self.A_log, self.dt_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x (B, L, d_model); same shape."""
+        # three products: the gradients of z, [x, B, C] and dt need not be copied together
+        z, xBC, dt = (F.linear(x, weight) for weight in self.in_proj.weight.split(self.sizes))
+        xBC = depthwise_conv(xBC, self.conv1d.weight, self.conv1d.bias, padding=self.padding, activation="silu")
+        states = self.ngroups * self.d_state
+        x, B, C = xBC.split((self.sizes[0], states, states), -1)
+        y = ssd(
+            x.unflatten(-1, (-1, self.headdim)),
+            dt,
+            -torch.exp(self.A_log.float()),
+            B.unflatten(-1, (self.ngroups, -1)),
+            C.unflatten(-1, (self.ngroups, -1)),
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            bidirectional=self.bidirectional,
+        )
+        return self.out_proj(_gated_rms_norm(y.flatten(-2), z, self.norm.weight, self.norm.eps))
+
+
+class BiMamba2Mixer(Mamba2Mixer):
+    """Mamba-2's mixer in both directions, which share their parameters and are computed in one pass.
+
+    y = ssd(x) + reversed(ssd(reversed(x))), with D x once; the convolution looks both ways, so its width is odd. Tokens
+    in reversed order with a reversed convolution give the reversed output: an order and its reverse are one here.
+
+    Args: as :class:`Mamba2Mixer`.
+    """
+
+    padding: Padding = "same"
+    bidirectional = True
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 64,
+        d_conv: int = 3,
+        expand: float = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+    ) -> None:
+        super().__init__(d_model, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim, ngroups=ngroups)
+
+
+@torch.no_grad()
+def init_mamba2(A_log: Tensor, dt_bias: Tensor, *, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
+    """Initialise as Mamba-2 does: A = -U(1, 16), softplus(dt_bias) log-uniform in [dt_min, dt_max]; both (H,)."""
+    A_log.uniform_(1, 16).log_()
+    dt = torch.empty_like(dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=1e-4)
+    dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+def _gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    v = y.float() * F.silu(z.float())
+    return (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * weight.float()).to(y.dtype)
