@@ -24,7 +24,7 @@ THIRD_PARTY = {  # of each layer, beside the standard library
     | OPENMMLAB,
     "restoration": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine"}
     | {"lpips"},  # on demand
-    "diffusion": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine", "diffusers"},
+    "diffusion": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine", "diffusers", "timm"},
 }
 BELOW = {
     "kernels": {"kernels"},

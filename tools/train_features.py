@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train the small classifier whose features pictures are compared by (tools/evaluate_samples.py).
 
-    python tools/train_features.py CIFAR-10-images weights/features_cifar10.safetensors --data-name "CIFAR-10, JPEG copy"
+    python tools/train_features.py CIFAR-10-images weights/features_cifar10.safetensors --data-name "CIFAR-10, JPEGs"
 
 The folder holds train/CLASS/*.jpg and test/CLASS/*.jpg (or .png, ...), all of one size.
 """

@@ -152,7 +152,9 @@ class FeatureExtractor:
         y = self.network(batch.to(self.device))
         if not isinstance(y, Tensor) or y.ndim != 2 or len(y) != len(batch):
             found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"{self.name} returns {found} for {len(batch)} {self.modality}s, features (B, D) are wanted")
+            raise ValueError(
+                f"{self.name} returns {found} for {len(batch)} {self.modality}s, features (B, D) are wanted"
+            )
         return y.float().cpu()
 
 
@@ -171,7 +173,9 @@ def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Tensor:
     return features
 
 
-def save(net: nn.Module, path: str | Path, *, classes: Sequence[str], metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    net: nn.Module, path: str | Path, *, classes: Sequence[str], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write one of our own classifiers as fp16, whole or not at all.
 
     Args:

@@ -55,7 +55,7 @@ class FeatureSet:
 
         Args:
             path: The file.
-            with_features: Also the features themselves, which the kernel distance needs, as float16.
+            with_features: Also the features themselves, which the kernel distance needs, as float16 where they fit.
 
         Raises:
             ValueError: If the file's name ends in something else.
@@ -64,7 +64,8 @@ class FeatureSet:
             raise ValueError(f"{path}: features are written as .npz; name such a file")
         arrays = {"mean": self.mean.numpy(), "covariance": self.covariance.numpy(), "count": np.asarray(self.count)}
         if with_features and self.features is not None:
-            arrays["features"] = self.features.half().numpy()
+            half = self.features.half()
+            arrays["features"] = (half if half.isfinite().all() else self.features).numpy()
         text = {"extractor": np.asarray(self.extractor), "source": np.asarray(self.source)}
         with atomic_path(path) as temporary:
             np.savez_compressed(temporary, **arrays, **text)
@@ -132,7 +133,9 @@ def kernel_distance(
     _check_same(a, b)
     for one in (a, b):
         if one.features is None:
-            raise ValueError(f"{one.source}: the kernel distance needs the features, here are their mean and covariance")
+            raise ValueError(
+                f"{one.source}: the kernel distance needs the features, here are their mean and covariance"
+            )
     generator = torch.Generator().manual_seed(seed)
     size = min(subset_size, a.count, b.count)
     values = []

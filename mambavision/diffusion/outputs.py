@@ -37,7 +37,7 @@ def _pil(picture: np.ndarray) -> Image.Image:
 
 
 def make_grid(samples: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """Lay pictures (N, H, W, C) out in rows, the first ones on top: (H', W', C); of clips (N, T, H, W, C): (T, H', W', C).
+    """Lay pictures (N, H, W, C) out in rows, the first ones on top: (H', W', C); clips as a clip (T, H', W', C).
 
     Args:
         samples: The pictures or clips.
@@ -50,7 +50,9 @@ def make_grid(samples: np.ndarray, columns: int | None = None, gap: int = 2) -> 
     tall, wide = rows * (height + gap) + gap, columns * (width + gap) + gap
     grid = np.full((*samples.shape[1:-3], tall + tall % 2, wide + wide % 2, channels), 255, np.uint8)
     for index, sample in enumerate(samples):
-        top, left = (gap + place * (side + gap) for place, side in zip(divmod(index, columns), (height, width), strict=True))
+        top, left = (
+            gap + place * (side + gap) for place, side in zip(divmod(index, columns), (height, width), strict=True)
+        )
         grid[..., top : top + height, left : left + width, :] = sample
     return grid
 
@@ -83,9 +85,9 @@ def write_mp4(path: str | os.PathLike, clip: np.ndarray, rate: float = RATE) -> 
 
 
 def write_npz(path: str | os.PathLike, samples: np.ndarray, labels: Sequence[int | None]) -> None:
-    """Write samples as ``arr_0``, RGB, and their classes, if any, as ``arr_1``: as guided-diffusion's evaluator reads them.
+    """Write samples, RGB, as ``arr_0`` and their classes, if any, as ``arr_1``, whole or not at all.
 
-    Whole or not at all.
+    This is how guided-diffusion writes samples, and how its evaluator reads them.
     """
     arrays: dict[str, Any] = {"arr_0": np.repeat(samples, 3 // samples.shape[-1], -1)}
     if None not in labels:

@@ -400,11 +400,15 @@ def _load_autoencoder(folder: Path) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no config.json there; an autoencoder is a folder of diffusers' AutoencoderKL")
+        raise FileNotFoundError(
+            f"{folder}: no config.json there; an autoencoder is a folder of diffusers' AutoencoderKL"
+        )
     try:
         return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no AutoencoderKL that can be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{folder} holds no AutoencoderKL that can be loaded: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _generators(
