@@ -16,7 +16,7 @@ THIRD_PARTY = {  # of each layer, beside the standard library
     "ops": {"torch", "numpy"},
     "layers": {"torch", "numpy"},
     "backbones": {"torch", "numpy", "timm"},
-    "engine": {"torch", "torchvision", "numpy", "safetensors", "cv2"}
+    "engine": {"torch", "torchvision", "numpy", "safetensors", "cv2", "tqdm"}
     | {"matplotlib"}  # comes with mmengine and mmdet
     | OPENMMLAB,
     "detection": {"torch", "torchvision", "numpy", "timm", "cv2", "PIL", "pycocotools", "safetensors", "rich", "tqdm"}

@@ -20,7 +20,7 @@ from mambavision.engine.hooks import InitialWeightsHook, unwrapped
 from mambavision.engine.photos import DatasetError
 from mambavision.engine.weights import build_from_checkpoint, check_fits, fitting_tensors
 
-Task = Literal["detection", "restoration"]
+Task = Literal["detection", "restoration", "diffusion"]
 
 Check = Callable[[nn.Module, Dataset], None]
 """Raises ValueError if a model and a data set do not fit each other."""
@@ -163,6 +163,47 @@ def train(
     except ValueError as error:  # not the user's doing: show the traceback
         raise RuntimeError(f"training stopped: {error}") from error
     return runner
+
+
+def train_iterations(
+    cfg: Config,
+    *,
+    resume: bool = False,
+    load_from: str | None = None,
+    amp: Literal["bf16", "fp16"] | None = None,
+    seed: int | None = None,
+    max_seconds: float | None = None,
+    check: Check | None = None,
+) -> Runner:
+    """:func:`train` for configs that count iterations, or for so many seconds.
+
+    Args:
+        cfg, resume, load_from, amp, seed, check: As there.
+        max_seconds: Train so long, by :class:`~mambavision.engine.hooks.WallTimeHook`, in place of the config's
+            iterations and schedule of the learning rate.
+
+    Raises:
+        ValueError: Besides, if a part of the learning-rate schedule begins after the last iteration.
+    """
+    if max_seconds is not None:
+        cfg.param_scheduler = None
+        cfg.train_cfg.max_iters = 10**9
+        cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="WallTimeHook", seconds=max_seconds)]
+    for part in cfg.get("param_scheduler") or ():
+        begin, last = part.get("begin", 0), cfg.train_cfg.max_iters
+        if begin >= last:
+            raise ValueError(
+                f"{part.type} begins at iteration {begin}, the run has {last}: give the schedule in the config, or "
+                f"--cfg-options param_scheduler.0.end=N param_scheduler.1.begin=N with an N below {last}"
+            )
+    return train(cfg, resume=resume, load_from=load_from, amp=amp, seed=seed, check=check)
+
+
+def refuse_detection_arguments(args: argparse.Namespace, task: str) -> None:
+    """Raise ValueError if arguments for annotated photos are given to another task."""
+    for name in ("train_json", "val_json", "train_images", "val_images"):
+        if getattr(args, name, None):
+            raise ValueError(f"--{name.replace('_', '-')} is for detection; {task} takes --data-root FOLDER")
 
 
 def test(cfg: Config, checkpoint: str | Path, *, check: Check | None = None) -> dict[str, float]:
