@@ -77,7 +77,8 @@ def write_gif(path: str | os.PathLike, clip: np.ndarray, rate: float = RATE) -> 
 
 
 def write_mp4(path: str | os.PathLike, clip: np.ndarray, rate: float = RATE) -> None:
-    """Write a clip (T, H, W, C) of even height and width as MPEG-4, which blurs; whole or not at all."""
+    """Write a clip (T, H, W, C) as MPEG-4, which blurs, whole or not at all; odd sides grow by one pixel."""
+    clip = np.pad(clip, ((0, 0), (0, clip.shape[1] % 2), (0, clip.shape[2] % 2), (0, 0)), mode="edge")
     _, height, width, channels = clip.shape
     with write_video(path, height=height, width=width, rate=rate) as append:
         for frame in clip:

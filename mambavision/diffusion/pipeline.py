@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mambavision.diffusion import latents
 from mambavision.diffusion import weights as weight_files
 from mambavision.diffusion.objectives import NUM_STEPS, Objective, Scheduler
 from mambavision.diffusion.outputs import to_pil
@@ -133,8 +134,8 @@ class DiffusionPipeline:
         network, objective, metadata = weight_files.load(path / NETWORK_FILE if path.is_dir() else path)
         if autoencoder is None and (path / AUTOENCODER_FOLDER).is_dir():
             autoencoder = path / AUTOENCODER_FOLDER
-        loaded = None if autoencoder is None else _load_autoencoder(Path(autoencoder))
-        pipeline = cls(network, objective, loaded, metadata.get("class_names"))
+        loaded = None if autoencoder is None else latents.load_autoencoder(autoencoder)
+        pipeline = cls(network, objective, loaded, metadata["class_names"])
         pipeline.metadata = metadata
         return pipeline.to(chosen)
 
@@ -387,28 +388,7 @@ class DiffusionPipeline:
 
     def _decode(self, x: Tensor) -> Tensor:
         """Pictures in [-1, 1], about, of samples."""
-        if self.autoencoder is None:
-            return x
-        config = self.autoencoder.config
-        z = x.transpose(1, 2).flatten(0, 1) if self.makes_video else x
-        z = z / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        y = self.autoencoder.decode(z, return_dict=False)[0].float()
-        return y.unflatten(0, (len(x), -1)).transpose(1, 2) if self.makes_video else y
-
-
-def _load_autoencoder(folder: Path) -> AutoencoderKL:
-    from diffusers import AutoencoderKL
-
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: no config.json there; an autoencoder is a folder of diffusers' AutoencoderKL"
-        )
-    try:
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder} holds no AutoencoderKL that can be loaded: {' '.join(str(error).split())}"
-        ) from error
+        return x if self.autoencoder is None else latents.decode(self.autoencoder, x).float()
 
 
 def _generators(

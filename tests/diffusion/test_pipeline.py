@@ -196,7 +196,7 @@ def test_latents_are_decoded(size, tiny_autoencoder, make_pipeline, tmp_path):
         DiffusionPipeline.from_pretrained(file, device="cpu")
     by_path = DiffusionPipeline.from_pretrained(file, device="cpu", autoencoder=tmp_path / "p" / "autoencoder")
     assert torch.equal(by_path(num=2, seeds=[0, 1], **QUIET)[0], x)
-    with pytest.raises(FileNotFoundError, match="no config.json there"):
+    with pytest.raises(FileNotFoundError, match="no folder of an autoencoder"):
         DiffusionPipeline.from_pretrained(file, device="cpu", autoencoder=tmp_path)
     with pytest.raises(ValueError, match="latents of 4 channels, the network takes 3"):
         DiffusionPipeline(untrained().network, RectifiedFlow(), autoencoder=tiny_autoencoder)
