@@ -23,6 +23,7 @@ from mambavision.engine import weights
 from mambavision.engine.checkpoint import CheckpointError
 
 Modality = Literal["image", "video"]
+WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
 _FIELDS = ("task", "class", "config", "classes")
 
 
@@ -119,7 +120,7 @@ class SmallVideoClassifier(nn.Module):
         return self.head(self.features(x))
 
 
-CLASSES = (SmallClassifier, SmallVideoClassifier)
+_BY_NAME = {network.__name__: network for network in (SmallClassifier, SmallVideoClassifier)}
 
 
 @dataclass(frozen=True)
@@ -197,12 +198,11 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> tup
         CheckpointError: If it is not one of ours.
     """
     metadata = weights.read_metadata(path, _FIELDS, of="feature network")
-    by_name = {network.__name__: network for network in CLASSES}
-    if metadata["task"] != "features" or metadata["class"] not in by_name:
+    if metadata["task"] != "features" or metadata["class"] not in _BY_NAME:
         raise CheckpointError(
-            f"{path} is a {metadata['class']} for {metadata['task']}: feature networks are {', '.join(by_name)}"
+            f"{path} is a {metadata['class']} for {metadata['task']}: feature networks are {', '.join(_BY_NAME)}"
         )
-    net = by_name[metadata["class"]](**json.loads(metadata["config"]))
+    net = _BY_NAME[metadata["class"]](**json.loads(metadata["config"]))
     weights.load_state(net, weights.read_published(path), path)
     return net.to(device).eval(), metadata
 
@@ -230,6 +230,21 @@ def load_features(path: str | os.PathLike, device: str | torch.device = "cpu") -
         return _torchscript(path, device)
     net = efficientnet_lite0(path).to(device)
     return FeatureExtractor(_named("EfficientNet-Lite0", path), "image", device, net)
+
+
+def find_features(modality: Modality) -> Path:
+    """The file of the project's own features of pictures or clips.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    for path in sorted(WEIGHTS_FOLDER.glob("*.safetensors")):
+        metadata = weights.read_metadata(path)
+        if metadata.get("task") == "features" and _BY_NAME[metadata["class"]].modality == modality:
+            return path
+    raise FileNotFoundError(
+        f"no features of {modality}s in {WEIGHTS_FOLDER}: name a file with --features, or train one"
+    )
 
 
 def _named(kind: str, path: Path) -> str:
