@@ -149,7 +149,8 @@ def norm_gate(
         with torch.cuda.device_of(x):
             _gate_forward[(triton.cdiv(len(rows), tile["TR"]),)](
                 rows, gate, weight, bias, y, len(rows), D, rows.stride(0), 0 if gate is None else gate.stride(0), eps,
-                NORM=None if weight is None else norm, HAS_BIAS=bias is not None, GATE=z is not None, ACTIVATION=activation, **tile,
+                NORM=None if weight is None else norm, HAS_BIAS=bias is not None, GATE=z is not None,
+                ACTIVATION=activation, **tile,
             )  # fmt: skip
     return y
 
@@ -178,6 +179,7 @@ def norm_gate_backward(
         _gate_backward[(programs,)](
             grad, rows, gate, weight, bias, dx, to, dw, db, len(rows), D,
             grad.stride(0), rows.stride(0), *(0 if v is None else v.stride(0) for v in (gate, to)), eps,
-            NORM=None if weight is None else norm, HAS_BIAS=bias is not None, GATE=z is not None, ACTIVATION=activation, **tile,
+            NORM=None if weight is None else norm, HAS_BIAS=bias is not None, GATE=z is not None,
+            ACTIVATION=activation, **tile,
         )  # fmt: skip
     return dx, dz, *(None if v is None else v.sum(0) for v in (dw, db))

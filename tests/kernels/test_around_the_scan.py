@@ -242,7 +242,8 @@ def main() -> None:
     empty = torch.empty
     torch.empty = lambda *a, **kw: empty(*a, **kw).fill_(torch.nan)
     jobs = {str(case): lambda case=case: check(case) for case in TINY}
-    jobs |= {"opcheck conv": lambda: opcheck(TINY[0]), "opcheck gate": lambda: opcheck(next(case for case in TINY if isinstance(case, Gate)))}
+    gate = next(case for case in TINY if isinstance(case, Gate))
+    jobs |= {"opcheck conv": lambda: opcheck(TINY[0]), "opcheck gate": lambda: opcheck(gate)}
     found = {}
     for name, job in jobs.items():
         try:
