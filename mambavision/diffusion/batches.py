@@ -13,7 +13,7 @@ import torch
 from mmengine.device import get_device
 from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, FUNCTIONS
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -210,6 +210,12 @@ class HeldOutBatches(Dataset):
             raise IndexError(i)
         generator = torch.Generator().manual_seed(int(np.random.default_rng([self.seed, i]).integers(2**63)))
         return _batch(self.dataset, self._items, indices, draws, None, generator, slice(None))
+
+
+@FUNCTIONS.register_module()
+def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The collate function of a loader whose data set holds batches."""
+    return batch
 
 
 def _batch(

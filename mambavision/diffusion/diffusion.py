@@ -24,7 +24,7 @@ class Diffusion(BaseModel):
         objective: The objective's config, as of ``Objective.config()``.
         class_dropout: How often a picture's class is left out in training, so that sampling can be guided by the
             difference that the class makes (Ho and Salimans, "Classifier-free diffusion guidance", 2022).
-        compile: Compile each of the network's ``blocks``.
+        compile: Compile each of the network's ``blocks``, for training.
         data_preprocessor: As in mmengine.
 
     Raises:
@@ -86,3 +86,10 @@ class Diffusion(BaseModel):
         data = self.data_preprocessor(data, True)
         log_vars = self.graphs(data, optim_wrapper)
         return super().train_step(data, optim_wrapper) if log_vars is None else log_vars
+
+    def val_step(self, data: dict) -> list[dict[str, Tensor]]:
+        """``loss`` and ``t`` of each item of a validation's batch; not compiled, as it comes in other shapes."""
+        with torch.compiler.set_stance("force_eager"):
+            return super().val_step(data)
+
+    test_step = val_step

@@ -269,7 +269,8 @@ class _StepGraph:
     def __init__(self, model: BaseModel, batch: Mapping[str, Tensor], optim_wrapper: OptimWrapper) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # the same memory as new leaves: the parameters' own accumulators belong to the stream of the steps before
-        leaves = {name: p.detach().requires_grad_() for name, p in named.items()}
+        # (as Parameters, of which what is compiled need not be compiled anew)
+        leaves = {name: nn.Parameter(p.detach()) for name, p in named.items()}
         self.batch = {name: value.clone() for name, value in batch.items()}
 
         def step() -> tuple[Tensor, tuple[Tensor | None, ...]]:
