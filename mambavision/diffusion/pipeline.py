@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -34,13 +34,13 @@ _SHARE = 0.8  # of the free memory that a batch may take: its need is measured o
 
 
 class ImageOutput(NamedTuple):
-    """Sampled pictures; see :meth:`DiffusionPipeline.__call__`."""
+    """Sampled pictures; see :class:`DiffusionPipeline`."""
 
     images: list[Image.Image] | np.ndarray | Tensor
 
 
 class VideoOutput(NamedTuple):
-    """Sampled clips; see :meth:`DiffusionPipeline.__call__`."""
+    """Sampled clips; see :class:`DiffusionPipeline`."""
 
     frames: list[list[Image.Image]] | np.ndarray | Tensor
 
@@ -159,37 +159,17 @@ class DiffusionPipeline:
         class_labels: int | str | Sequence[int | str] | None = None,
         num: int | None = None,
         *,
-        guidance_scale: float = 1.0,
-        num_inference_steps: int = 25,
-        scheduler: Scheduler | None = None,
-        seeds: Sequence[int] | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        batch_size: int | None = None,
-        precision: Precision = "fp32",
         output_type: OutputType = "pil",
-        progress: bool = True,
         return_dict: bool = True,
+        **options: Any,
     ) -> ImageOutput | VideoOutput | tuple:
         """Sample.
 
-        A picture depends on its seed (or generator), class and the settings, not on the others that it is sampled with,
-        but for rounding where a device multiplies matrices of other sizes otherwise.
-
         Args:
-            class_labels: Classes by index or name, repeated in turn up to ``num``; None: all classes in turn.
-            num: How many; by default one for each of ``class_labels``.
-            guidance_scale: w of classifier-free guidance, u + w * (c - u) with predictions u without and c with the
-                class; 1.0 is none, and half the work.
-            num_inference_steps: Of the scheduler.
-            scheduler: "ddpm", "ddim" or "dpm-solver++" for noise and v predictions, "euler", "heun" or "dpm-solver++"
-                for flows; by default "dpm-solver++" and "euler".
-            seeds: One for each sample.
-            generator: On the CPU: one that draws the seeds, by default torch's own; or one for each sample.
-            batch_size: Samples at once; by default up to 64, as memory allows.
-            precision: Of the network: "bf16" is autocast.
+            class_labels, num, options: Arguments of :meth:`batches`: ``guidance_scale``, ``num_inference_steps``,
+                ``scheduler``, ``seeds``, ``generator``, ``batch_size``, ``precision``, ``progress``.
             output_type: "pil": Pillow images; "np": floats (N, H, W, C) in [0, 1]; "pt": tensor (N, C, H, W) in [0, 1].
                 Of clips: lists of Pillow images, (N, T, H, W, C) and (N, T, C, H, W).
-            progress: Show a progress bar.
             return_dict: False: return a plain tuple.
 
         Returns:
@@ -199,14 +179,9 @@ class DiffusionPipeline:
             ValueError: If an argument does not fit, or the network gives values that are not finite.
             MemoryError: If memory does not suffice; says what is needed.
         """
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type must be pil, np or pt, got {output_type!r}")
-        batches = self.batches(
-            class_labels, num, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
-            scheduler=scheduler, seeds=seeds, generator=generator, batch_size=batch_size, precision=precision,
-            progress=progress,
-        )  # fmt: skip
-        x = torch.cat(list(batches))
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"output_type must be one of {', '.join(get_args(OutputType))}, got {output_type!r}")
+        x = torch.cat(list(self.batches(class_labels, num, **options)))
         if self.makes_video:
             x = x.transpose(1, 2)  # (N, T, C, H, W)
         if output_type == "np":
@@ -232,7 +207,25 @@ class DiffusionPipeline:
     ) -> Iterator[Tensor]:
         """Sample, and hand out batch by batch: floats (B, C, H, W) or (B, C, T, H, W) in [0, 1], on the CPU.
 
-        Arguments and errors are those of a call.
+        A picture depends on its seed (or generator), class and the settings, not on the others that it is sampled with,
+        but for rounding where a device multiplies matrices of other sizes otherwise.
+
+        Args:
+            class_labels: Classes by index or name, repeated in turn up to ``num``; None: all classes in turn.
+            num: How many; by default one for each of ``class_labels``.
+            guidance_scale: w of classifier-free guidance, u + w * (c - u) with predictions u without and c with the
+                class; 1.0 is none, and half the work.
+            num_inference_steps: Of the scheduler.
+            scheduler: "ddpm", "ddim" or "dpm-solver++" for noise and v predictions, "euler", "heun" or "dpm-solver++"
+                for flows; by default "dpm-solver++" and "euler".
+            seeds: One for each sample.
+            generator: On the CPU: one that draws the seeds, by default torch's own; or one for each sample.
+            batch_size: Samples at once; by default up to 64, as memory allows.
+            precision: Of the network: "bf16" is autocast.
+            progress: Show a progress bar.
+
+        Raises:
+            ValueError, MemoryError: As a call.
         """
         labels = self.labels(class_labels, num)
         generators = _generators(len(labels), seeds, generator)
@@ -243,8 +236,8 @@ class DiffusionPipeline:
             raise ValueError(f"guidance {guidance_scale:g} needs a network with classes, this one has none: leave it 1")
         if not 1 <= num_inference_steps <= NUM_STEPS:
             raise ValueError(f"{num_inference_steps} steps cannot be taken: 1 to {NUM_STEPS} can")
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"a batch of {batch_size} cannot be sampled: at least 1")
         scheduler = scheduler or ("euler" if "euler" in self.objective.schedulers else "dpm-solver++")
