@@ -11,3 +11,4 @@ train_dataloader = dict(dataset=dict(type="BouncingShapes", num=10_000, size=cli
 held_out = dict(type="BouncingShapes", num=128, size=clips, seed=1)
 val_dataloader = dict(dataset=dict(dataset=held_out, batch_size=16))
 test_dataloader = dict(dataset=dict(dataset=held_out, batch_size=16))
+optim_wrapper = dict(optimizer=dict(lr=6e-4))
