@@ -4,7 +4,8 @@
 
 Times a forward pass and a training step (forward, backward) of the U-Net, and of one temporal layer alone at its first
 level, under bfloat16 autocast (on a GPU as CUDA graphs: without the host's time). Prints a table, and for each layer
-the exponent p of time or memory ~ frames^p between the longest three lengths; writes frames.csv and frames.png.
+the exponent p of time or memory ~ frames^p between the longest three lengths; writes frames.csv and frames.png. What is
+in frames.csv already is not measured again.
 """
 
 import argparse
@@ -104,6 +105,17 @@ def exponent(frames: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(frames[-3:]), np.log(values[-3:]), 1)[0])
 
 
+def read(path: Path) -> list[Line]:
+    """The lines of a file of :func:`write`, none if there is no such file."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        rows = csv.reader(file)
+        if tuple(next(rows, ())) != Line._fields:
+            raise ValueError(f"{path} is no CSV of this tool: its first line is not {','.join(Line._fields)}")
+        return [Line(*r[:3], *map(int, r[3:5]), r[5], *map(float, r[6:8]), float(r[8]) if r[8] else None) for r in rows]
+
+
 def table(lines: list[Line], part: str, call: str, figure: str) -> list[str]:
     """Rows of layers, columns of frames, and the exponent of time (from clips/s) or memory."""
     chosen = [line for line in lines if (line.part, line.call) == (part, call) and getattr(line, figure) is not None]
@@ -130,27 +142,30 @@ def plot(lines: list[Line], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 8), constrained_layout=True)
-    for row, part in zip(axes, PARTS, strict=True):
+    parts = list(dict.fromkeys(line.part for line in lines))
+    colours = {temporal: f"C{i}" for i, temporal in enumerate(get_args(Temporal))}
+    figure, axes = pyplot.subplots(len(parts), 2, figsize=(10, 4 * len(parts)), squeeze=False, constrained_layout=True)
+    for row, part in zip(axes, parts, strict=True):
         for axis, what in zip(row, ("ms", "memory_mb"), strict=True):
             chosen = [v for v in lines if (v.part, v.call) == (part, "training step") and getattr(v, what) is not None]
-            for temporal in dict.fromkeys(v.temporal for v in chosen):
-                own = sorted((v.frames, getattr(v, what) / v.batch) for v in chosen if v.temporal == temporal)
-                axis.plot(*zip(*own, strict=True), marker="o", label=temporal)
-            lengths = sorted({v.frames for v in chosen})
-            if lengths:
-                low = min(getattr(v, what) / v.batch for v in chosen if v.frames == lengths[0])
-                ends = np.array([lengths[0], lengths[-1]])
-                for p, style in ((1, ":"), (2, "--")):
-                    label = f"frames^{p}"
-                    axis.plot(ends, low / 2 * (ends / ends[0]) ** p, style, color="gray", linewidth=1, label=label)
+            curves = {
+                temporal: sorted((v.frames, getattr(v, what) / v.batch) for v in chosen if v.temporal == temporal)
+                for temporal in dict.fromkeys(v.temporal for v in chosen)
+            }
+            for temporal, points in curves.items():
+                axis.plot(*zip(*points, strict=True), marker="o", color=colours[temporal], label=temporal)
+            lengths = np.array(sorted({v.frames for v in chosen}))
+            low = min((points[0][1] for points in curves.values()), default=0) / 2
+            for p, style in ((1, ":"), (2, "--")) if curves else ():
+                curve = low * (lengths / lengths[0]) ** p
+                axis.plot(lengths, curve, style, color="gray", linewidth=1, label=f"~ frames^{p}")
             axis.set(xscale="log", yscale="log", xlabel="frames", title=f"{part}, training step")
             axis.set_ylabel("ms a clip" if what == "ms" else "peak memory, MB a clip")
             axis.set_xticks(lengths)
             axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+        row[0].legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=90, format="png")
     pyplot.close(figure)
@@ -183,10 +198,12 @@ def main() -> None:
         raise ValueError("--frames, --batch and --channels must be at least 1")
     device = choose_device(args.device)
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    lines: list[Line] = []
+    lines = read(args.out_dir / "frames.csv")
     for part in args.parts:
         for frames in sorted(args.frames):
             for temporal in args.temporal:
+                if any((v.part, v.frames, v.temporal, v.batch) == (part, frames, temporal, args.batch) for v in lines):
+                    continue
                 try:
                     lines += measure(args, temporal, frames, part, device)
                 except RuntimeError as error:
@@ -196,7 +213,7 @@ def main() -> None:
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             write(lines, args.out_dir / "frames.csv")
-            plot(lines, args.out_dir / "frames.png")
+    plot(lines, args.out_dir / "frames.png")
     print(f"{lines[0].device if lines else device}, torch {torch.__version__}, {args.batch} clips, size {args.size}")
     for part in args.parts:
         for call in ("forward", "training step"):
