@@ -210,9 +210,9 @@ def main() -> None:
                     if not is_out_of_memory(error):
                         raise
                     print(f"{part}, {temporal}, {frames} frames: out of memory", file=sys.stderr)
+                write(lines, args.out_dir / "frames.csv")
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-            write(lines, args.out_dir / "frames.csv")
     plot(lines, args.out_dir / "frames.png")
     print(f"{lines[0].device if lines else device}, torch {torch.__version__}, {args.batch} clips, size {args.size}")
     for part in args.parts:
