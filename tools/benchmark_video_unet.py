@@ -205,11 +205,16 @@ def main() -> None:
                 if any((v.part, v.frames, v.temporal, v.batch) == (part, frames, temporal, args.batch) for v in lines):
                     continue
                 try:
-                    lines += measure(args, temporal, frames, part, device)
+                    found = measure(args, temporal, frames, part, device)
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
-                    print(f"{part}, {temporal}, {frames} frames: out of memory", file=sys.stderr)
+                    print(f"{part}, {temporal}, {frames} frames: out of memory", flush=True)
+                    found = []
+                for line in found:
+                    memory = "" if line.memory_mb is None else f", {line.memory_mb:.0f} MB"
+                    print(f"{part}, {temporal}, {frames} frames, {line.call}: {line.ms:.2f} ms{memory}", flush=True)
+                lines += found
                 write(lines, args.out_dir / "frames.csv")
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
