@@ -4,6 +4,7 @@ import torch
 from mambavision.backbones import dim
 from mambavision.backbones.dim import CYCLES, DiM, dim_debug, layer_sequences
 from mambavision.ops import scan_order
+from tests.parity import load
 
 MIXERS = ("mamba", "ssd")
 
@@ -103,6 +104,14 @@ def test_sequences_of_a_layer():
     for order in ("frame_row", "pixel_time"):
         with pytest.raises(ValueError, match="T, H, W"):
             layer_sequences(order, (4, 4))
+
+
+@pytest.mark.parametrize("side", [4, 8])
+def test_zigzag_is_the_cycle_of_zigma(side):
+    """The eight paths of CompVis/zigma, in its order."""
+    paths = load("zigma_paths").arrays[f"zigzag_{side}"]
+    for order, path in zip(CYCLES["zigzag"], paths, strict=True):
+        assert layer_sequences(order, (side, side))[0].tolist() == path.tolist()
 
 
 def test_tokens_are_moved_only_where_the_order_changes():
