@@ -41,7 +41,7 @@ WARM_UP, FEWEST, ROUNDS = 3, 3, 3
 
 
 def build(name: str, tokens: int, device: torch.device, args: argparse.Namespace) -> nn.Module:
-    """A network for so many tokens, its blocks compiled on a GPU; no layer of zeros, so that no work can be left out."""
+    """A network for so many tokens, blocks compiled on a GPU; no layer is zero, so that no work can be left out."""
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(f"--tokens {tokens} is no square")
