@@ -24,7 +24,7 @@ THIRD_PARTY = {  # of each layer, beside the standard library
     | OPENMMLAB,
     "restoration": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine"}
     | {"lpips"},  # on demand
-    "diffusion": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine", "diffusers"},
+    "diffusion": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine", "diffusers", "timm"},
 }
 BELOW = {
     "kernels": {"kernels"},
@@ -95,7 +95,7 @@ def test_import_is_lean():
 import sys
 import mambavision, mambavision.ops, mambavision.kernels
 import torch
-heavy = {"mmdet", "mmcv", "mmengine", "triton", "timm", "cv2", "torchvision"} & set(sys.modules)
+heavy = {"mmdet", "mmcv", "mmengine", "triton", "timm", "cv2", "torchvision", "diffusers"} & set(sys.modules)
 assert not heavy, heavy
 assert not torch.cuda.is_initialized()
 """

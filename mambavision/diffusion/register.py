@@ -2,7 +2,7 @@
 
 from mmengine.registry import MODELS
 
-from mambavision.diffusion import batches, datasets, diffusion, latents, loops  # noqa: F401  (their decorators register)
+from mambavision.diffusion import batches, datasets, diffusion, generated, latents, loops  # noqa: F401  (their decorators register)
 from mambavision.diffusion.networks import CLASSES, SIZES
 from mambavision.engine import cuda_graphs, hooks, optim  # noqa: F401
 

@@ -1,6 +1,9 @@
 """How much memory there is to use, and telling that it ran out."""
 
+import contextlib
+import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +37,40 @@ def _available() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except OSError:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(call: Callable[[], object], device: str | torch.device) -> int | None:
+    """Bytes that a call takes at most beside what is taken before it; None where the system does not tell.
+
+    The call is made twice, since libraries make their workspaces in the first one.
+    """
+    device = torch.device(device)
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        _give_free_memory_back()  # what the process holds and uses anew would not be seen
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _resident("VmRSS")
+    except OSError:  # not Linux
+        return None
+    call()
+    return _resident("VmHWM") - before
+
+
+def _give_free_memory_back() -> None:
+    with contextlib.suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(field: str) -> int:
+    lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
