@@ -83,14 +83,19 @@ def test_a_run_leaves_curves_and_averaged_weights(whole):
     assert "7 of 8 items are used; 1 cannot be read, first " in log and "7.png: truncated photo" in log
 
 
-def test_killed_run_resumes_with_the_same_losses(whole, tmp_path, tool):
+def killed_run(folder):
+    """The config of a run that was killed after its checkpoint of iteration 8."""
     killing = 'custom_imports = dict(imports=["mambavision.diffusion.register", "tests.tools.kill_hook"])'
     hook = 'custom_hooks = [*_base_.custom_hooks, dict(type="KillHook", iteration=9)]\n'
-    config = small_config(tmp_path, imports=killing, more=hook)
-    assert start_tool("train", config, "--work-dir", tmp_path / "work", *SEED).wait() == -signal.SIGKILL
-    assert (tmp_path / "work/last_checkpoint").read_text().endswith("iter_8.pth")
+    config = small_config(folder, imports=killing, more=hook)
+    assert start_tool("train", config, "--work-dir", folder / "work", *SEED).wait() == -signal.SIGKILL
+    assert (folder / "work/last_checkpoint").read_text().endswith("iter_8.pth")
+    return small_config(folder)
+
+
+def test_killed_run_resumes_with_the_same_losses(whole, tmp_path, tool):
     # without --seed: it is the checkpoint's
-    code, _, err = tool("train", small_config(tmp_path), "--work-dir", tmp_path / "work", "--resume")
+    code, _, err = tool("train", killed_run(tmp_path), "--work-dir", tmp_path / "work", "--resume")
     assert code == 0, err
     ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
     found, expected = (run["message_hub"]["log_scalars"]["train/loss"].data[0] for run in (ours, theirs))
@@ -105,6 +110,15 @@ def test_two_processes_train_like_one(whole, tmp_path):
     compare(ours, theirs, rtol=1e-3, atol=1e-4)
     found, expected = (rows(folder / "work/loss_curve.csv")[-1]["held_out/loss"] for folder in (tmp_path, whole))
     assert float(found) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_weights_spread_over_two_processes_train_as_one_and_go_on_with_its_checkpoint(whole, tmp_path):
+    arguments = [killed_run(tmp_path), "--launcher", "pytorch", "--work-dir", tmp_path / "work", "--resume", "--fsdp"]
+    assert [rank.wait() for rank in start_ranks("train", *arguments)] == [0, 0]
+    ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
+    compare(ours, theirs, rtol=1e-3, atol=1e-4)
+    for found, expected in zip(*(run["optimizer"]["state"].values() for run in (ours, theirs)), strict=True):
+        torch.testing.assert_close(found["exp_avg"], expected["exp_avg"], rtol=1e-3, atol=1e-5)
 
 
 def test_evaluation_of_checkpoint_and_published_weights(whole, tmp_path, tool):
@@ -158,6 +172,7 @@ def test_wall_time_ends_a_run(tmp_path, tool):
         (["--cfg-options", "train_dataloader.keep=cloud"], "keep must be one of device, host, disk, got 'cloud'"),
         (["--cfg-options", "train_cfg.max_iters=4"], "CosineAnnealingLR begins at iteration 4, the run has 4"),
         (["--load-from", "gone.pth"], "no weights at gone.pth"),
+        (["--fsdp"], "weights are spread over several processes: start with torchrun and --launcher pytorch"),
     ],
 )
 def test_training_refuses_bad_arguments(tool, tmp_path, options, message):
