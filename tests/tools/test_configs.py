@@ -123,3 +123,24 @@ def test_restorers_share_data_and_budget():
                      "param_scheduler", "custom_hooks"):  # fmt: skip
             assert other[part] == ours[part], part
         assert other.model.loss == ours.model.loss
+
+
+def test_diffusion_networks_share_data_and_budget():
+    ours, *others = (
+        Config.fromfile(CONFIGS / path)
+        for path in (
+            "dim/dim_s_2x_cifar10.py", "dim/dim_s_2x_mamba_cifar10.py", "dim/dim_s_cifar10.py", "dim/dim_t_cifar10.py",
+            "dit/dit_s_cifar10.py", "dit/dit_t_cifar10.py",
+        )
+    )  # fmt: skip
+    for other in others:
+        for part in set(ours) - {"model"}:
+            assert other[part] == ours[part], part
+        assert {**other.model, "network": None} == {**ours.model, "network": None}
+
+
+@pytest.mark.parametrize(("dim", "dit"), [("dim_s_2x", "dit_s"), ("dim_t", "dit_t")])
+def test_dim_and_its_twin_have_about_the_same_parameters(dim, dit):
+    networks = [build(Config.fromfile(CONFIGS / f"{name[:3]}/{name}_cifar10.py")) for name in (dim, dit)]
+    ours, twins = (sum(param.numel() for param in network.parameters()) for network in networks)
+    assert 0.88 < ours / twins < 1.12

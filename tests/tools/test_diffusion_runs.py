@@ -12,7 +12,9 @@ import torch
 from mambavision.diffusion import weights
 from mambavision.diffusion.objectives import RectifiedFlow
 from mambavision.engine.checkpoint import load
-from tests.tools.running import ROOT, losses, refusal, rows, run_tool, start_ranks, start_tool
+from tests.tools.running import ROOT, losses, refusal, rows, start_ranks, start_tool
+
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 CONFIG = ROOT / "configs/dim/dim_debug.py"
 SEED = ("--seed", 3)
@@ -42,16 +44,6 @@ def small_config(folder, *, interval=4, imports="", more=""):
     path = folder / "small.py"
     path.write_text(SMALL.format(config=CONFIG, photos=photos, interval=interval, imports=imports) + more)
     return path
-
-
-@pytest.fixture
-def tool(monkeypatch, capfd):
-    return lambda name, *args: run_tool(monkeypatch, capfd, name, *args)
-
-
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)  # configs name photos relative to it
 
 
 @pytest.fixture(scope="module")
