@@ -30,8 +30,9 @@ from mambavision.engine import cli
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     f.__name__: f
     for f in (
-        dit.dit_xl, dim.dim_xl_2x, dim.dim_xl, dit.dit_l, dim.dim_l_2x, dit.dit_b, dim.dim_b_2x, dit.dit_s,
-        dim.dim_s_2x, dim.dim_s, dit.dit_debug, dim.dim_debug,
+        dit.dit_xl, dim.dim_xl_2x, dim.dim_xl_mlp, dim.dim_xl, dit.dit_l, dim.dim_l_2x, dim.dim_l_mlp, dim.dim_l,
+        dit.dit_b, dim.dim_b_2x, dim.dim_b_mlp, dim.dim_b, dit.dit_s, dim.dim_s_2x, dim.dim_s_mlp, dim.dim_s,
+        dit.dit_debug, dim.dim_debug,
     )
 }  # fmt: skip
 TOKENS = {256: 64, 1024: 16, 4096: 4, 16384: 1}  # and the batch: as many tokens in all
@@ -207,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["dit_xl", "dim_xl_2x"])
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["dit_xl", "dim_xl_2x", "dim_xl_mlp"])
     parser.add_argument("--mixer", choices=["mamba", "ssd"], default="ssd", help="of DiM")
     parser.add_argument("--orders", choices=list(dim.CYCLES), default="raster", help="of DiM")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
