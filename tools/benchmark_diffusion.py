@@ -16,6 +16,7 @@ import csv
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -227,7 +228,11 @@ def main() -> None:
     rows = []
     for tokens in args.tokens:
         for phase in args.what:
-            rows += measure(phase, tokens, args.batch or max(1, 16384 // tokens), device, args)
+            found = measure(phase, tokens, args.batch or max(1, 16384 // tokens), device, args)
+            for name, *_, ms, rate, memory, _ in found:
+                figures = f"{ms:.2f} ms, {rate:.1f} images/s, {memory:.0f} MB"
+                print(f"{phase}, {tokens} tokens, {name}: {figures}", file=sys.stderr, flush=True)
+            rows += found
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
