@@ -3,6 +3,7 @@ import torch
 
 from mambavision.backbones import dim, dit
 from mambavision.backbones.dim import CYCLES, DiM, dim_debug, layer_sequences
+from mambavision.engine.flops import count_flops
 from mambavision.ops import scan_order
 from tests.parity import load
 
@@ -36,6 +37,12 @@ def test_parameters_of_the_blocks(size, once, twice):
         for name, expected in ((f"dim_{size}", once), (f"dim_{size}_2x", twice)):
             net = getattr(dim, name)((32, 32), mixer="mamba", positions="learned")
             assert millions(net.blocks) == pytest.approx(expected, rel=4e-3)
+
+
+def test_macs_with_256_tokens():
+    """3.5 G of the Vim blocks of S (shared/reference/diffusion.md 1.3), the scan counted as 9 FLOPs a state."""
+    net = dim.dim_s((32, 32), mixer="mamba")
+    assert count_flops(lambda: net(torch.zeros(1, 4, 32, 32), torch.zeros(1))) / 2e9 == pytest.approx(3.5, rel=0.015)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
