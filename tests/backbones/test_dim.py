@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from mambavision.backbones import dim
+from mambavision.backbones import dim, dit
 from mambavision.backbones.dim import CYCLES, DiM, dim_debug, layer_sequences
+from mambavision.engine.flops import count_flops
 from mambavision.ops import scan_order
 from tests.parity import load
 
@@ -38,6 +39,21 @@ def test_parameters_of_the_blocks(size, once, twice):
             assert millions(net.blocks) == pytest.approx(expected, rel=4e-3)
 
 
+def test_macs_with_256_tokens():
+    """3.5 G of the Vim blocks of S (shared/reference/diffusion.md 1.3), the scan counted as 9 FLOPs a state."""
+    net = dim.dim_s((32, 32), mixer="mamba")
+    assert count_flops(lambda: net(torch.zeros(1, 4, 32, 32), torch.zeros(1))) / 2e9 == pytest.approx(3.5, rel=0.015)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
+def test_iso_parameter_sizes_have_dits_parameters(size, mixer):
+    with torch.device("meta"):
+        twin = millions(getattr(dit, f"dit_{size}")((32, 32)))
+        for name in (f"dim_{size}_2x", f"dim_{size}_mlp"):
+            assert millions(getattr(dim, name)((32, 32), mixer=mixer)) == pytest.approx(twin, rel=0.12)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_untrained_output_is_zero_and_blocks_are_the_identity(mixer):
     net = dim_debug((8, 8), num_classes=10, mixer=mixer)
@@ -47,9 +63,10 @@ def test_untrained_output_is_zero_and_blocks_are_the_identity(mixer):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("size, orders", [((8, 8), "zigzag"), ((3, 8, 8), "factorised")])
-def test_every_parameter_learns_in_bfloat16(mixer, size, orders):
-    net = awake(dim_debug(size, num_classes=10, mixer=mixer, orders=orders, depth=3, positions="learned")).bfloat16()
+@pytest.mark.parametrize("size, orders, mlp", [((8, 8), "zigzag", 0), ((3, 8, 8), "factorised", 2)])
+def test_every_parameter_learns_in_bfloat16(mixer, size, orders, mlp):
+    net = dim_debug(size, num_classes=10, mixer=mixer, orders=orders, depth=3, positions="learned", mlp_ratio=mlp)
+    net = awake(net).bfloat16()
     x, t, labels = inputs(size)
     y = net(x.bfloat16(), t, labels)
     assert y.shape == x.shape and y.dtype == torch.bfloat16

@@ -4,6 +4,7 @@ import torch
 from mambavision.backbones import dit
 from mambavision.backbones.dim import dim_debug
 from mambavision.backbones.dit import DiT, dit_debug
+from mambavision.engine.flops import count_flops
 from tests.backbones.test_dim import awake, inputs, millions
 
 
@@ -18,8 +19,6 @@ def test_parameters_are_the_published_ones(size, published):
 
 def test_macs_are_the_published_ones():
     """6.06 G for DiT-S/2 at 256 tokens, attention counted (arXiv 2212.09748, table 4)."""
-    from mambavision.engine.flops import count_flops
-
     net = dit.dit_s((32, 32), num_classes=1000)
     x, t, labels = torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     assert count_flops(lambda: net(x, t, labels)) / 2e9 == pytest.approx(6.06, rel=5e-3)

@@ -1,13 +1,20 @@
 import pytest
 import torch
 
-from mambavision.layers import BiMamba2Mixer, Mamba2Mixer
+from mambavision.layers import BiMamba2Mixer, HydraMixer, Mamba2Mixer
 from tests.parity import check_module, load
 
 
 def test_mamba2_mixer_is_the_published_block():
     fixture = load("mamba2_d32")
     mixer = Mamba2Mixer(32, d_state=16, headdim=8)
+    mixer.load_state_dict(fixture.weights())
+    check_module(fixture, mixer, tol=1e-5, grad_tol=1e-4)
+
+
+def test_hydra_mixer_is_the_published_block():
+    fixture = load("hydra_d32")
+    mixer = HydraMixer(32, d_state=16, headdim=8)
     mixer.load_state_dict(fixture.weights())
     check_module(fixture, mixer, tol=1e-5, grad_tol=1e-4)
 
@@ -47,6 +54,8 @@ def test_the_causal_mixer_does_not_look_ahead_and_the_other_does():
 def test_heads_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="40 channels cannot be heads of 64"):
         Mamba2Mixer(20)
+    with pytest.raises(ValueError, match="40 channels cannot be heads of 64"):
+        HydraMixer(20)
 
 
 def test_gradients_are_finite_in_bfloat16():
