@@ -128,10 +128,11 @@ def rotate(x: Tensor, channels: int) -> Tensor:
     """
     rates = THETA ** (-torch.arange(0, channels, 2, device=x.device) / channels)
     angles = torch.arange(x.shape[-2], device=x.device)[:, None] * rates  # (F, channels / 2)
-    cos, sin = (v.repeat_interleave(2, -1).to(x.dtype) for v in (angles.cos(), angles.sin()))
-    turned, rest = x[..., :channels], x[..., channels:]
-    a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.cat([turned * cos + torch.stack([-b, a], -1).flatten(-2) * sin, rest], -1)
+    rest = (0, x.shape[-1] - channels)
+    cos = F.pad(angles.cos().repeat_interleave(2, -1), rest, value=1.0).to(x.dtype)
+    sin = F.pad(torch.stack([-angles.sin(), angles.sin()], -1).flatten(-2), rest).to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 class RelativePositionBias(nn.Module):
@@ -186,8 +187,8 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Mix x (S, F, C), bias (heads, F, F); same shape."""
-        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)  # (S, heads, F, d)
-        q, k = rotate(q, self.rotary), rotate(k, self.rotary)
+        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, S, heads, F, d)
+        (q, k), v = rotate(qkv[:2], self.rotary), qkv[2]
         mask = None if bias is None else bias.to(q.dtype).expand(len(x), -1, -1, -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(y.transpose(1, 2).flatten(2))
@@ -210,7 +211,7 @@ class TemporalLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (S, F, C); same shape."""
-        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)  # (S, heads, F, d)
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (S, heads, F, d) each
         with torch.autocast(x.device.type, enabled=False):  # softmax is in float32 inside; its output need not be
             q = rotate(F.softmax(q, -1) * q.shape[-1] ** -0.5, self.rotary)
             k = rotate(F.softmax(k, -2), self.rotary)
