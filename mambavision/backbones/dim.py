@@ -62,7 +62,7 @@ def layer_sequences(order: LayerOrder, grid: Size) -> tuple[Tensor, int]:
             raise ValueError(f"order {order!r} needs a video, grid (T, H, W); got {tuple(grid)}")
         frames, height, width = grid
         frame = scan_order(_FRAME_ORDERS[order], (height, width))
-        return (torch.arange(frames)[:, None] * (height * width) + frame).flatten(), frames
+        return (torch.arange(frames, device="cpu")[:, None] * (height * width) + frame).flatten(), frames
     return scan_order(order, grid), 1
 
 
@@ -173,13 +173,13 @@ class DiM(nn.Module):
         """
         self.sequences, self.changes = [], []  # of each layer; the last change is to the image's order
         names: dict[tuple[LayerOrder, LayerOrder], str] = {}
-        before, at = "row", torch.arange(len(self.positions))
+        before, at = "row", torch.arange(len(self.positions), device="cpu")
         for order in (*orders, "row"):
             index, sequences = layer_sequences(order, grid)
             name = None
             if not torch.equal(index, at):
                 name = names.setdefault((before, order), f"change_{len(names)}")
-                self.register_buffer(name, torch.argsort(at)[index], persistent=False)
+                self.register_buffer(name, torch.argsort(at)[index].to(self.positions.device), persistent=False)
             self.sequences.append(sequences)
             self.changes.append(name)
             before, at = order, index

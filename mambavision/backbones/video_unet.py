@@ -27,7 +27,6 @@ from mambavision.layers.temporal import (
     TemporalLinearAttention,
     TemporalS4D,
     TemporalS6,
-    linear_attention,
 )
 from mambavision.ops import norm_gate
 
@@ -175,7 +174,9 @@ class OverPixels(nn.Module):
 
 
 class SpatialLinearAttention(nn.Module):
-    """Linear attention over the pixels of each frame, with the weights of 1x1 convolutions.
+    """Linear attention over the pixels of each frame: d^-1/2 softmax_d(q) (softmax_HW(k)^T v), heads of d channels.
+
+    The weights are those of 1x1 convolutions.
 
     Source: Shen et al., "Efficient Attention", arXiv 1812.01243, section 3.
     """
@@ -188,9 +189,14 @@ class SpatialLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H, W, C), same shape."""
-        qkv = F.linear(x.flatten(0, 1).flatten(1, 2), self.to_qkv.weight[..., 0, 0])  # (B T, H W, 3 heads d)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
-        y = linear_attention(q, k, v).transpose(1, 2).flatten(2)
+        tokens = x.flatten(0, 1).flatten(1, 2)  # (B T, H W, C)
+        q, k, v = (F.linear(tokens, weight) for weight in self.to_qkv.weight[..., 0, 0].chunk(3))
+        with torch.autocast(x.device.type, enabled=False):
+            q = q.unflatten(-1, (self.heads, -1)).softmax(-1)  # in float32 inside; what comes out need not be
+            head = torch.arange(v.shape[-1], device=x.device) // q.shape[-1]
+            # all pairs of heads and one mask: no head is copied out of its neighbours
+            mask = (head[:, None] == head).to(v.dtype) * q.shape[-1] ** -0.5
+            y = q.flatten(2) @ ((k.softmax(1).mT @ v) * mask)
         return F.linear(y, self.to_out.weight[..., 0, 0], self.to_out.bias).view(x.shape)
 
 
@@ -382,6 +388,21 @@ def _temporal(
         return layer(dim, d_state=16 if d_state is None else d_state)
     layer = TemporalLinearAttention if temporal == "linear_attention" else TemporalAttention
     return layer(dim, heads=heads, head_dim=head_dim)
+
+
+def video_unet_t(
+    in_channels: int = 3,
+    input_size: Sequence[int] = (32, 32, 32),
+    *,
+    temporal: Temporal = "bi_s6",
+    d_state: int | None = None,
+    num_classes: int = 0,
+) -> VideoUNet:
+    """dim 24 and three levels, 3.4 M parameters: small enough to ship."""
+    return VideoUNet(
+        in_channels, input_size=input_size, dim=24, dim_mults=(1, 2, 4), temporal=temporal, d_state=d_state,
+        num_classes=num_classes,
+    )  # fmt: skip
 
 
 def video_unet_s(

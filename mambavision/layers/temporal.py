@@ -211,17 +211,8 @@ class TemporalLinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (S, F, C); same shape."""
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)  # (S, heads, F, d)
-        y = linear_attention(q, k, v, rotary=self.rotary)
+        with torch.autocast(x.device.type, enabled=False):  # softmax is in float32 inside; its output need not be
+            q = rotate(F.softmax(q, -1) * q.shape[-1] ** -0.5, self.rotary)
+            k = rotate(F.softmax(k, -2), self.rotary)
+            y = q @ (k.mT @ v)
         return self.to_out(y.transpose(1, 2).flatten(2))
-
-
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, rotary: int = 0) -> Tensor:
-    """d^-1/2 softmax_d(q) (softmax_L(k)^T v) of q, k, v (..., L, d), in their dtype; linear in L.
-
-    The features softmax(q) and softmax(k) are turned by the positions 0..L-1 in their first ``rotary`` channels.
-    """
-    with torch.autocast(q.device.type, enabled=False):  # softmax is in float32 inside; its output need not be
-        q, k = F.softmax(q, -1) * q.shape[-1] ** -0.5, F.softmax(k, -2)
-        if rotary:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        return q @ (k.mT @ v)

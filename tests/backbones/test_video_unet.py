@@ -10,6 +10,7 @@ from mambavision.backbones.video_unet import (
     video_unet_debug,
     video_unet_l,
     video_unet_s,
+    video_unet_t,
 )
 from tests import parity
 
@@ -98,7 +99,9 @@ def test_compiles_into_one_graph():
     torch.testing.assert_close(compiled(x, t), net(x, t), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("build", "millions"), [(video_unet_s, 15.0), (video_unet_b, 57.5), (video_unet_l, 175.4)])
+@pytest.mark.parametrize(
+    ("build", "millions"), [(video_unet_t, 3.41), (video_unet_s, 15.0), (video_unet_b, 57.5), (video_unet_l, 175.4)]
+)
 def test_sizes(build, millions):
     with torch.device("meta"):
         net = build()
