@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from mambavision.engine.checkpoint import allow_mmengine_globals
 from mambavision.engine.files import check_folder
 from mambavision.engine.hooks import InitialWeightsHook, unwrapped
+from mambavision.engine.memory import is_out_of_memory
 from mambavision.engine.photos import DatasetError
 from mambavision.engine.sharded import ShardedRunner
 from mambavision.engine.weights import build_from_checkpoint, check_fits, fitting_tensors
@@ -165,6 +166,11 @@ def train(
         raise
     except ValueError as error:  # not the user's doing: show the traceback
         raise RuntimeError(f"training stopped: {error}") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reached = f" at {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
+        raise MemoryError(f"memory ran out in training{reached}: take smaller batches, or a smaller network") from error
     return runner
 
 

@@ -129,8 +129,8 @@ def test_diffusion_networks_share_data_and_budget():
     ours, *others = (
         Config.fromfile(CONFIGS / path)
         for path in (
-            "dim/dim_s_2x_cifar10.py", "dim/dim_s_2x_mamba_cifar10.py", "dim/dim_s_cifar10.py", "dim/dim_t_cifar10.py",
-            "dit/dit_s_cifar10.py", "dit/dit_t_cifar10.py",
+            "dim/dim_s_2x_cifar10.py", "dim/dim_s_2x_mamba_cifar10.py", "dim/dim_s_cifar10.py", "dim/dim_s_mlp_cifar10.py",
+            "dim/dim_t_cifar10.py", "dim/dim_t_mlp_cifar10.py", "dit/dit_s_cifar10.py", "dit/dit_t_cifar10.py",
         )
     )  # fmt: skip
     for other in others:
@@ -139,7 +139,7 @@ def test_diffusion_networks_share_data_and_budget():
         assert {**other.model, "network": None} == {**ours.model, "network": None}
 
 
-@pytest.mark.parametrize(("dim", "dit"), [("dim_s_2x", "dit_s"), ("dim_t", "dit_t")])
+@pytest.mark.parametrize(("dim", "dit"), [("dim_s_2x", "dit_s"), ("dim_s_mlp", "dit_s"), ("dim_t", "dit_t"), ("dim_t_mlp", "dit_t")])
 def test_dim_and_its_twin_have_about_the_same_parameters(dim, dit):
     networks = [build(Config.fromfile(CONFIGS / f"{name[:3]}/{name}_cifar10.py")) for name in (dim, dit)]
     ours, twins = (sum(param.numel() for param in network.parameters()) for network in networks)
