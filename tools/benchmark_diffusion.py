@@ -16,6 +16,7 @@ import csv
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -30,8 +31,9 @@ from mambavision.engine import cli
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     f.__name__: f
     for f in (
-        dit.dit_xl, dim.dim_xl_2x, dim.dim_xl, dit.dit_l, dim.dim_l_2x, dit.dit_b, dim.dim_b_2x, dit.dit_s,
-        dim.dim_s_2x, dim.dim_s, dit.dit_debug, dim.dim_debug,
+        dit.dit_xl, dim.dim_xl_2x, dim.dim_xl_mlp, dim.dim_xl, dit.dit_l, dim.dim_l_2x, dim.dim_l_mlp, dim.dim_l,
+        dit.dit_b, dim.dim_b_2x, dim.dim_b_mlp, dim.dim_b, dit.dit_s, dim.dim_s_2x, dim.dim_s_mlp, dim.dim_s,
+        dit.dit_debug, dim.dim_debug,
     )
 }  # fmt: skip
 TOKENS = {256: 64, 1024: 16, 4096: 4, 16384: 1}  # and the batch: as many tokens in all
@@ -207,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["dit_xl", "dim_xl_2x"])
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["dit_xl", "dim_xl_2x", "dim_xl_mlp"])
     parser.add_argument("--mixer", choices=["mamba", "ssd"], default="ssd", help="of DiM")
     parser.add_argument("--orders", choices=list(dim.CYCLES), default="raster", help="of DiM")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
@@ -226,7 +228,11 @@ def main() -> None:
     rows = []
     for tokens in args.tokens:
         for phase in args.what:
-            rows += measure(phase, tokens, args.batch or max(1, 16384 // tokens), device, args)
+            found = measure(phase, tokens, args.batch or max(1, 16384 // tokens), device, args)
+            for name, *_, ms, rate, memory, _ in found:
+                figures = f"{ms:.2f} ms, {rate:.1f} images/s, {memory:.0f} MB"
+                print(f"{phase}, {tokens} tokens, {name}: {figures}", file=sys.stderr, flush=True)
+            rows += found
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -4,10 +4,11 @@
     python tools/sample.py --num 16 --steps 25 --seed 0 --out-dir out
     python tools/sample.py --num 8 --classes cat 3 --guidance 2 --out-dir out --weights my.safetensors
     python tools/sample.py --video --num 4 --out-dir out
+    python tools/sample.py --out-dir out --config my_config.py --weights work_dirs/my_config/iter_10000.pth
     python tools/sample.py --num 10000 --save npz --out-dir out --batch-size 500     (for tools/evaluate_samples.py)
 
-Sample i has the seed SEED + i, and comes out the same whatever it is sampled with. Weights are a .safetensors file or a
-folder that DiffusionPipeline.save_pretrained wrote.
+Sample i has the seed SEED + i, and comes out the same whatever it is sampled with. Weights are a .safetensors file, a
+folder that DiffusionPipeline.save_pretrained wrote, or with --config a training checkpoint.
 """
 
 import argparse
@@ -17,7 +18,6 @@ from typing import get_args
 from mambavision.diffusion import cli
 from mambavision.diffusion.objectives import Scheduler
 from mambavision.diffusion.outputs import RATE
-from mambavision.diffusion.pipeline import DiffusionPipeline
 from mambavision.engine.cli import run
 
 
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.0, help="of the class; 1 is none (default)")
     parser.add_argument("--video", action="store_true", help="sample clips: default weights are those for video")
     parser.add_argument("--weights", help="weights file or folder (default: what comes with this project)")
+    parser.add_argument("--config", help="config that a training checkpoint (.pth) was trained by")
     parser.add_argument("--autoencoder", help="folder of a diffusers AutoencoderKL, for weights of latents")
     parser.add_argument("--scheduler", choices=get_args(Scheduler), help="default: euler, or dpm-solver++")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -47,7 +48,7 @@ def main() -> None:
 
     cli.check_out_dir(args.out_dir)  # before the weights: the quicker answer first
     weights = Path(args.weights) if args.weights else cli.find_weights(video=args.video)
-    pipeline = DiffusionPipeline.from_pretrained(weights, device=args.device, autoencoder=args.autoencoder)
+    pipeline = cli.load_pipeline(weights, config=args.config, device=args.device, autoencoder=args.autoencoder)
     if args.video and not pipeline.makes_video:
         raise ValueError(f"{weights} samples pictures, not clips: leave out --video or name other weights")
     files = cli.sample_files(

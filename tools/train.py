@@ -35,12 +35,16 @@ def main() -> None:
     parser.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision; fp16 needs a GPU")
     parser.add_argument("--seed", type=int, help="seed of weights, data order and augmentation")
     parser.add_argument("--max-seconds", type=float, help="train so long, in place of the config's iterations and rate")
+    parser.add_argument("--fsdp", action="store_true", help="spread the weights over torchrun's processes")
     args = parser.parse_args()
     options = dict(resume=args.resume, load_from=args.load_from, amp=args.amp, seed=args.seed)
     task = runs.task_of(args)
     if task != "detection":
         of_task = {"restoration": restoration, "diffusion": diffusion}[task]
-        of_task.train(of_task.load_config(args), **options, max_seconds=args.max_seconds)
+        options |= dict(max_seconds=args.max_seconds, sharded=args.fsdp)
+        of_task.train(of_task.load_config(args), **options)
+    elif args.fsdp:
+        raise ValueError("--fsdp is for networks made of blocks: a detector's weights fit one device, leave it out")
     elif args.max_seconds is not None:
         raise ValueError(
             "--max-seconds is for restoration and diffusion: a detector's schedule counts epochs, train_cfg.max_epochs"

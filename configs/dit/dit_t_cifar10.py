@@ -5,6 +5,6 @@ _base_ = [
 ]
 
 model = dict(
-    network=dict(type="DiT", d_model=192, depth=5, nheads=3, input_size=(32, 32), in_channels=3, num_classes=10),
+    network=dict(type="DiT", d_model=192, depth=6, nheads=3, input_size=(32, 32), in_channels=3, num_classes=10),
     compile=True,
 )

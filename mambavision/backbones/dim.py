@@ -2,11 +2,14 @@
 
 After Mo and Tian, "Scaling Diffusion Mamba with Bidirectional SSMs for Efficient Image and Video Generation", arXiv
 2405.15881: patches with positions, bidirectional state-space blocks, conditioning on noise level and class. Its tables
-and sizes were not available to us. Choices made here: the block is Vim's (arXiv 2401.09417) or a bidirectional Mamba-2,
-without an MLP, under adaLN-zero; the class enters there too, not as a token; widths and depths are DiT's (arXiv
-2212.09748) in ``dim_s`` to ``dim_xl`` (iso-depth: half of DiT's parameters) and doubled depths in ``dim_s_2x`` to
-``dim_xl_2x`` (iso-parameter); no variance is predicted; layers may take tokens in different orders (ZigMa, arXiv
-2403.13802). ``dit.py`` is its twin with attention.
+and sizes were not available to us. Choices made here: the mixer is Vim's (arXiv 2401.09417) or a bidirectional Mamba-2,
+under adaLN-zero; the class enters there too, not as a token; no variance is predicted; layers may take tokens in
+different orders (ZigMa, arXiv 2403.13802). ``dit.py`` is its twin with attention. Sizes are DiT's (arXiv 2212.09748):
+
+- ``dim_s`` to ``dim_xl``: its widths and depths, blocks of a mixer alone (iso-depth; about half of its parameters)
+- ``dim_s_2x`` to ``dim_xl_2x``: the same blocks, twice the depth (iso-parameter)
+- ``dim_s_mlp`` to ``dim_xl_mlp``: its blocks with their MLPs, at its depth, where a mixer as large as its attention
+  takes the attention's place (iso-depth and iso-parameter: the mixer alone differs)
 
 Images are (B, C, H, W), videos (B, C, T, H, W); tokens (B, L, D), L = H W / p^2 or T times that: frames are not joined.
 """
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -62,29 +66,39 @@ def layer_sequences(order: LayerOrder, grid: Size) -> tuple[Tensor, int]:
             raise ValueError(f"order {order!r} needs a video, grid (T, H, W); got {tuple(grid)}")
         frames, height, width = grid
         frame = scan_order(_FRAME_ORDERS[order], (height, width))
-        return (torch.arange(frames)[:, None] * (height * width) + frame).flatten(), frames
+        return (torch.arange(frames, device="cpu")[:, None] * (height * width) + frame).flatten(), frames
     return scan_order(order, grid), 1
 
 
 class DiMBlock(nn.Module):
-    """x + gate * mixer(modulated norm(x)), with shift, scale and gate from the condition: x at the start of training.
+    """x + gate * mixer(modulated norm(x)), then the same with an MLP if there is one: x at the start of training.
+
+    Shifts, scales and gates come from the condition.
 
     Args:
         d_model: channels D.
         mixer: of tokens (B, L, D).
+        mlp_ratio: channels inside the MLP per channel; 0 is a block without.
     """
 
-    def __init__(self, d_model: int, mixer: nn.Module) -> None:
+    def __init__(self, d_model: int, mixer: nn.Module, mlp_ratio: float = 0.0) -> None:
         super().__init__()
-        self.modulation = Modulation(d_model, 3)
+        hidden = int(mlp_ratio * d_model)
+        self.modulation = Modulation(d_model, 6 if hidden else 3)
         self.mixer = mixer
+        self.fc1 = nn.Linear(d_model, hidden) if hidden else None
+        self.fc2 = nn.Linear(hidden, d_model) if hidden else None
 
     def forward(self, x: Tensor, c: Tensor, sequences: int = 1) -> Tensor:
         """x (B, L, D), tokens of so many sequences one after the other; c (B, D)."""
-        shift, scale, gate = self.modulation(c)
+        shift, scale, gate, *of_mlp = self.modulation(c)
         y = modulated_norm(x, shift, scale)
         y = self.mixer(y.unflatten(1, (sequences, -1)).flatten(0, 1)).view_as(x)
-        return x + gate * y
+        x = x + gate * y
+        if self.fc1 is None:
+            return x
+        shift, scale, gate = of_mlp
+        return x + gate * self.fc2(F.gelu(self.fc1(modulated_norm(x, shift, scale)), approximate="tanh"))
 
 
 class DiM(nn.Module):
@@ -103,6 +117,7 @@ class DiM(nn.Module):
         d_state: states per channel; None is 16 for "mamba" and 64 for "ssd".
         expand: channels inside a mixer per channel.
         headdim: channels that share a decay, for "ssd".
+        mlp_ratio: channels inside each block's MLP per channel; 0 is a network without.
         gradient_checkpointing: keep a block's input only, and compute the block again in the backward pass.
 
     Attributes:
@@ -126,6 +141,7 @@ class DiM(nn.Module):
         d_state: int | None = None,
         expand: float = 2.0,
         headdim: int = 64,
+        mlp_ratio: float = 0.0,
         gradient_checkpointing: bool = False,
     ) -> None:
         if mixer not in get_args(Mixer):
@@ -142,7 +158,7 @@ class DiM(nn.Module):
         self.config: dict[str, Any] = dict(
             input_size=list(input_size), patch_size=patch_size, in_channels=in_channels, num_classes=num_classes,
             d_model=d_model, depth=depth, mixer=mixer, orders=orders if isinstance(orders, str) else list(orders),
-            positions=positions, d_state=d_state, expand=expand, headdim=headdim,
+            positions=positions, d_state=d_state, expand=expand, headdim=headdim, mlp_ratio=mlp_ratio,
         )  # fmt: skip
         self.input_size, self.patch_size, self.num_classes = input_size, patch_size, num_classes
         self.in_channels = self.out_channels = in_channels
@@ -154,16 +170,17 @@ class DiM(nn.Module):
             return BiMamba2Mixer(d_model, d_state=d_state, expand=expand, headdim=headdim)
 
         self.embed = nn.Linear(in_channels * patch_size**2, d_model)
-        nn.init.xavier_uniform_(self.embed.weight)
-        nn.init.zeros_(self.embed.bias)
         table = sincos_positions(d_model, grid)
         if positions == "learned":
             self.positions = nn.Parameter(torch.empty_like(table).normal_(std=0.02))
         else:
             self.register_buffer("positions", table, persistent=False)
         self.condition = Condition(d_model, num_classes)
-        self.blocks = nn.ModuleList(DiMBlock(d_model, new_mixer()) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiMBlock(d_model, new_mixer(), mlp_ratio) for _ in range(depth))
         self.final = FinalLayer(d_model, in_channels * patch_size**2)
+        for layer in (self.embed, *(layer for block in self.blocks for layer in (block.fc1, block.fc2) if layer)):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
         self._lay_out([cycle[i % len(cycle)] for i in range(depth)], grid)
 
     def _lay_out(self, orders: Sequence[LayerOrder], grid: Size) -> None:
@@ -173,13 +190,13 @@ class DiM(nn.Module):
         """
         self.sequences, self.changes = [], []  # of each layer; the last change is to the image's order
         names: dict[tuple[LayerOrder, LayerOrder], str] = {}
-        before, at = "row", torch.arange(len(self.positions))
+        before, at = "row", torch.arange(len(self.positions), device="cpu")
         for order in (*orders, "row"):
             index, sequences = layer_sequences(order, grid)
             name = None
             if not torch.equal(index, at):
                 name = names.setdefault((before, order), f"change_{len(names)}")
-                self.register_buffer(name, torch.argsort(at)[index], persistent=False)
+                self.register_buffer(name, torch.argsort(at)[index].to(self.positions.device), persistent=False)
             self.sequences.append(sequences)
             self.changes.append(name)
             before, at = order, index
@@ -251,6 +268,26 @@ def dim_l_2x(input_size: Sequence[int], **options: Any) -> DiM:
 def dim_xl_2x(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-XL's width and twice its depth: about its parameters."""
     return DiM(input_size, d_model=1152, depth=56, **options)
+
+
+def dim_s_mlp(input_size: Sequence[int], **options: Any) -> DiM:
+    """DiT-S with another mixer: its width, depth, MLPs and about its parameters."""
+    return DiM(input_size, d_model=384, depth=12, expand=4 / 3, mlp_ratio=4, **options)
+
+
+def dim_b_mlp(input_size: Sequence[int], **options: Any) -> DiM:
+    """DiT-B with another mixer: its width, depth, MLPs and about its parameters."""
+    return DiM(input_size, d_model=768, depth=12, expand=4 / 3, mlp_ratio=4, **options)
+
+
+def dim_l_mlp(input_size: Sequence[int], **options: Any) -> DiM:
+    """DiT-L with another mixer: its width, depth, MLPs and about its parameters."""
+    return DiM(input_size, d_model=1024, depth=24, expand=21 / 16, mlp_ratio=4, **options)  # 21 heads
+
+
+def dim_xl_mlp(input_size: Sequence[int], **options: Any) -> DiM:
+    """DiT-XL with another mixer: its width, depth, MLPs and about its parameters."""
+    return DiM(input_size, d_model=1152, depth=28, expand=4 / 3, mlp_ratio=4, **options)
 
 
 def dim_debug(input_size: Sequence[int], **options: Any) -> DiM:

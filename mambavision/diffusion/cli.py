@@ -11,10 +11,14 @@ from typing import Any, Literal
 import numpy as np
 
 from mambavision.diffusion import outputs, weights
+from mambavision.diffusion.latents import load_autoencoder
 from mambavision.diffusion.pipeline import DiffusionPipeline
 from mambavision.engine.checkpoint import CheckpointError
+from mambavision.engine.cli import choose_device
 from mambavision.engine.files import atomic_path, check_folder
 from mambavision.engine.memory import free_memory
+from mambavision.engine.runs import read_config
+from mambavision.engine.weights import build_from_checkpoint
 
 Output = Literal["grid", "single", "npz"]
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
@@ -41,6 +45,36 @@ def find_weights(*, video: bool) -> Path:
     raise FileNotFoundError(
         f"no weights that sample {kind} in {WEIGHTS_FOLDER}: name a file with --weights, or train one"
     )
+
+
+def load_pipeline(
+    path: str | os.PathLike,
+    *,
+    config: str | os.PathLike | None = None,
+    device: str | None = None,
+    autoencoder: str | os.PathLike | None = None,
+) -> DiffusionPipeline:
+    """Load published weights, a folder of a pipeline, or a training checkpoint with its config.
+
+    Of a run with EMA the averaged weights are taken.
+
+    Raises:
+        FileNotFoundError: If there is nothing at a path.
+        ValueError: If these are no weights of a diffusion network, or do not fit the config.
+        MemoryError: If they do not fit the device.
+    """
+    if config is None:
+        if Path(path).suffix == ".pth":
+            raise ValueError(f"{path} is a training checkpoint: name the config it was trained by with --config")
+        return DiffusionPipeline.from_pretrained(path, device=device, autoencoder=autoencoder)
+    cfg, chosen = read_config(config), choose_device(device)
+    if cfg.get("task") != "diffusion":
+        raise ValueError(f"{config} is no config of a diffusion network")
+    cfg.model.compile = False
+    model, checkpoint = build_from_checkpoint(cfg, path)
+    loaded = None if autoencoder is None else load_autoencoder(autoencoder)
+    names = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes") if model.network.num_classes else None
+    return DiffusionPipeline(model.network, model.objective, loaded, names).to(chosen)
 
 
 def check_out_dir(out_dir: str | os.PathLike) -> None:

@@ -24,11 +24,11 @@ class Diffusion(BaseModel):
         objective: The objective's config, as of ``Objective.config()``.
         class_dropout: How often a picture's class is left out in training, so that sampling can be guided by the
             difference that the class makes (Ho and Salimans, "Classifier-free diffusion guidance", 2022).
-        compile: Compile each of the network's ``blocks``, for training.
+        compile: Compile each of the network's ``blocks``, for training on a GPU.
         data_preprocessor: As in mmengine.
 
     Raises:
-        ValueError: If the objective is unknown, or ``class_dropout`` is not in [0, 1].
+        ValueError: If the objective is unknown, ``class_dropout`` is not in [0, 1], or there are no blocks to compile.
     """
 
     published_prefix = "network."
@@ -48,7 +48,9 @@ class Diffusion(BaseModel):
         self.network = MODELS.build(network)
         self.objective = objective_from(objective)
         self.class_dropout = class_dropout
-        if compile:
+        if compile and not hasattr(self.network, "blocks"):
+            raise ValueError(f"compile: a {type(self.network).__name__} has no blocks to compile, leave it out")
+        if compile and torch.cuda.is_available():  # on a CPU it would need a C++ compiler
             for block in self.network.blocks:
                 block.compile()
         self.graphs = StepGraphs(self)

@@ -142,7 +142,7 @@ def _write_shard(path: Path, dataset: FrameSet, autoencoder: AutoencoderKL, indi
     device, coming, latents = next(autoencoder.parameters()).device, frames(), []
     while batch := list(islice(coming, batch_size)):
         pixels = dataset.x_0(torch.from_numpy(np.stack(batch)).to(device))
-        latents.append(encode(autoencoder, pixels).half().cpu())
+        latents.append(encode(autoencoder, pixels).half().cpu().contiguous())
     tensors = dict(counts=torch.tensor(counts, dtype=torch.int64), labels=torch.tensor(labels, dtype=torch.int64))
     if latents:
         tensors["latents"] = torch.cat(latents)

@@ -228,7 +228,7 @@ class DiffusionPipeline:
             ValueError, MemoryError: As a call.
         """
         labels = self.labels(class_labels, num)
-        generators = _generators(len(labels), seeds, generator)
+        sources = _sources(len(labels), seeds, generator)
         if not guidance_scale >= 0:
             raise ValueError(f"guidance {guidance_scale:g} must be at least 0; 1 is none")
         guided = guidance_scale != 1.0
@@ -244,7 +244,7 @@ class DiffusionPipeline:
         chosen = self.objective.scheduler(scheduler, clip_sample=self.autoencoder is None)
         chosen.set_timesteps(num_inference_steps)
         size = self._fitting(batch_size, len(labels), guided, precision)
-        return self._sampled(chosen, labels, generators, guidance_scale, size, precision, progress)
+        return self._sampled(chosen, labels, sources, guidance_scale, size, precision, progress)
 
     def labels(self, class_labels: int | str | Sequence[int | str] | None, num: int | None) -> list[int | None]:
         """The class of each sample, None of a network without; arguments as of a call.
@@ -321,7 +321,7 @@ class DiffusionPipeline:
         self,
         scheduler: Any,
         labels: Sequence[int | None],
-        generators: Sequence[torch.Generator],
+        sources: Sequence[int | torch.Generator],
         guidance: float,
         size: int,
         precision: Precision,
@@ -332,14 +332,18 @@ class DiffusionPipeline:
         with tqdm(total=len(starts) * steps, unit="step", desc="sampling", disable=not progress) as bar:
             for start in starts:
                 chosen = slice(start, start + size)
-                yield self._batch(scheduler, labels[chosen], generators[chosen], guidance, precision, bar)
+                generators = [
+                    torch.Generator().manual_seed(source) if isinstance(source, int) else source
+                    for source in sources[chosen]
+                ]
+                yield self._batch(scheduler, labels[chosen], generators, guidance, precision, bar)
 
     @torch.inference_mode()
     def _batch(
         self,
         scheduler: Any,
         labels: Sequence[int | None],
-        generators: Sequence[torch.Generator],
+        generators: list[torch.Generator],
         guidance: float,
         precision: Precision,
         bar: tqdm,
@@ -352,7 +356,7 @@ class DiffusionPipeline:
         try:
             for t in scheduler.timesteps:
                 prediction = self._predict(x, float(t), classes, guidance, precision)
-                x = scheduler.step(prediction, t, x, generator=list(generators), return_dict=False)[0]
+                x = scheduler.step(prediction, t, x, generator=generators, return_dict=False)[0]
                 bar.update()
             images = self._decode(x)
         except (RuntimeError, MemoryError) as error:
@@ -384,9 +388,10 @@ class DiffusionPipeline:
         return x if self.autoencoder is None else latents.decode(self.autoencoder, x).float()
 
 
-def _generators(
+def _sources(
     num: int, seeds: Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> list[torch.Generator]:
+) -> list[int] | list[torch.Generator]:
+    """What each sample's noise comes from: its seed, or its generator."""
     if seeds is not None and generator is not None:
         raise ValueError("seeds and generator are given: pass one of them")
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -398,7 +403,7 @@ def _generators(
         seeds = torch.randint(2**62, (num,), generator=generator).tolist()
     if len(seeds) != num:
         raise ValueError(f"{len(seeds)} seeds are given for {num} samples: pass one for each")
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [int(seed) for seed in seeds]
 
 
 def _listed(names: Sequence[str]) -> str:

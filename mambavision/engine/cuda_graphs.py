@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
@@ -313,9 +314,9 @@ class CudaGraphHook(Hook):
 
     def before_train(self, runner) -> None:
         """Switch recording on where it can be done."""
-        graphs = getattr(runner.model, "graphs", None)  # a data-parallel wrapper has none
+        graphs = getattr(runner.model, "graphs", None)
         accumulates = getattr(runner.optim_wrapper, "_accumulative_counts", 1) > 1
-        if isinstance(graphs, CudaGraphs | StepGraphs) and not accumulates:
+        if isinstance(graphs, CudaGraphs | StepGraphs) and not accumulates and get_world_size() == 1:
             graphs.record_training = True
 
     def after_train(self, runner) -> None:

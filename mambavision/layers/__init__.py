@@ -8,7 +8,7 @@ from mambavision.layers.embeddings import (
     sincos_positions,
     unpatchify,
 )
-from mambavision.layers.mamba2 import BiMamba2Mixer, Mamba2Mixer, init_mamba2
+from mambavision.layers.mamba2 import BiMamba2Mixer, HydraMixer, Mamba2Mixer, init_mamba2
 from mambavision.layers.mixers import BiMambaMixer, MambaMixer
 from mambavision.layers.norm import LayerNorm2d
 from mambavision.layers.ss2d import SS2D
@@ -24,6 +24,7 @@ __all__ = [
     "SS2D",
     "BiMamba2Mixer",
     "BiMambaMixer",
+    "HydraMixer",
     "LabelEmbedding",
     "LayerNorm2d",
     "Mamba2Mixer",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambavision.ops import Padding, conv_ssd
+from mambavision.ops import Padding, conv_ssd, depthwise_conv, norm_gate, ssd
 
 
 class Mamba2Mixer(nn.Module):
@@ -60,8 +60,8 @@ class Mamba2Mixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, L, d_model); same shape."""
         weight = self.in_proj.weight
-        if x.device.type == "cuda" and len(weight) % 8:  # a GPU multiplies slowly where rows are no multiple of 8
-            weight = F.pad(weight, (0, 0, 0, -len(weight) % 8))
+        if x.device.type == "cuda" and len(weight) % 16:  # tokens at multiples of 32 bytes are multiplied and read fast
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % 16))
         y = conv_ssd(
             F.linear(x, weight),
             self.conv1d.weight,
@@ -101,6 +101,62 @@ class BiMamba2Mixer(Mamba2Mixer):
         ngroups: int = 1,
     ) -> None:
         super().__init__(d_model, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim, ngroups=ngroups)
+
+
+class HydraMixer(nn.Module):
+    """Hydra's quasi-separable mixer: two scans that each stop short of their own token, and a diagonal of its own.
+
+    ::
+
+        y_i = C_{i-1} h_{i-1} + C'_{i+1} h'_{i+1} + (fc_D x_i + D) x_i        out_proj(rms_norm(y) silu(z))
+
+    with the states h and h' of a scan from the first token and one from the last, and dt, B and C of each; x and the
+    convolution, which looks both ways, are shared. Parameter names are those of goombalab/hydra. The parameters of
+    conv1d, fc_D and norm are used, not these modules: hooks on them do not run.
+    Source: Hwang et al., "Hydra", arXiv 2407.09941, section 3.
+
+    Args: as :class:`Mamba2Mixer`, with one group.
+    """
+
+    def __init__(
+        self, d_model: int, *, d_state: int = 64, d_conv: int = 7, expand: float = 2, headdim: int = 64
+    ) -> None:
+        super().__init__()
+        d_inner = int(expand * d_model)
+        nheads = d_inner // headdim
+        if d_inner % headdim:
+            raise ValueError(f"{d_inner} channels cannot be heads of {headdim}")
+        wide = d_inner + 4 * d_state  # x, then B and C of each direction
+        self.sizes = (d_inner, wide, 2 * nheads)  # of z, of what is convolved, of dt
+        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
+        self.conv1d = nn.Conv1d(wide, wide, d_conv, groups=wide)
+        self.dt_bias = nn.Parameter(torch.empty(nheads))
+        self.A_log = nn.Parameter(torch.empty(nheads))
+        self.D = nn.Parameter(torch.ones(nheads))
+        self.fc_D = nn.Linear(d_inner, nheads, bias=False)
+        self.norm = nn.RMSNorm(d_inner, eps=1e-5)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        init_mamba2(self.A_log, self.dt_bias)
+        nn.init.zeros_(self.A_log)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x (B, L, d_model); same shape."""
+        d_inner, wide, _ = self.sizes
+        z, xBC, dt = self.in_proj(x).split(self.sizes, -1)
+        xBC = depthwise_conv(xBC, self.conv1d.weight, self.conv1d.bias, activation="silu")
+        x, *BC = xBC.split((d_inner, *4 * [(wide - d_inner) // 4]), -1)
+        D = F.linear(x, self.fc_D.weight) + self.D
+        x = x.unflatten(-1, (len(self.D), -1))
+        forth, back = (
+            (x, dt, B[:, :, None], C[:, :, None]) for dt, B, C in zip(dt.chunk(2, -1), BC[::2], BC[1::2], strict=True)
+        )
+        y = D[..., None] * x + self._before(*forth) + self._before(*(v.flip(1) for v in back)).flip(1)
+        return self.out_proj(norm_gate(y.flatten(-2), z, self.norm.weight, norm="rms", eps=self.norm.eps))
+
+    def _before(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        """What each token's predecessor reads from the scan, zeros for the first."""
+        y = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, dt_bias=self.dt_bias, dt_softplus=True)
+        return F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What lies between Mamba-2's two projections, as one operator in training: no gradient is copied, little is kept."""
+"""What lies between Mamba-2's two projections, on a GPU as one operator: no gradient is copied, one call is made."""
 
 import operator
 
@@ -35,7 +35,7 @@ def conv_ssd(
         [z, x, B, C, dt] = projected        [x, B, C] = silu(conv([x, B, C]))
         y = rms_norm(ssd(x, softplus(dt + dt_bias), A, B, C, D) silu(z))
 
-    Training on a GPU, where all three run kernels, is one operator, whose backward writes the gradients of the parts of
+    On a GPU, where all three run kernels, it is one operator, whose backward writes the gradients of the parts of
     ``projected`` side by side. All else is :func:`depthwise_conv`, :func:`ssd` and :func:`norm_gate` in turn.
 
     Args:
@@ -74,9 +74,7 @@ def conv_ssd(
 
 
 def _kernels(projected: Tensor, parameters: tuple[Tensor, ...], P: int, N: int) -> str | None:
-    """The backend of ``ssd`` if gradients are wanted and all three operators run kernels."""
-    if not torch.is_grad_enabled() or not any(v.requires_grad for v in (projected, *parameters)):
-        return None
+    """The backend of ``ssd``, if all three operators run kernels."""
     taps, channels = (operator.index(parameters[i].shape[j]) for i, j in ((0, 2), (5, 0)))
     around = {
         choose("depthwise_conv", None, projected, taps, MOST_TAPS, "taps"),
@@ -84,8 +82,9 @@ def _kernels(projected: Tensor, parameters: tuple[Tensor, ...], P: int, N: int) 
     }
     if around != {"triton"}:
         return None
+    learns = torch.is_grad_enabled() and any(v.requires_grad for v in (projected, *parameters))
     device, dtype = projected.device.type, projected.dtype
-    backend = _choose(None, device, dtype, operator.index(P), operator.index(N), None, True)
+    backend = _choose(None, device, dtype, operator.index(P), operator.index(N), None, learns)
     return backend if backend in FAST else None
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mambavision.engine import memory
-from mambavision.engine.memory import free_memory, is_out_of_memory
+from mambavision.engine.memory import free_memory, is_out_of_memory, peak_memory
 
 
 def test_free_memory_is_within_a_containers_limit(monkeypatch):
@@ -34,3 +34,29 @@ def test_running_out_is_told_from_other_errors():
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_peak_of_a_call(monkeypatch):
+    def hungry():
+        torch.ones(50_000_000, dtype=torch.uint8)
+        torch.ones(80_000_000, dtype=torch.uint8)
+
+    taken = peak_memory(hungry, "cpu")
+    assert taken is None or 75e6 < taken < 110e6
+
+    class NoLinux:
+        def __init__(self, *parts):
+            pass
+
+        def write_text(self, text):
+            raise FileNotFoundError
+
+    monkeypatch.setattr(memory, "Path", NoLinux)
+    assert peak_memory(hungry, "cpu") is None
+
+
+@pytest.mark.gpu
+def test_peak_of_a_call_on_a_gpu():
+    kept = torch.ones(10_000_000, device="cuda")
+    assert 2e8 <= peak_memory(lambda: torch.ones(50_000_000, device="cuda"), "cuda") < 2.1e8
+    del kept

@@ -91,6 +91,7 @@ TINY = [
     Gate((1, 1), norm=False),
     Gate((1, 3)),
     Gate((2, 1100), layout="expanded"),
+    Gate((3, 600), kind="gated_rms"),
     Gate((0, 5)),
     Gate((3, 5, 10), kind="rms"),
     Gate((2, 7, 40), bias=False, kind="rms", layout="slice"),

@@ -98,6 +98,29 @@ def test_default_weights_are_those_of_the_modality(sample, tmp_path, monkeypatch
     assert cli.find_weights(video=False).name == "d.safetensors"
 
 
+def test_a_training_checkpoint_with_its_config(sample, tmp_path):
+    config, path = tmp_path / "c.py", tmp_path / "iter_2.pth"
+    config.write_text(
+        "task = 'diffusion'\ncustom_imports = dict(imports=['mambavision.diffusion.register'])\n"
+        "model = dict(type='Diffusion', objective=dict(type='RectifiedFlow'), compile=True,\n"
+        "    network=dict(type='dim_debug', input_size=(8, 8), in_channels=3, num_classes=3))\n"
+        "train_dataloader = test_dataloader = optim_wrapper = dict()\n"
+    )
+    state = {f"network.{name}": value for name, value in untrained_network(num_classes=3).state_dict().items()}
+    torch.save({"state_dict": state, "meta": {"dataset_meta": {"classes": ["cat", "dog", "fox"]}}}, path)
+    code, _, err = sample("--config", config, "--weights", path, "--classes", "fox")
+    assert code == 0, err
+    assert sample("--classes", "fox", "--out-dir", tmp_path / "published")[0] == 0
+    assert np.array_equal(pictures(tmp_path / "out"), pictures(tmp_path / "published"))
+    assert "name the config it was trained by with --config" in refusal(sample("--weights", path))
+    config.write_text(config.read_text().replace("num_classes=3", "num_classes=2"))
+    assert "does not fit this network" in refusal(sample("--config", config, "--weights", path))
+    config.write_text(config.read_text().replace("input_size=(8, 8)", "input_size=(9, 8)"))
+    assert "9 x 8 cannot be cut into patches" in refusal(sample("--config", config, "--weights", path))
+    config.write_text(config.read_text().replace("'diffusion'\n", "'restoration'\n"))
+    assert "is no config of a diffusion network" in refusal(sample("--config", config, "--weights", path))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
