@@ -3,9 +3,9 @@
     python tools/benchmark_video_unet.py --out-dir runs/video_unet
 
 Times a forward pass and a training step (forward, backward) of the U-Net, and of one temporal layer alone at its first
-level, under bfloat16 autocast (on a GPU short calls as CUDA graphs: without the host's time). Prints a table, and for each layer
-the exponent p of time or memory ~ frames^p between the longest three lengths; writes frames.csv and frames.png. What is
-in frames.csv already is not measured again.
+level, under bfloat16 autocast; on a GPU short calls as CUDA graphs, without the host's time. Prints tables, and for
+each layer the exponent p of time or memory ~ frames^p between the longest three lengths; writes frames.csv and
+frames.png. What is in frames.csv already is not measured again.
 """
 
 import argparse
