@@ -31,9 +31,7 @@ from mambavision.backbones.window_transformer import window_transformer
 from mambavision.engine import cli
 from mambavision.engine.flops import count_macs
 
-NETWORKS = {
-    f.__name__: f for f in (serpent_s, window_transformer, conv_unet, dncnn, serpent_t, serpent_b, serpent_l)
-}
+NETWORKS = {f.__name__: f for f in (serpent_s, window_transformer, conv_unet, dncnn, serpent_t, serpent_b, serpent_l)}
 DEFAULT = ("serpent_s", "window_transformer", "conv_unet", "dncnn")
 COLUMNS = ("network", "parameters", "MACs/pixel", "what", "side", "ms", "MB", "device")
 WARM_UP, FEWEST = 2, 3  # calls: kernels are compiled; calls that are timed

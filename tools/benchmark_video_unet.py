@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mambavision.backbones.video_unet import OverFrames, Temporal, video_unet_b, video_unet_debug, video_unet_s
+from mambavision.backbones import video_unet
+from mambavision.backbones.video_unet import OverFrames, Temporal
 from mambavision.engine.cli import choose_device, run
 from mambavision.engine.files import atomic_path
 from mambavision.engine.memory import is_out_of_memory
@@ -29,7 +30,7 @@ from mambavision.engine.memory import is_out_of_memory
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # tools/bench, from whatever folder this is run
 from bench.timing import Graph, allocated_mb, in_turn, sample
 
-SIZES = {"s": video_unet_s, "b": video_unet_b, "debug": video_unet_debug}
+SIZES = {size: getattr(video_unet, f"video_unet_{size}") for size in ("t", "s", "b", "l", "debug")}
 PARTS = ("U-Net", "layer")
 SLOW_S = 0.1  # calls that take longer are timed without a CUDA graph, which would need its own memory
 
@@ -88,7 +89,8 @@ class Biased(nn.Module):
 
 def measure(args: argparse.Namespace, temporal: str, frames: int, part: str, device: torch.device) -> list[Line]:
     torch.manual_seed(0)
-    net = SIZES[args.size](args.channels, (frames, args.side, args.side), temporal=temporal).to(device)
+    clip = (frames, args.side, args.side)
+    net = SIZES[args.size](clip, in_channels=args.channels, temporal=temporal).to(device)
     if part == "layer":
         dim = net.config["dim"]
         net = Biased(net.init_temporal_layer.fn.fn, net.time_rel_pos_bias)
