@@ -31,6 +31,9 @@ def test_clips(train, tmp_path):
     code, text, err = train("clips", tmp_path / "f.safetensors", "--num", 8, "--steps", 2, "--batch-size", 22)
     assert code == 0 and "0.36 M parameters, test accuracy 0." in text, err
     assert load_features(tmp_path / "f.safetensors").modality == "video"
+    limited = ("--num", 8, "--steps", 100_000, "--batch-size", 22, "--max-seconds", 1)
+    code, text, err = train("clips", tmp_path / "g.safetensors", *limited)
+    assert code == 0 and (tmp_path / "g.safetensors").is_file(), err
 
 
 def test_bad_input_is_refused_in_one_line(train, tmp_path):
