@@ -48,7 +48,8 @@ def test_pictures_and_a_grid(sample, tmp_path):
     assert Image.open(tmp_path / "out" / "grid.png").size == (22, 22)
     said = json.loads((tmp_path / "out" / "samples.json").read_text())
     assert said["samples"] == [{"seed": 5, "class": "fox"}, {"seed": 6, "class": "cat"}, {"seed": 7, "class": "fox"}]
-    assert said["guidance_scale"] == 2 and said["num_inference_steps"] == 2
+    assert (said["guidance_scale"], said["num_inference_steps"]) == (2, 2)
+    assert (said["scheduler"], said["precision"]) == ("euler", "fp32")
 
 
 def test_same_pictures_again_and_whatever_the_batch(sample, tmp_path):
@@ -181,7 +182,7 @@ def test_the_output_folder_must_be_free_and_writable(sample, tmp_path, monkeypat
 def test_too_little_memory_says_what_is_needed(sample, monkeypatch, tmp_path):
     from mambavision.diffusion import pipeline
 
-    monkeypatch.setattr(pipeline, "peak_memory", lambda call, device: 10**9)
+    monkeypatch.setattr(pipeline, "measure_peak", lambda call, device: 10**9)
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 10**9)
     line = refusal(sample())
     assert "one 8x8 picture needs about 1.00 GB on cpu, 1.00 GB are free" in line and not written(tmp_path / "out")
