@@ -4,8 +4,9 @@
 
 Times a forward pass and a training step (forward, backward) of the U-Net, and of one temporal layer alone at its first
 level, under bfloat16 autocast; on a GPU short calls as CUDA graphs, without the host's time. Prints tables, and for
-each layer the exponent p of time or memory ~ frames^p between the longest three lengths; writes frames.csv and
-frames.png. What is in frames.csv already is not measured again.
+each layer two fits to the longest three lengths: the exponent p of time or memory ~ frames^p, and the share of the
+squared term of a frames + b frames^2 at the longest; writes frames.csv and frames.png. What is in frames.csv already is
+not measured again.
 """
 
 import argparse
@@ -114,6 +115,13 @@ def exponent(frames: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(frames[-3:]), np.log(values[-3:]), 1)[0])
 
 
+def squared_share(frames: list[int], values: list[float]) -> float:
+    """Share of b frames^2 at the longest, of the fit a frames + b frames^2 to the longest three lengths."""
+    powers = np.power.outer(np.array(frames[-3:], float), [1, 2])
+    fit = np.linalg.lstsq(powers / np.array(values[-3:])[:, None], np.ones(len(powers)), rcond=None)[0]
+    return float(fit[1] * powers[-1, 1] / (fit @ powers[-1]))
+
+
 def read(path: Path) -> list[Line]:
     """The lines of a file of :func:`write`, none if there is no such file."""
     if not path.is_file():
@@ -126,20 +134,22 @@ def read(path: Path) -> list[Line]:
 
 
 def table(lines: list[Line], part: str, call: str, figure: str) -> list[str]:
-    """Rows of layers, columns of frames, and the exponent of time (from clips/s) or memory."""
+    """Rows of layers, columns of frames, and the two fits of time (for clips/s) or memory."""
     chosen = [line for line in lines if (line.part, line.call) == (part, call) and getattr(line, figure) is not None]
     if not chosen:
         return []
     lengths = sorted({line.frames for line in chosen})
     unit = {"clips_per_s": "clips/s", "memory_mb": "peak memory, MB"}[figure]
-    rows = [f"| {part}, {call}: {unit} | {' | '.join(map(str, lengths))} | exponent |"]
-    rows.append("|---" * (len(lengths) + 2) + "|")
+    rows = [f"| {part}, {call}: {unit} | {' | '.join(map(str, lengths))} | exponent | squared |"]
+    rows.append("|---" * (len(lengths) + 3) + "|")
     for temporal in dict.fromkeys(line.temporal for line in chosen):
         own = {line.frames: line for line in chosen if line.temporal == temporal}
         cells = [f"{getattr(own[n], figure):.4g}" if n in own else "-" for n in lengths]
         costs = [own[n].memory_mb if figure == "memory_mb" else own[n].ms for n in sorted(own)]
-        fit = f"{exponent(sorted(own), costs):.2f}" if len(own) > 2 else "-"
-        rows.append(f"| {temporal} | {' | '.join(cells)} | {fit} |")
+        fits = ["-", "-"]
+        if len(own) > 2:
+            fits = [f"{exponent(sorted(own), costs):.2f}", f"{max(squared_share(sorted(own), costs), 0):.0%}"]
+        rows.append(f"| {temporal} | {' | '.join([*cells, *fits])} |")
     return rows
 
 
@@ -228,7 +238,7 @@ def main() -> None:
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
     plot(lines, args.out_dir / "frames.png")
-    print(f"{lines[0].device if lines else device}, torch {torch.__version__}, {args.batch} clips, size {args.size}")
+    print(f"{lines[0].device if lines else device}, torch {torch.__version__}, {args.batch} clips of size {args.size}")
     for part in args.parts:
         for call in ("forward", "training step"):
             for figure in ("clips_per_s", "memory_mb"):
