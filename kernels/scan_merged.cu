@@ -505,7 +505,7 @@ INLINE void merged_backward(const Call &c) {
         if (warp == 0 && lane < PAIRS) {
             const float2 end = make_float2(to_p.x * s.x + to_g.x, to_p.y * s.y + to_g.y);
             carry[n][pair] = end;
-            if (here.i == 0) *(float2 *)(c.last + state) = end;
+            if (c.last && here.i == 0) *(float2 *)(c.last + state) = end;
         }
         to_p = make_float2(__shfl_down_sync(~0u, to_p.x, PAIRS), __shfl_down_sync(~0u, to_p.y, PAIRS));
         to_g = make_float2(__shfl_down_sync(~0u, to_g.x, PAIRS), __shfl_down_sync(~0u, to_g.y, PAIRS));

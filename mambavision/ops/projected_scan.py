@@ -12,7 +12,7 @@ from torch import Tensor
 from mambavision.ops import dispatch
 from mambavision.ops.choice import autocasted
 from mambavision.ops.dispatch import Backend
-from mambavision.ops.multi_scan import checked, low_rank_delta, sizes
+from mambavision.ops.multi_scan import check_shapes, low_rank_delta, order_index, sizes
 from mambavision.ops.orders import Grid, OrderTable, Preset, ScanOrder
 
 PART = 2**26  # bytes of delta that are worth a part of the batch of their own
@@ -54,15 +54,16 @@ def projected_scan(
         RuntimeError: the backend asked for cannot run the call.
     """
     x = autocasted(x)
-    batch, length, channels, K, N = sizes(x, A)
+    _, _, channels, K, N = sizes(x.shape, A.shape)
     R = dt_weight.shape[-1]
-    expected = {
-        "x_proj": (x_proj, (K, R + 2 * N, channels)),
-        "dt_weight": (dt_weight, (K, channels, R)),
-        "D": (D, (K, channels)),
-        "delta_bias": (delta_bias, (K, channels)),
-    }
-    order = checked(orders, grid, x, K, expected)
+    order = order_index(orders, grid, x)
+    check_shapes(
+        orders=(order.shape, (K, x.shape[1])),
+        x_proj=(x_proj.shape, (K, R + 2 * N, channels)),
+        dt_weight=(dt_weight.shape, (K, channels, R)),
+        D=(None if D is None else D.shape, (K, channels)),
+        delta_bias=(None if delta_bias is None else delta_bias.shape, (K, channels)),
+    )
     backend = dispatch.choose(backend, x.device.type, x.dtype, operator.index(N))
     tensors = (x, x_proj, dt_weight, A, D, delta_bias)
     learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
@@ -208,7 +209,7 @@ def _gradients(
             _copy(dB, to, R)
             _copy(dC, to, R + N)
         new = (dweight, dA, dD, dbias)
-        sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
+        sums = new if sums is None else tuple(a if a is None else a + b for a, b in zip(sums, new, strict=True))
         own = dx[part].flatten(0, 1)
         if du.data_ptr() != own.data_ptr():
             own.copy_(du.flatten(0, 2))
