@@ -71,7 +71,7 @@ def main() -> int:
     timing.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     timing.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="float32 on CPU, bfloat16 on CUDA")
     timing.add_argument("--rows", nargs="+", metavar="ROW", help="some of the device's rows")
-    timing.add_argument("--only", nargs="+", metavar="NAME", help="some implementations: default, cuda, mamba_ssm, SDPA")
+    timing.add_argument("--only", nargs="+", metavar="NAME", help="some implementations: default, mamba_ssm, SDPA")
     timing.add_argument("--threads", type=int, default=2, help="CPU threads")
     timing.add_argument("--budget", type=float, help=f"seconds per figure, default {BUDGET_S}")
     timing.add_argument("--csv", help="also write the figures to this file")
