@@ -162,9 +162,7 @@ def measure(row: Row, name: str, host: Host, entrants: dict[str, Entrant]) -> li
     return lines
 
 
-def run(
-    rows: dict[str, Row], first_calls: list[str], host: Host, only: set[str] | None = None
-) -> Iterator[list[Line]]:
+def run(rows: dict[str, Row], first_calls: list[str], host: Host, only: set[str] | None = None) -> Iterator[list[Line]]:
     """Lines of one row after the other, of contenders named in ``only``. A row that fails is reported and left out."""
     for op in first_calls:
         try:
