@@ -6,6 +6,7 @@ Inputs are made on the CPU, and ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` gives each 
 an access outside of one is seen. Prints the names of the kernels that ran.
 """
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -38,12 +39,10 @@ SSDS = [  # length, heads, P, N, groups, chunk, both directions, initial and las
 
 
 # warp w meets all others w times before it takes over and WARPS - w times once it has passed on: one after the other
-HANDING_ON = """INLINE void pass_on(int id) { asm volatile("bar.arrive %0, 64;" : : "r"(id) : "memory"); }
-INLINE void take_over(int id) { asm volatile("bar.sync %0, 64;" : : "r"(id) : "memory"); }
-"""
-LOCKSTEP = """INLINE void pass_on(int) { for (int n = threadIdx.x / 32; n < blockDim.x / 32; n++) __syncthreads(); }
-INLINE void take_over(int) { for (int n = 0; n < threadIdx.x / 32; n++) __syncthreads(); }
-"""
+LOCKSTEP = {
+    "pass_on": "for (int n = threadIdx.x / 32; n < blockDim.x / 32; n++) __syncthreads();",
+    "take_over": "for (int n = 0; n < threadIdx.x / 32; n++) __syncthreads();",
+}
 
 
 def in_lockstep(folder: Path) -> None:
@@ -54,9 +53,11 @@ def in_lockstep(folder: Path) -> None:
     """
     intrinsics, *others = cuda._MERGING
     text = intrinsics.read_text()
-    assert text.count(HANDING_ON) == 1
+    for name, body in LOCKSTEP.items():
+        text, count = re.subn(rf"(INLINE void {name}\(int id\)) {{[^}}]*}}", rf"\1 {{ {body} }}", text)
+        assert count == 1, name
     changed = folder / intrinsics.name
-    changed.write_text(text.replace(HANDING_ON, LOCKSTEP))
+    changed.write_text(text)
     cuda._MERGING = (changed, *others)
 
 
