@@ -596,16 +596,16 @@ class Scans:
             tensors, to = _ready(tensors), {"dx": dx, "dB": dB, "dC": dC, "overwrite_delta": overwrite_delta}
             return _scans(tensors, *self._options[1:]).backward(dy, gradient, tensors, starts, **to)
         x, delta, A, B, C, D, bias, initial, _, z = tensors
-        batch, length, K, channels = self._shape
+        batch, length, K, _ = self._shape
         pitch = 0 if dB is None else dB.stride(2)
         if dB is None:
             token = batch, length, K, self._state_shape[-1]
             dB, dC = B.new_empty(*token), C.new_empty(*token)
         dx = x.new_empty(*self._x_shape) if dx is None else dx
         ddelta = delta if overwrite_delta and delta.is_contiguous() else delta.new_empty(*self._shape)
-        dA = A.new_empty(*self._state_shape[1:])
-        dD = None if D is None else D.new_empty(K, channels)
-        dbias = None if bias is None else bias.new_empty(K, channels)
+        dA = torch.empty_like(A)
+        dD = None if D is None else torch.empty_like(D)
+        dbias = None if bias is None else torch.empty_like(bias)
         dinitial = None if initial is None else A.new_empty(*self._state_shape)
         dz = None if z is None else z.new_empty(*self._shape)
         gradients = dx, ddelta, dA, dB, dC, dD, dbias, dinitial, dz
@@ -618,7 +618,8 @@ class Scans:
         if layout is None:
             layout = self._layouts[key] = self._layout(start_type, aligned, layout_of(dy), pitch)
         scratch, device = A.new_empty(layout.scratch), self._options[0]
-        ends, sums, kept, *parts = [scratch.data_ptr() + offset for offset in layout.offsets[:-1]]
+        base = scratch.data_ptr()
+        ends, sums, kept, *parts = [base + offset for offset in layout.offsets[:-1]]
         dB_parts, dC_parts, dA_parts, dD_parts, dbias_parts, *dx_parts = parts
         argument = _BACKWARD.pack(
             *given, 0, _address(dinitial), kept if starts is None else starts.data_ptr(), ends, sums,
