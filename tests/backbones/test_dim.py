@@ -86,7 +86,12 @@ def test_orders_are_explicit_permutations(mixer, orders):
     for i, block in enumerate(net.blocks):
         order = scan_order(cycle[i % len(cycle)], (4, 4))
         h = h.index_copy(1, order, block(h[:, order], c))
-    torch.testing.assert_close(net(x, t), dim.unpatchify(net.final(h, c), 2, (8, 8)))
+    y, expected = net(x, t), dim.unpatchify(net.final(h, c), 2, (8, 8))
+    torch.testing.assert_close(y, expected)
+    weight = torch.randn_like(y)
+    grads = [torch.autograd.grad((v * weight).sum(), list(net.parameters())) for v in (y, expected)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
