@@ -21,7 +21,7 @@ from mambavision.diffusion.objectives import NUM_STEPS, Objective, Scheduler
 from mambavision.diffusion.outputs import to_pil
 from mambavision.engine.cli import choose_device
 from mambavision.engine.files import check_folder
-from mambavision.engine.memory import free_memory, is_out_of_memory, peak_memory
+from mambavision.engine.memory import free_memory, is_out_of_memory, measure_peak
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -315,7 +315,8 @@ class DiffusionPipeline:
         def once() -> None:
             self._decode(self._predict(x, 500.0, labels, 2.0 if guided else 1.0, precision))
 
-        return max(peak_memory(once, self.device) or 0, 16 * x.nbytes)
+        once()  # libraries make their workspaces
+        return max(measure_peak(once, self.device) or 0, 16 * x.nbytes)
 
     def _sampled(
         self,

@@ -1,4 +1,4 @@
-"""How much memory there is to use, and telling that it ran out."""
+"""How much memory there is to use and a call takes, and telling that it ran out."""
 
 import contextlib
 import ctypes
@@ -39,13 +39,12 @@ def _available() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_memory(call: Callable[[], object], device: str | torch.device) -> int | None:
-    """Bytes that a call takes at most beside what is taken before it; None where the system does not tell.
+def measure_peak(call: Callable[[], object], device: str | torch.device) -> int | None:
+    """Make a call and return the most bytes it held on a device beyond what was there, what it returns included.
 
-    The call is made twice, since libraries make their workspaces in the first one.
+    Of the CPU these are what Linux calls resident bytes of the process; None on other systems.
     """
     device = torch.device(device)
-    call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -58,9 +57,9 @@ def peak_memory(call: Callable[[], object], device: str | torch.device) -> int |
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = _resident("VmRSS")
     except OSError:  # not Linux
-        return None
+        before = None
     call()
-    return _resident("VmHWM") - before
+    return None if before is None else _resident("VmHWM") - before
 
 
 def _give_free_memory_back() -> None:
@@ -69,7 +68,7 @@ def _give_free_memory_back() -> None:
 
 
 def _resident(field: str) -> int:
-    lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 

@@ -62,7 +62,7 @@ def decode_unchanged(
     except cv2.error:
         img = None
     if img is None:
-        raise DatasetError(f"{name}: not a photo that OpenCV can decode (starts with {data[:8]!r})")
+        raise DatasetError(f"{name}: not a photo of 1 to 4 channels that OpenCV can decode (starts with {data[:8]!r})")
     if img.dtype not in (np.uint8, np.uint16):
         raise DatasetError(f"{name}: {img.dtype} pixels; save it with 8 or 16 bits a channel")
     return np.ascontiguousarray(img)

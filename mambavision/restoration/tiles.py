@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mambavision.engine.memory import free_memory, peak_memory
+from mambavision.engine.memory import free_memory, measure_peak
 
 MIN_TILE = 64
 ALIGNMENT = 32  # pixels; tiles start at multiples of a U-Net's stride, or its patches fall elsewhere than in the whole
@@ -156,7 +156,9 @@ def measure_bytes_per_pixel(network: Network, channels: int, device: str | torch
     device = torch.device(device)
     side = _PROBE[device.type]
     x = torch.rand(1, channels, side, side).to(device)
-    taken = peak_memory(lambda: network(x), device)
+    if device.type == "cuda":
+        network(x)  # workspaces of the libraries, made once
+    taken = measure_peak(lambda: network(x), device)
     return float(_ASSUMED) if taken is None else max(taken / side**2, 4.0 * channels)
 
 

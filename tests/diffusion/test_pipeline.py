@@ -245,7 +245,7 @@ def test_class_names_must_fit(make_pipeline):
 
 def test_too_little_memory_says_what_is_needed(make_pipeline, monkeypatch):
     pipeline = make_pipeline()
-    monkeypatch.setattr(module, "peak_memory", lambda call, device: 10**9)
+    monkeypatch.setattr(module, "measure_peak", lambda call, device: 10**9)
     monkeypatch.setattr(module, "free_memory", lambda device: 4 * 10**9)
     sizes = []
     monkeypatch.setattr(

@@ -181,7 +181,7 @@ def test_the_output_folder_must_be_free_and_writable(sample, tmp_path, monkeypat
 def test_too_little_memory_says_what_is_needed(sample, monkeypatch, tmp_path):
     from mambavision.diffusion import pipeline
 
-    monkeypatch.setattr(pipeline, "peak_memory", lambda call, device: 10**9)
+    monkeypatch.setattr(pipeline, "measure_peak", lambda call, device: 10**9)
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 10**9)
     line = refusal(sample())
     assert "one 8x8 picture needs about 1.00 GB on cpu, 1.00 GB are free" in line and not written(tmp_path / "out")
