@@ -37,6 +37,9 @@ def test_a_run_on_a_cpu(tmp_path):
         assert float(row["clips_per_s"]) == pytest.approx(1e3 / float(row["ms"]), rel=1e-3)
     assert "| U-Net, training step: clips/s | 2 | 4 | exponent |" in done.stdout
     assert cv2.imread(str(tmp_path / "frames.png")).std() > 10
+    before = (tmp_path / "frames.csv").read_text()
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0 and (tmp_path / "frames.csv").read_text() == before  # not measured again
 
 
 def test_no_frames_is_refused(tmp_path):
