@@ -18,6 +18,7 @@ from typing import get_args
 from mambavision.diffusion import cli
 from mambavision.diffusion.objectives import Scheduler
 from mambavision.diffusion.outputs import RATE
+from mambavision.diffusion.pipeline import Precision
 from mambavision.engine.cli import run
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--scheduler", choices=get_args(Scheduler), help="default: euler, or dpm-solver++")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--batch-size", type=int, help="samples at once (default: up to 64, as memory allows)")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=get_args(Precision), help="default: bf16 on a GPU, fp32 on a CPU")
     save_help = "grid, single files, samples.npz (default: grid single)"
     parser.add_argument("--save", nargs="+", choices=get_args(cli.Output), default=["grid", "single"], help=save_help)
     parser.add_argument("--rate", type=float, default=RATE, help=f"frames a second of clips (default: {RATE:g})")

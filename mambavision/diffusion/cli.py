@@ -160,6 +160,8 @@ def sample_files(
     named = pipeline.class_names or range(pipeline.network.num_classes)
     made = [{"seed": seed + i} | ({} if label is None else {"class": named[label]}) for i, label in enumerate(labels)]
     said = {name: value for name, value in options.items() if name not in ("progress", "batch_size")}
+    said["scheduler"] = said.get("scheduler") or pipeline.default_scheduler
+    said["precision"] = said.get("precision") or pipeline.default_precision
     with atomic_path(Path(out_dir, "samples.json")) as temporary:
         temporary.write_text(json.dumps({**said, "samples": made}, indent=1) + "\n")
     return targets

@@ -303,4 +303,5 @@ def test_bf16_on_a_gpu(make_pipeline, guidance):
     pipeline.to("cuda")
     half = pipeline(precision="bf16", batch_size=4, **options).images
     assert half.isfinite().all() and (half - exact).abs().mean() < 0.05
-    torch.testing.assert_close(pipeline(**options).images, exact, atol=0.02, rtol=0)
+    torch.testing.assert_close(pipeline(precision="fp32", **options).images, exact, atol=0.02, rtol=0)
+    assert pipeline.default_precision == "bf16"
