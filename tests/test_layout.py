@@ -22,8 +22,7 @@ THIRD_PARTY = {  # of each layer, beside the standard library
     "detection": {"torch", "torchvision", "numpy", "timm", "cv2", "PIL", "pycocotools", "safetensors", "rich", "tqdm"}
     | {"matplotlib"}  # comes with mmengine and mmdet
     | OPENMMLAB,
-    "restoration": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine"}
-    | {"lpips"},  # on demand
+    "restoration": {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine"},
 }
 BELOW = {
     "kernels": {"kernels"},

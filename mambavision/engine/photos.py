@@ -49,7 +49,7 @@ def imread_unchanged(
     except cv2.error:
         img = None
     if img is None:
-        raise DatasetError(f"{path}: not a photo that OpenCV can decode (starts with {data[:8]!r})")
+        raise DatasetError(f"{path}: not a photo of 1 to 4 channels that OpenCV can decode (starts with {data[:8]!r})")
     if img.dtype not in (np.uint8, np.uint16):
         raise DatasetError(f"{path}: {img.dtype} pixels; save it with 8 or 16 bits a channel")
     return np.ascontiguousarray(img)
