@@ -140,10 +140,26 @@ INLINE void copy_async_16_of_line(void *shared, const void *global) {
                  : "memory");
 }
 
-// One warp to another, through barrier `id` from 1 to 15: what it wrote before pass_on is there after take_over. Neither
-// for a second time before the other has come
-INLINE void pass_on(int id) { asm volatile("bar.arrive %0, 64;" : : "r"(id) : "memory"); }
-INLINE void take_over(int id) { asm volatile("bar.sync %0, 64;" : : "r"(id) : "memory"); }
+// Some warps of a block to others, through barrier `id` from 1 to 15, on which COUNT threads meet in all: what a warp wrote
+// before pass_on or take_over is there after another's take_over. None for a second time before all have come
+template <int COUNT = 64> INLINE void pass_on(int id) {
+    asm volatile("barrier.arrive %0, %1;" : : "r"(id), "n"(COUNT) : "memory");
+}
+template <int COUNT = 64> INLINE void take_over(int id) {
+    asm volatile("barrier.sync %0, %1;" : : "r"(id), "n"(COUNT) : "memory");
+}
+
+// Block to block: what a warp's lanes wrote before __syncwarp and one lane's post is there after await_all, by all lanes
+// of a warp, of so many counts in global memory of which each is to reach the goal
+INLINE void post(unsigned *count) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" : : "l"(count) : "memory"); }
+INLINE void await_all(const unsigned *counts, int size, unsigned goal) {
+    for (int i = threadIdx.x % 32; i < size; i += 32) {
+        unsigned count;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counts + i) : "memory");
+        while (count < goal);
+    }
+    __syncwarp();
+}
 
 // Ends a group: the copies since the last one
 INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }

@@ -15,11 +15,12 @@ from mambavision.kernels import nvrtc
 
 _SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "ssd.cu"))
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_POINTERS = struct.Struct("12P")
+_POINTERS = struct.Struct("13P")
 _REST = struct.Struct("17q7if")  # the rest of ssd.cu's Call: its views, its sizes
 STRIP, SLICE = 32, 64  # tokens and columns of P that a warp takes at once
 CHUNK_SIZES = (32, 64, 128, 256)
 MOST_STATES = 128  # d_state that shared memory holds
+MOST_JOINED = 64  # chunks up to which one kernel does all: 8 times as many as a lane holds states of
 MOST_DIRECT = 3  # chunks up to which each takes states of all others, rather than those that `chain` makes of them
 _NONE = 3  # ssd.cu's type of what is not there
 
@@ -75,6 +76,18 @@ def plan(
     return sums, outputs
 
 
+def joins(chunks: int, chunk: int, states: int, given: bool, processors: int) -> bool:
+    """Whether ``joined`` serves: states only between full chunks of a sequence, which are all on the GPU at once."""
+    return 1 < chunks <= min(MOST_JOINED, processors) and chunk == CHUNK_SIZES[-1] and states == SLICE and not given
+
+
+def joined_plan(batch: int, chunks: int, groups: int, jobs: int, processors: int) -> tuple[Plan, int]:
+    """Plan of ``joined``, and its blocks: teams of one for each chunk, all of them there at once."""
+    teams = processors // chunks
+    share = _share(jobs, batch * groups, teams, 3)
+    return Plan(16, 1, share), chunks * min(teams, batch * groups * -(-jobs // share))
+
+
 @functools.cache
 def _compilers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(8, "nvrtc")
@@ -110,11 +123,13 @@ class _Signature(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """All of a call but its addresses: kernels, blocks, threads, the end of their argument; bytes of states, of all."""
+    """All of a call but its addresses: kernels, blocks, threads, the end of their argument; bytes of states, of all;
+    counts of ``joined``, whose blocks wait for each other."""
 
     launches: tuple[tuple[nvrtc.Kernel, int, int, bytes], ...]
     states: int
     scratch: int
+    posted: int
 
 
 def _strides(view: tuple | None) -> tuple[int, ...]:
@@ -141,6 +156,13 @@ def _shared(cut: _Cut, states: int, rows: int) -> tuple[int, int]:
     outputs = panels * tile + cut.slots * (tile + sent + 16 * chunk)
     outputs += (2 * cut.entering * states + 8 * (chunk // rows)) * row + 2 * STRIP * chunk
     return 2 * (tile + sent), outputs
+
+
+def _shared_joined(states: int, directions: int) -> int:
+    """Bytes of shared memory of a block of ``joined``: B and C, three jobs, states of one that enter."""
+    row, chunk = 2 * SLICE, CHUNK_SIZES[-1]
+    jobs = 3 * (chunk * row + 20 * chunk + 4 * chunk // STRIP)
+    return 2 * chunk * row + jobs + (directions * states + chunk // 2) * row + 2 * STRIP * chunk
 
 
 def _cut(length: int, states: int, directions: int, asked: int, given: bool, rows: int, most: int) -> _Cut:
@@ -183,6 +205,15 @@ def _layout(call: _Signature) -> _Layout:
         kernel = _kernel(entry, call.device, shared, **known)
         return kernel, blocks * parts, laid.warps * 32, _REST.pack(*views, *sizes)
 
+    shared = _shared_joined(states, directions)
+    given = call.initial or call.last
+    if asynchronous and joins(chunks, cut.chunk, states, given, processors) and shared <= most:
+        laid, blocks = joined_plan(batch, chunks, G, jobs, processors)
+        more = {"STATES": directions, "DIRECT": 0, "SLOTS": 3, "BLOCKS": 1}
+        more["D_TYPE"] = _NONE if call.D is None else _TYPES[call.D[2]]
+        kernel, _, *rest = launch("joined", laid, 0, shared, **more)
+        stored = 2 * blocks * directions * states * width * 2
+        return _Layout(((kernel.result(), blocks, *rest),), stored, stored + 2 * blocks * 4, 2 * blocks)
     launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 1}
     of_sums, of_outputs = _shared(cut._replace(entering=entering), states, rows)
     if entering or call.last:
@@ -197,7 +228,7 @@ def _layout(call: _Signature) -> _Layout:
     launches = tuple((kernel.result(), *rest) for kernel, *rest in launches)
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
-    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4)
+    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4, 0)
 
 
 def _near(v: Tensor) -> Tensor:
@@ -275,11 +306,13 @@ def ssd(
         _Signature(device, dt_softplus, bidirectional, diagonal, chunk_size or 0, taken, return_last_state, *views)
     )
     scratch = y.new_empty(-(-layout.scratch // 2)) if layout.scratch else None
+    posted = A.new_zeros(layout.posted, dtype=torch.int32) if layout.posted else None
     states = _address(scratch)
     argument = _POINTERS.pack(
         x.data_ptr(), dt.data_ptr(), B.data_ptr(), C.data_ptr(), _address(D), A.data_ptr(), _address(bias),
         _address(initial), y.data_ptr(), states, states + layout.states, last.data_ptr() if return_last_state else 0,
+        _address(posted),
     )  # fmt: skip
     for function, blocks, threads, rest in layout.launches:
-        nvrtc.launch(function, blocks, threads, argument + rest, device)
+        nvrtc.launch(function, blocks, threads, argument + rest, device, layout.posted > 0)
     return y, last
