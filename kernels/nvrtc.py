@@ -242,9 +242,7 @@ def _launcher(together: bool):
     return launch
 
 
-def launch(
-    function: Kernel, blocks: int, threads: int, argument: bytes, device: int, together: bool = False
-) -> None:
+def launch(function: Kernel, blocks: int, threads: int, argument: bytes, device: int, together: bool = False) -> None:
     """Launch on torch's current stream of a device with one argument, passed by value.
 
     ``together``: all blocks are there at once and may wait for each other; more than fit are an error.

@@ -24,9 +24,9 @@ ASCENDING, DESCENDING, RANDOM = 0, 1, 2  # orders of a block's threads; RANDOM a
 
 ENTRY = """
 extern "C" __attribute__((visibility("default")))
-const char *emulate(unsigned blocks, unsigned threads, unsigned shared, int order, bool together, const void *argument) {{
+const char *emulate(unsigned blocks, unsigned threads, unsigned shared, int order, bool together, const void *with) {{
     const auto call = [](const void *argument) {{ emulator::call({name}, argument); }};
-    return emulator::run(call, blocks, threads, shared, order, together, argument);
+    return emulator::run(call, blocks, threads, shared, order, together, with);
 }}
 """
 

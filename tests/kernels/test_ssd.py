@@ -314,6 +314,37 @@ def test_cuda_of_sm_90_in_the_emulator(case, emulator, asynchronous):
     check_forward(case)
 
 
+JOINED = [  # case, and processors
+    (Case(300, "sum", 1, 64, 64, dtype="bf16", options=False), 132),
+    (Case(600, "free", 2, 72, 64, 2, "bf16", options=False, strided=True), 4),  # one team after the other's work
+    (Case(1024, "causal", 3, 64, 64, dtype="bf16", options=False), 9),
+    (Case(2304, "sum", 1, 64, 64, dtype="bf16", options=False), 18),  # more chunks than a lane holds
+]
+
+
+@pytest.mark.parametrize(("case", "processors"), JOINED, ids=str)
+def test_blocks_that_hand_states_to_each_other(case, processors, emulator, asynchronous):
+    emulator.processors = processors
+    check_forward(case)
+    assert {name for name, _, _ in emulator.launches} == {"ssd_joined"}
+    assert max(blocks for _, blocks, _ in emulator.launches) <= processors
+
+
+def test_no_order_of_threads_or_of_blocks_changes_a_bit_of_what_they_hand_over(emulator, asynchronous):
+    case, emulator.processors, results = Case(300, "sum", 3, 64, 64, dtype="bf16", options=False), 4, []
+    for emulator.order in (ASCENDING, DESCENDING, RANDOM, RANDOM + 1):
+        results.append(forward(*inputs(case), "cuda")["y"])
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+def test_blocks_that_are_not_there_together_are_not_waited_for(emulator, asynchronous, monkeypatch):
+    launch = emulator.launch
+    monkeypatch.setattr(emulator, "launch", lambda *args: launch(*args[:5]))
+    emulator.processors = 4
+    with pytest.raises(RuntimeError, match="waits for others"):
+        forward(*inputs(JOINED[0][0]), "cuda")
+
+
 @pytest.mark.parametrize("case", [CUDA[3], CUDA[6], replace(CUDA[7], chunk=64)], ids=str)
 def test_no_order_of_threads_changes_a_bit(case, emulator):
     results = []
