@@ -22,7 +22,7 @@ constexpr int TOKENS = 32 * STRIPS, WARPS = THREADS / 32, OWN = ROUND_UP(STRIPS,
 constexpr int ROW = 128, SLICE = 64;                             // bytes and elements of a tile's row in shared memory
 constexpr int PANELS = ROUND_UP(N, SLICE), STEPS = N / 16;       // tiles side by side that hold N states
 constexpr int TILE_BYTES = TOKENS * ROW, STATE_BYTES = N * ROW;
-constexpr int AHEAD = SLOTS - 1;  // jobs
+constexpr int AHEAD = SLOTS - 1, MOST_CHUNKS = 64;  // jobs; chunks of a team of `handed`
 constexpr bool BOTH = DIRECTIONS == 2;
 
 struct View { i64 batch, token, head; };  // strides in bytes
@@ -32,7 +32,7 @@ struct Call {
     const float *A, *bias, *initial;     // (heads); null or (heads); null or (batch, DIRECTIONS, heads, P, N)
     char *y, *states;                    // (batch, length, heads, P); (batch, chunks, jobs, DIRECTIONS, N, WIDTH)
     float *totals, *last;                // (batch, chunks, heads); null or like initial
-    unsigned *posted;                    // (2, blocks) zeros, of `joined`
+    unsigned *posted;                    // of `handed`: a zero a block
     View x_view, dt_view, B_view, C_view, D_view;
     i64 batch, length;
     int heads, groups, p, n, chunks;
@@ -142,13 +142,12 @@ template <bool PAIRS> struct Fetched {
 };
 
 // Rows of 128 bytes whose 16-byte pieces are exchanged, so that those of 8 rows in one place lie in different banks.
-// COLUMNS elements a row are filled by COUNT threads, with zeros where `from` has no such row or column; it has them all if it is WHOLE
-template <int ROWS, int COLUMNS, bool WHOLE, int COUNT = THREADS>
+// COLUMNS elements a row are filled, with zeros where `from` has no such row or column; it has them all if it is WHOLE
+template <int ROWS, int COLUMNS, bool WHOLE>
 INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int columns) {
-    constexpr int PIECES = COLUMNS / 8, EACH = ROUND_UP(ROWS * PIECES, COUNT), STEP = COUNT / PIECES;
-    const int thread = threadIdx.x % COUNT;
-    if constexpr (COUNT % (8 * PIECES) == 0) {
-        const int row = thread / PIECES, piece = thread % PIECES;
+    constexpr int PIECES = COLUMNS / 8, EACH = ROUND_UP(ROWS * PIECES, THREADS), STEP = THREADS / PIECES;
+    if constexpr (THREADS % (8 * PIECES) == 0) {
+        const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
         char *const to = tile + row * ROW + ((piece ^ row % 8) << 4);
         const char *const at = from + row * stride + piece * 16;
 #pragma unroll
@@ -160,8 +159,8 @@ INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int co
     } else {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int at = thread + i * COUNT, row = at / PIECES, piece = at % PIECES;
-            if (ROWS * PIECES % COUNT && at >= ROWS * PIECES) break;
+            const int at = threadIdx.x + i * THREADS, row = at / PIECES, piece = at % PIECES;
+            if (ROWS * PIECES % THREADS && at >= ROWS * PIECES) break;
             const bool inside = WHOLE || (row < rows && piece * 8 < columns);
             copy_async_16(
                 tile + row * ROW + ((piece ^ row % 8) << 4), from + (inside ? row * stride + piece * 16 : 0), inside
@@ -189,19 +188,21 @@ INLINE int lane_columns_first() {
     return (lane % 8 + lane / 16 * 8) * ROW + ((lane / 8 % 2 ^ lane % 8) << 4);
 }
 
-// c (16 x WIDTH) += a (16 x 16) times 16 rows of a tile, for COUNT a at once; a is in use until it is freed
+// c (16 x WIDTH) += a (16 x 16) times 16 rows of a tile from `row` on, for COUNT a at once; a is in use until it is freed
 template <int COUNT, bool ADD>
-INLINE void multiply(float (*c)[WIDTH / 8][4], const unsigned (*a)[4], const char *rows, int lane_offset) {
+INLINE void multiply(
+    float (*c)[WIDTH / 8][4], const unsigned (*a)[4], const char *tile, int row, int lane_offset
+) {
 #if TENSOR_ASYNC
     tensor_begin();
 #pragma unroll
-    for (int m = 0; m < COUNT; m++) tensor_64x64x16<X_TYPE, ADD>(c[m], a[m], rows);
+    for (int m = 0; m < COUNT; m++) tensor_64x64x16<X_TYPE, ADD>(c[m], a[m], tile, row * ROW);
     tensor_commit();
 #else
 #pragma unroll
     for (int i = 0; i < WIDTH / 16; i++) {
         unsigned b[4];
-        ldmatrix_x4_trans(b, rows + (lane_offset ^ i * 32));
+        ldmatrix_x4_trans(b, tile + row * ROW + (lane_offset ^ i * 32));
 #pragma unroll
         for (int m = 0; m < COUNT; m++) {
             mma_16x8x16<X_TYPE>(c[m][2 * i], a[m], b);
@@ -294,19 +295,6 @@ INLINE float decay_over(unsigned strips, const Sent &decays) {
     return exp2_fast(sum);
 }
 
-// Strips between the lane's strip and a chunk's right border (d 0) or its left one
-INLINE unsigned strips_beyond(int d) {
-    const int lane = threadIdx.x % 32;
-    return d ? (1u << lane) - 1 : ~0u << lane << 1;
-}
-
-INLINE float chunk_total(const Sent &decays) {
-    float sum = 0;
-#pragma unroll
-    for (int k = 0; k < STRIPS; k++) sum += decays.total[k];
-    return sum;
-}
-
 INLINE float4 four(const float *p) { return *(const float4 *)p; }
 
 // A 16 x 16 fragment with its columns scaled, and its rows g and g + 8
@@ -317,46 +305,16 @@ INLINE void scale(unsigned to[4], const unsigned from[4], uint2 columns, unsigne
     to[3] = multiply2<X_TYPE>(multiply2<X_TYPE>(from[3], columns.y), row_8);
 }
 
-// 16 states that a chunk sends over a border; keys(i, to): B^T of its tokens 16 i and on
-template <class Keys>
-INLINE void sum_up(float (*state)[WIDTH / 8][4], const Sent &own, int d, int tokens, const char *tile, const Keys &keys) {
-    const int q = threadIdx.x % 4, rows_first = lane_rows_first();
-    const float gates = decay_over(strips_beyond(d), own);
-    unsigned weight[2][1][4];
-#pragma unroll
-    for (int i = 0; i < WIDTH / 2; i++) state[0][i / 4][i % 4] = 0;
-#pragma unroll
-    for (int i = 0; i < STRIPS; i++) {
-        if (!ALL && i * 32 >= tokens) break;
-        const float gate = __shfl_sync(~0u, gates, i);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint2 sent = *(const uint2 *)(own.sent[d] + i * 32 + half * 16 + q * 4);
-            const float2 left = unpack2<X_TYPE>(sent.x), right = unpack2<X_TYPE>(sent.y);
-            const unsigned factors[2] = {
-                pack2<X_TYPE>(left.x * gate, left.y * gate), pack2<X_TYPE>(right.x * gate, right.y * gate)
-            };
-            unsigned key[4];
-            keys(2 * i + half, key);
-            free_weights<1>();
-#pragma unroll
-            for (int k = 0; k < 4; k++) weight[half][0][k] = multiply2<X_TYPE>(key[k], factors[k / 2]);
-            multiply<1, true>(state, weight[half], tile + (i * 32 + half * 16) * ROW, rows_first);
-        }
-    }
-    finish<1>(state);
-}
-
-// y of a chunk's rows, BLOCKS of 16 a warp. JOINED: `turn` jobs were done before
-template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &place, unsigned turn) {
+// y of a chunk's rows, BLOCKS of 16 a warp
+INLINE void outputs(const Call &call) {
     constexpr int ROWS = WARPS * BLOCKS * 16;
     constexpr int TOGETHER = TENSOR_ASYNC ? 2 * BLOCKS : 1;  // strips of warps that go together
-    constexpr int BUFFERS = JOINED ? 1 : 2;  // of states that enter
-    char *const tiles = dynamic_shared(), *const B_tile = tiles + (JOINED ? SLOTS : SLOTS - PANELS) * TILE_BYTES;
-    char *const C_tile = B_tile + PANELS * TILE_BYTES, *const entering = C_tile + PANELS * ROWS * ROW;
-    char *const stages = entering + BUFFERS * STATES * STATE_BYTES, *const stage = stages + threadIdx.x / 32 * (8 * ROW);
-    char *const own_scores = stages + WARPS * 8 * ROW + threadIdx.x * 16;
-    Decays *const decays = (Decays *)(stages + WARPS * 8 * ROW + BLOCKS * THREADS * 32);
+    char *const tiles = dynamic_shared(), *const B_tile = tiles + (SLOTS - PANELS) * TILE_BYTES;
+    char *const C_tile = tiles + SLOTS * TILE_BYTES, *const entering = C_tile + PANELS * ROWS * ROW;
+    char *const stage = entering + 2 * STATES * STATE_BYTES + threadIdx.x / 32 * (8 * ROW);
+    char *const own_scores = entering + 2 * STATES * STATE_BYTES + WARPS * 8 * ROW + threadIdx.x * 16;
+    Decays *const decays = (Decays *)(entering + 2 * STATES * STATE_BYTES + WARPS * 8 * ROW + BLOCKS * THREADS * 32);
+    const Place place(call, blockIdx.x);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), g = lane / 4, q = lane % 4;
     const int own_row = warp * BLOCKS * 16, row = place.rest * ROWS + own_row;  // the warp's first
     const int strip = row / 32, part = row / 16 % 2, jobs = call.heads * SLICES;
@@ -368,7 +326,7 @@ template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &pla
 
     const auto load = [&](int job, int slot) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
-        load_tile<TOKENS, WIDTH, ALL, JOINED ? THREADS / 2 : THREADS>(
+        load_tile<TOKENS, WIDTH, ALL>(
             tiles + slot * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
             place.tokens, call.p - p
         );
@@ -376,12 +334,12 @@ template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &pla
     };
     const auto load_states = [&](int job) {
 #pragma unroll
-        for (int s = 0; s < (JOINED ? 0 : STATES); s++) {
+        for (int s = 0; s < STATES; s++) {
             const int c = DIRECT ? s + (s >= place.c) : place.c, d = DIRECT ? s >= place.c : s;
             if (d >= DIRECTIONS) continue;
             const i64 at = ((place.b * call.chunks + c) * jobs + job) * DIRECTIONS + d;
             load_tile<N, WIDTH, true>(
-                entering + (job % BUFFERS * STATES + s) * STATE_BYTES, call.states + at * (N * WIDTH * 2), WIDTH * 2, N, WIDTH
+                entering + (job % 2 * STATES + s) * STATE_BYTES, call.states + at * (N * WIDTH * 2), WIDTH * 2, N, WIDTH
             );
         }
     };
@@ -394,17 +352,14 @@ template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &pla
     copy_async_commit();
     const int last = place.end - 1;  // begins with the last job: what `sums` read last may still be in the L2 cache
     const auto next = [&](int k) { return max(last - k, place.begin); };
-    constexpr int FREE = JOINED ? SLOTS : SLOTS - PANELS;  // slots that B does not take
-    constexpr int EARLY = AHEAD - JOINED;          // jobs in flight before the first
-    const bool loads = !JOINED || warp < WARPS / 2;
+    constexpr int FREE = SLOTS - PANELS;  // slots that B does not take
 #pragma unroll
     for (int k = 0; k < FREE; k++)
-        if (k < EARLY && loads) load(next(k), k);
+        if (k < AHEAD) load(next(k), k);
     Fetched<true> fetched, second;
     fetched.fetch(call, place, last / SLICES);
-    if (EARLY == 2) second.fetch(call, place, next(1) / SLICES);
-    if (loads) copy_async_wait<FREE < EARLY ? FREE : EARLY>();
-    else copy_async_wait<0>();
+    if (AHEAD == 2) second.fetch(call, place, next(1) / SLICES);
+    copy_async_wait<FREE < AHEAD ? FREE : AHEAD>();
     __syncthreads();
 
     // Of strip (first + i) % STRIPS at max(i - 1, 0), its 16 columns each, the warp's 16 rows each. The warp's own strip,
@@ -450,10 +405,10 @@ template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &pla
             }
     }
     static_assert(TOGETHER <= 2, "one other strip goes with the warp's own");
-    if (FREE < EARLY) __syncthreads();
+    if (FREE < AHEAD) __syncthreads();
 #pragma unroll
-    for (int k = FREE; k < EARLY; k++) load(next(k), k);
-    if (STATES && !JOINED) {
+    for (int k = FREE; k < AHEAD; k++) load(next(k), k);
+    if (STATES) {
         load_states(last);
         copy_async_commit();
     }
@@ -461,139 +416,33 @@ template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &pla
         return DIRECT && lane <= STATES
                    ? call.totals[(place.b * call.chunks + lane) * call.heads + job / SLICES] : 0.f;
     };
-    float own_total = fetch_total(last), next_total = fetch_total(next(1));
+    float chunk_total = fetch_total(last), next_total = fetch_total(next(1));
     fetched.store(place, decays[0]);
-    if (EARLY == 2) second.store(place, decays[1]);
-    fetched.fetch(call, place, next(EARLY) / SLICES);
+    if (AHEAD == 2) second.store(place, decays[1]);
+    fetched.fetch(call, place, next(AHEAD) / SLICES);
     if (SLOTS == 3) meet_copies();
 
-    // JOINED: warps of the first half form what the chunk sends of a job; those of the second make states that enter of
-    // what all chunks have sent, a part each
-    const auto states_of = [&](unsigned turn, int block) {
-        return call.states + ((i64)(turn % 2) * gridDim.x + block) * (DIRECTIONS * N * WIDTH * 2);
-    };
-    const int team = blockIdx.x - place.c;  // its first block
-    const auto send = [&](int slot, unsigned turn) {
-        const int d = warp / 4;
-        if (d >= DIRECTIONS) return;
-        if (threadIdx.x == 0) call.totals[turn % 2 * gridDim.x + blockIdx.x] = chunk_total(decays[slot]);
-        float state[1][WIDTH / 8][4];
-        sum_up(state, decays[slot], d, place.tokens, tiles + slot * TILE_BYTES, [&](int i, unsigned *key) {
-            ldmatrix_x4_trans(key, B_tile + i * 16 * ROW + (columns_first ^ warp % 4 * 32));
-        });
-        char *const to = states_of(turn, blockIdx.x) + (d * N + warp % 4 * 16) * (WIDTH * 2);
-        store_rows(to, WIDTH * 2, state[0], 16, WIDTH);
-        __syncwarp();
-        if (lane == 0) post(call.posted + blockIdx.x);
-    };
-    const auto chain_part = [&](unsigned turn) {
-        await_all(call.posted + team, call.chunks, (turn + 1) * (4 * DIRECTIONS));
-        constexpr int AT_ONCE = 8, PIECES = DIRECTIONS * N * WIDTH / 4, APART = DIRECTIONS * N * WIDTH * 2;
-        int segments = 1;
-        while (segments * AT_ONCE < call.chunks) segments *= 2;
-        const int side = 32 / segments, each = ROUND_UP(call.chunks, segments), first = lane / side * each;
-        const float *const totals = call.totals + turn % 2 * gridDim.x + team;
-        for (int i = place.c * (WARPS / 2) + warp - WARPS / 2; i < PIECES / side; i += call.chunks * (WARPS / 2)) {
-            const int piece = i * side + lane % side;
-            const bool d = piece >= N * WIDTH / 4;
-            uint2 *const states = (uint2 *)states_of(turn, team) + piece;
-            uint2 own[AT_ONCE];
-            float decay[AT_ONCE];
-            const auto chunk = [&](int j) { return d ? call.chunks - 1 - first - j : first + j; };
-            const auto inside = [&](int j) { return j < each && first + j < call.chunks; };
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                own[j] = make_uint2(0, 0), decay[j] = 0;
-                if (inside(j))
-                    own[j] = __ldcg(states + chunk(j) * (APART / 8)), decay[j] = __ldcg(totals + chunk(j));
-            }
-            float sum[4] = {}, kept = 0;
-            const auto add = [&](int j) {
-                const float2 low = unpack2<X_TYPE>(own[j].x), high = unpack2<X_TYPE>(own[j].y);
-                const float factor = exp2_fast(decay[j]);
-                sum[0] = sum[0] * factor + low.x, sum[1] = sum[1] * factor + low.y;
-                sum[2] = sum[2] * factor + high.x, sum[3] = sum[3] * factor + high.y;
-            };
-            if (segments > 1) {
-#pragma unroll
-                for (int j = 0; j < AT_ONCE; j++) add(j), kept += decay[j];
-                for (int by = side; by < 32; by *= 2) {
-                    const float factor = exp2_fast(kept), more = __shfl_up_sync(~0u, kept, by);
-#pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        const float before = __shfl_up_sync(~0u, sum[k], by);
-                        if (lane >= by) sum[k] += factor * before;
-                    }
-                    if (lane >= by) kept += more;
-                }
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const float before = __shfl_up_sync(~0u, sum[k], side);
-                    sum[k] = lane >= side ? before : 0;
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                if (inside(j))
-                    __stcg(
-                        states + chunk(j) * (APART / 8),
-                        make_uint2(pack2<X_TYPE>(sum[0], sum[1]), pack2<X_TYPE>(sum[2], sum[3]))
-                    );
-                add(j);
-            }
-        }
-        __syncwarp();
-        if (lane == 0) post(call.posted + gridDim.x + blockIdx.x);
-    };
-    const auto enter = [&](unsigned turn) {
-        await_all(call.posted + gridDim.x + team, call.chunks, (turn + 1) * (WARPS / 2));
-#pragma unroll
-        for (int d = 0; d < DIRECTIONS; d++)
-            load_tile<N, WIDTH, true, THREADS / 2>(
-                entering + d * STATE_BYTES, states_of(turn, blockIdx.x) + d * (N * WIDTH * 2), WIDTH * 2, N, WIDTH
-            );
-        copy_async_commit();
-    };
     // Once a job all warps meet, half of them at its beginning and half in its middle: those of one scheduler are busy
     // with different things
     const bool late = SLOTS == 3 && warp >= WARPS / 2;
-    int slot = JOINED ? SLOTS - 1 : 0, free_slot = JOINED ? 1 : AHEAD, job = last + JOINED;
-    turn -= JOINED;  // begins with a job that is not there, whose successor's states are formed
-    const auto proceed = [&] {
-        slot = slot + 1 == SLOTS ? 0 : slot + 1, free_slot = free_slot + 1 == SLOTS ? 0 : free_slot + 1;
-        job--, turn++;
-        if (JOINED && late && job >= place.begin) chain_part(turn);
-    };
-    for (; job >= place.begin; proceed()) {
-        const bool begins = JOINED && job > last;
+    int slot = 0, free_slot = AHEAD;
+    for (int job = last; job >= place.begin; job--) {
         const auto meet = [&] {
             meet_copies();
-            if (JOINED && late) return begins ? void() : enter(turn);
             if (job > place.begin) load_states(job - 1);
             if (job - AHEAD >= place.begin) load(job - AHEAD, free_slot);
             else copy_async_commit();
-            if (JOINED && job > place.begin) send(slot + 1 == SLOTS ? 0 : slot + 1, turn + 1);
-        };
-        const auto meet_entering = [&] {
-            if (!JOINED || begins) return;
-            if (!late) return take_over<THREADS>(2);
-            copy_async_wait<0>();
-#if TENSOR_ASYNC
-            tensor_publish();
-#endif
-            take_over<THREADS / 2>(1);
-            pass_on<THREADS>(2);
         };
         const auto prepare = [&] {
             fetched.store(place, decays[free_slot]);
             fetched.fetch(call, place, max(job - AHEAD - 1, place.begin) / SLICES);
-            if (DIRECT) own_total = next_total, next_total = fetch_total(max(job - 2, place.begin));
+            chunk_total = next_total, next_total = fetch_total(max(job - 2, place.begin));
         };
         if (!late) meet();
-        if (!alive || begins) {
+        if (!alive) {
             if (late) meet();
-            meet_entering();
             prepare();
+            slot = slot + 1 == SLOTS ? 0 : slot + 1, free_slot = free_slot + 1 == SLOTS ? 0 : free_slot + 1;
             continue;
         }
         const char *const tile = tiles + slot * TILE_BYTES;
@@ -614,7 +463,12 @@ template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &pla
             left[k] = own.prefix[place_of(k)], right[k] = own.suffix[place_of(k)];
             from_left[k] = exp2_fast(left[k]), from_right[k] = BOTH ? exp2_fast(right[k]) : 0;
         }
-        unsigned weight[2][BLOCKS][4];  // of 16 columns each: of 16 rows each
+        // of 16 columns each: of 16 rows each; those in use by products, and those that are being weighed
+        unsigned weight[2][BLOCKS][4], weighed[BLOCKS][4];
+        const auto use = [&](int half) {
+#pragma unroll
+            for (int k = 0; k < 4 * BLOCKS; k++) weight[half][k / 4][k % 4] = weighed[k / 4][k % 4];
+        };
         // 16 x 16 pairs of the warp's own strip: rows after columns (1), before them (-1), the same (0)
         const auto weigh_pairs = [&](int of_all, unsigned to[4], const unsigned from[4], int m, int half) {
             const int columns = strip * 32 + half * 16 + q * 4;
@@ -650,9 +504,9 @@ template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &pla
                 const uint4 v = *(const uint4 *)(own_scores + (half * BLOCKS + m) * (THREADS * 16));
                 const unsigned from[4] = {v.x, v.y, v.z, v.w};
                 const int order = (BLOCKS == 2 ? m : part) - half;
-                if (order == 0) weigh_pairs(0, weight[half][m], from, m, half);
-                else if (order > 0) weigh_pairs(1, weight[half][m], from, m, half);
-                else weigh_pairs(-1, weight[half][m], from, m, half);
+                if (order == 0) weigh_pairs(0, weighed[m], from, m, half);
+                else if (order > 0) weigh_pairs(1, weighed[m], from, m, half);
+                else weigh_pairs(-1, weighed[m], from, m, half);
             }
         };
 
@@ -673,27 +527,25 @@ template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &pla
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                free_weights<1>();
                 if (itself) {
                     weigh_own(half);
                 } else {
                     const uint2 sent = *(const uint2 *)(own.sent[BOTH && !before] + other * 32 + half * 16 + q * 4);
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
-                        scale(
-                            weight[half][m], scores[i ? i - 1 : 0][half][m], sent, received[2 * m], received[2 * m + 1]
-                        );
+                        scale(weighed[m], scores[i ? i - 1 : 0][half][m], sent, received[2 * m], received[2 * m + 1]);
                 }
-                const char *const rows = tile + (other * 32 + half * 16) * ROW;
-                if (i || half) multiply<BLOCKS, true>(out, weight[half], rows, rows_first);
-                else multiply<BLOCKS, false>(out, weight[half], rows, rows_first);
+                free_weights<1>();
+                use(half);
+                const int from = other * 32 + half * 16;
+                if (i || half) multiply<BLOCKS, true>(out, weight[half], tile, from, rows_first);
+                else multiply<BLOCKS, false>(out, weight[half], tile, from, rows_first);
             }
         }
 
         // other chunks
-        meet_entering();
         if (STATES) {
-            const char *const state = entering + job % BUFFERS * STATES * STATE_BYTES;
+            const char *const state = entering + job % 2 * STATES * STATE_BYTES;
             const float outside[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
 #pragma unroll(DIRECT ? 1 : DIRECTIONS)
             for (int s = 0; s < STATES; s++) {
@@ -703,7 +555,7 @@ template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &pla
                 float gap = 0;
 #pragma unroll
                 for (int k = 0; DIRECT && k <= STATES; k++) {
-                    const float total = __shfl_sync(~0u, own_total, k);
+                    const float total = __shfl_sync(~0u, chunk_total, k);
                     gap += k > min(c, place.c) && k < max(c, place.c) ? total : 0;
                 }
                 const float between = outside[right] * exp2_fast(gap);
@@ -715,24 +567,26 @@ template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &pla
                 }
 #pragma unroll
                 for (int n = 0; n < STEPS; n++) {
-                    unsigned c[BLOCKS][4], (*const turn)[4] = weight[n % 2];
+                    unsigned c[BLOCKS][4];
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
                         ldmatrix_x4(
                             c[m], C_tile + (n / 4 * ROWS + own_row + m * 16) * ROW + (rows_first ^ n % 4 * 32)
                         );
-                    free_weights<1 - STEPS % 2>();  // halves take turns if they are even
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
 #pragma unroll
                         for (int k = 0; k < 4; k++)
-                            turn[m][k] = multiply2<X_TYPE>(c[m][k], received[2 * m + k % 2]);
-                    multiply<BLOCKS, true>(out, turn, state + s * STATE_BYTES + n * 16 * ROW, rows_first);
+                            weighed[m][k] = multiply2<X_TYPE>(c[m][k], received[2 * m + k % 2]);
+                    free_weights<1 - STEPS % 2>();  // halves take turns if they are even
+                    use(n % 2);
+                    multiply<BLOCKS, true>(out, weight[n % 2], state, s * N + n * 16, rows_first);
                 }
             }
         }
 
         prepare();
+        slot = slot + 1 == SLOTS ? 0 : slot + 1, free_slot = free_slot + 1 == SLOTS ? 0 : free_slot + 1;
         finish<BLOCKS>(out);
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
         const i64 stride = (i64)call.heads * call.p * 2, token = place.first + row;
@@ -746,29 +600,22 @@ template <bool JOINED> INLINE void outputs_of(const Call &call, const Place &pla
     }
 }
 
-INLINE void outputs(const Call &call) { outputs_of<false>(call, Place(call, blockIdx.x), 0); }
+// Pieces of 8 states of a job that a block of `handed` chains, one in each of the chunks, in shared memory
+struct Pieces {
+    float total[MOST_CHUNKS];  // decay of each chunk
+    uint4 own[1];              // (chunks, pieces)
+};
 
-// The same together with sums and chain: a team of blocks, one for each chunk, which are all there at once, takes one
-// share of a group's jobs after the other
-INLINE void joined(const Call &call) {
-    const int parts = call.groups * call.parts, c = blockIdx.x % call.chunks, teams = gridDim.x / call.chunks;
-    unsigned turn = 0;
-    for (int unit = blockIdx.x / call.chunks; unit < (int)call.batch * parts; unit += teams) {
-        if (turn) __syncthreads();
-        const Place place(call, unit % parts + parts * (c + call.chunks * (unit / parts)));
-        outputs_of<true>(call, place, turn);
-        turn += place.end - place.begin;
-    }
-}
-
-// What a chunk alone sends over its borders, and its decay: a warp's 16 states of N, in one direction
-INLINE void sums(const Call &call) {
+// What a chunk alone sends over its borders, and its decay: a warp's 16 states of N, in one direction. HANDED: a team of
+// blocks, one for each chunk and all there at once, makes of these the states that enter each chunk, too. A job's are
+// read two jobs later, when they have long been posted, and chained another one later; `turn` jobs were done before
+template <bool HANDED> INLINE void sums_of(const Call &call, const Place &place, unsigned turn) {
     char *const tiles = dynamic_shared(), *const B_tile = tiles + (PANELS == 1 ? TILE_BYTES : 0);
     Sent *const decays = (Sent *)(tiles + 2 * TILE_BYTES);
-    const Place place(call, blockIdx.x);
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    const int d = warp / STEPS, own_state = warp % STEPS, jobs = call.heads * SLICES;
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), q = lane % 4;
+    const int d = warp / STEPS, own_state = warp % STEPS, jobs = call.heads * SLICES, rows_first = lane_rows_first();
     const bool received = place.c != (d ? 0 : call.chunks - 1) || call.last;  // by another chunk or by the caller
+    const unsigned strips = d ? (1u << lane) - 1 : ~0u << lane << 1;          // between the lane's strip and the border
 
     const auto load = [&](int job, int buffer) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
@@ -799,22 +646,149 @@ INLINE void sums(const Call &call) {
     fetched.store(place, decays[0]);
     fetched.fetch(call, place, min(place.begin + 1, place.end - 1) / SLICES);
 
-    for (int job = place.begin, buffer = 0; job < place.end; job++, buffer ^= 1) {
+    // HANDED
+    constexpr int OF_CHUNK = DIRECTIONS * N * WIDTH / 8;
+    const int team = blockIdx.x - place.c, pieces = ROUND_UP(OF_CHUNK, call.chunks), first_piece = place.c * pieces;
+    const i64 first_chunk = place.b * call.chunks;
+    const auto chained = [&](int job) {
+        return (Pieces *)((char *)(decays + 2) + job % 2 * (sizeof(Pieces) + (OF_CHUNK + call.chunks) * 16));
+    };
+    const auto states_at = [&](int chunk, int job) {
+        return (uint4 *)call.states + ((first_chunk + chunk) * jobs + job) * OF_CHUNK;
+    };
+    float total = 0;
+    const auto gather = [&](int job) {
+        if (job < place.begin || job >= place.end) return;
+        await_all(call.posted + team, call.chunks, turn + job - place.begin + 1);
+        for (int i = threadIdx.x; i < pieces * call.chunks; i += THREADS) {
+            const int chunk = i / pieces, piece = first_piece + i % pieces;
+            if (piece < OF_CHUNK) copy_async_16(chained(job)->own + i, states_at(chunk, job) + piece, true);
+        }
+        copy_async_commit();
+        if (threadIdx.x < call.chunks)
+            total = __ldcg(call.totals + (first_chunk + threadIdx.x) * call.heads + job / SLICES);
+    };
+    const auto keep_total = [&](int job) {
+        if (job >= place.begin && job < place.end && threadIdx.x < call.chunks) chained(job)->total[threadIdx.x] = total;
+    };
+    const auto chain_pieces = [&](int job) {
+        if (job < place.begin || job >= place.end) return;
+        constexpr int AT_ONCE = 8;
+        int segments = 1;
+        while (segments * AT_ONCE < call.chunks) segments *= 2;
+        const int side = 32 / segments, each = ROUND_UP(call.chunks, segments), lane = threadIdx.x % 32;
+        const int first = lane / side * each;
+        const Pieces &from = *chained(job);
+        for (int i = threadIdx.x / 32 * side; i < 2 * pieces; i += WARPS * side) {  // halves of pieces
+            const int half = i + lane % side, piece = first_piece + half / 2;
+            const bool exists = half < 2 * pieces && piece < OF_CHUNK, d = piece >= OF_CHUNK / DIRECTIONS;
+            const auto chunk = [&](int j) { return d ? call.chunks - 1 - first - j : first + j; };
+            const auto inside = [&](int j) { return exists && j < each && first + j < call.chunks; };
+            float sum[4] = {}, kept = 0;
+            const auto add = [&](int j) {
+                if (!inside(j)) return;
+                const uint2 own = *((const uint2 *)from.own + chunk(j) * (2 * pieces) + half);
+                const float factor = exp2_fast(from.total[chunk(j)]);
+                const float2 low = unpack2<X_TYPE>(own.x), high = unpack2<X_TYPE>(own.y);
+                sum[0] = sum[0] * factor + low.x, sum[1] = sum[1] * factor + low.y;
+                sum[2] = sum[2] * factor + high.x, sum[3] = sum[3] * factor + high.y;
+            };
+            if (segments > 1) {
+                for (int j = 0; j < AT_ONCE; j++) {
+                    add(j);
+                    if (inside(j)) kept += from.total[chunk(j)];
+                }
+                for (int by = side; by < 32; by *= 2) {
+                    const float factor = exp2_fast(kept), more = __shfl_up_sync(~0u, kept, by);
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        const float before = __shfl_up_sync(~0u, sum[k], by);
+                        if (lane >= by) sum[k] += factor * before;
+                    }
+                    if (lane >= by) kept += more;
+                }
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const float before = __shfl_up_sync(~0u, sum[k], side);
+                    sum[k] = lane >= side ? before : 0;
+                }
+            }
+            for (int j = 0; j < AT_ONCE; j++) {
+                if (inside(j))
+                    *((uint2 *)(states_at(chunk(j), job) + piece) + half % 2) =
+                        make_uint2(pack2<X_TYPE>(sum[0], sum[1]), pack2<X_TYPE>(sum[2], sum[3]));
+                add(j);
+            }
+        }
+    };
+
+    for (int job = place.begin, buffer = 0; job < place.end + 3 * HANDED; job++, buffer ^= 1) {
         meet_copies();
-        if (job + 1 < place.end) load(job + 1, buffer ^ 1);
+        if (HANDED) {
+            if (threadIdx.x == 0 && job > place.begin && job <= place.end) post(call.posted + blockIdx.x);
+            if (job + 1 < place.end) load(job + 1, buffer ^ 1);
+            gather(job - 2);
+            if (job >= place.end) {
+                chain_pieces(job - 3);
+                keep_total(job - 2);
+                continue;
+            }
+        } else if (job + 1 < place.end) {
+            load(job + 1, buffer ^ 1);
+        }
         fetched.store(place, decays[buffer ^ 1]);
         fetched.fetch(call, place, min(job + 2, place.end - 1) / SLICES);
+        const char *const tile = tiles + buffer * TILE_BYTES;
         const Sent &own = decays[buffer];
-        if (threadIdx.x == 0 && job % SLICES == 0)
-            call.totals[(place.b * call.chunks + place.c) * call.heads + job / SLICES] = chunk_total(own);
-        if (!received && (!TENSOR_ASYNC || STEPS % 4 == 0)) continue;  // four warps of TENSOR_ASYNC go together
-        float state[1][WIDTH / 8][4];
-        sum_up(state, own, d, place.tokens, tiles + buffer * TILE_BYTES, [&](int i, unsigned *key) {
-            for (int k = 0; k < 4; k++) key[k] = keys[i][k];
-        });
+        if (threadIdx.x == 0 && job % SLICES == 0) {
+            float total = 0;
+#pragma unroll
+            for (int k = 0; k < STRIPS; k++) total += own.total[k];
+            call.totals[(place.b * call.chunks + place.c) * call.heads + job / SLICES] = total;
+        }
+        if (!HANDED && !received && (!TENSOR_ASYNC || STEPS % 4 == 0)) continue;  // TENSOR_ASYNC: four warps go together
+        const float gates = decay_over(strips, own);
+        float state[1][WIDTH / 8][4] = {};
+        unsigned weight[2][1][4];
+#pragma unroll
+        for (int i = 0; i < STRIPS; i++) {
+            if (!ALL && i * 32 >= place.tokens) break;
+            const float gate = __shfl_sync(~0u, gates, i);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const uint2 sent = *(const uint2 *)(own.sent[d] + i * 32 + half * 16 + q * 4);
+                const float2 left = unpack2<X_TYPE>(sent.x), right = unpack2<X_TYPE>(sent.y);
+                const unsigned factors[2] = {
+                    pack2<X_TYPE>(left.x * gate, left.y * gate), pack2<X_TYPE>(right.x * gate, right.y * gate)
+                };
+                free_weights<1>();
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    weight[half][0][k] = multiply2<X_TYPE>(keys[2 * i + half][k], factors[k / 2]);
+                multiply<1, true>(state, weight[half], tile, i * 32 + half * 16, rows_first);
+            }
+        }
+        finish<1>(state);
         const i64 at = ((place.b * call.chunks + place.c) * jobs + job) * DIRECTIONS + d;
         if (received)
             store_rows(call.states + (at * N + own_state * 16) * (WIDTH * 2), WIDTH * 2, state[0], 16, WIDTH);
+        if (HANDED) {
+            chain_pieces(job - 3);
+            keep_total(job - 2);
+        }
+    }
+}
+
+INLINE void sums(const Call &call) { sums_of<false>(call, Place(call, blockIdx.x), 0); }
+
+INLINE void handed(const Call &call) {
+    const int parts = call.groups * call.parts, c = blockIdx.x % call.chunks, teams = gridDim.x / call.chunks;
+    unsigned turn = 0;
+    for (int unit = blockIdx.x / call.chunks; unit < (int)call.batch * parts; unit += teams) {
+        if (turn) __syncthreads();
+        const Place place(call, unit % parts + parts * (c + call.chunks * (unit / parts)));
+        sums_of<true>(call, place, turn);
+        turn += place.end - place.begin;
     }
 }
 

@@ -20,7 +20,7 @@ _REST = struct.Struct("17q7if")  # the rest of ssd.cu's Call: its views, its siz
 STRIP, SLICE = 32, 64  # tokens and columns of P that a warp takes at once
 CHUNK_SIZES = (32, 64, 128, 256)
 MOST_STATES = 128  # d_state that shared memory holds
-MOST_JOINED = 64  # chunks up to which one kernel does all: 8 times as many as a lane holds states of
+MOST_HANDED = 64  # chunks up to which `sums` chains what it forms
 MOST_DIRECT = 3  # chunks up to which each takes states of all others, rather than those that `chain` makes of them
 _NONE = 3  # ssd.cu's type of what is not there
 
@@ -76,16 +76,17 @@ def plan(
     return sums, outputs
 
 
-def joins(chunks: int, chunk: int, states: int, given: bool, processors: int) -> bool:
-    """Whether ``joined`` serves: states only between full chunks of a sequence, which are all on the GPU at once."""
-    return 1 < chunks <= min(MOST_JOINED, processors) and chunk == CHUNK_SIZES[-1] and states == SLICE and not given
+def hands(chunks: int, cut: "_Cut", states: int, given: bool) -> bool:
+    """Whether blocks of ``sums`` hand states to each other, in place of ``chain``: where sequences are long enough."""
+    long = cut.chunk == CHUNK_SIZES[-1] and states == SLICE
+    return long and not cut.direct and not given and 1 < chunks <= MOST_HANDED
 
 
-def joined_plan(batch: int, chunks: int, groups: int, jobs: int, processors: int) -> tuple[Plan, int]:
-    """Plan of ``joined``, and its blocks: teams of one for each chunk, all of them there at once."""
-    teams = processors // chunks
-    share = _share(jobs, batch * groups, teams, 3)
-    return Plan(16, 1, share), chunks * min(teams, batch * groups * -(-jobs // share))
+def handed_plan(sums: Plan, batch: int, chunks: int, groups: int, jobs: int, processors: int) -> tuple[Plan, int]:
+    """Plan of ``handed``, and its blocks, all there at once: teams of one for each chunk."""
+    teams = processors * sums.resident // chunks
+    share = _share(jobs, batch * groups, teams, 1.5)
+    return sums._replace(share=share), chunks * min(teams, batch * groups * -(-jobs // share))
 
 
 @functools.cache
@@ -123,8 +124,10 @@ class _Signature(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """All of a call but its addresses: kernels, blocks, threads, the end of their argument; bytes of states, of all;
-    counts of ``joined``, whose blocks wait for each other."""
+    """All of a call but its addresses: kernels, blocks, threads, the end of their argument; bytes of states, of all.
+
+    ``posted``: blocks of ``handed``, which comes first, if it is launched.
+    """
 
     launches: tuple[tuple[nvrtc.Kernel, int, int, bytes], ...]
     states: int
@@ -156,13 +159,6 @@ def _shared(cut: _Cut, states: int, rows: int) -> tuple[int, int]:
     outputs = panels * tile + cut.slots * (tile + sent + 16 * chunk)
     outputs += (2 * cut.entering * states + 8 * (chunk // rows)) * row + 2 * STRIP * chunk
     return 2 * (tile + sent), outputs
-
-
-def _shared_joined(states: int, directions: int) -> int:
-    """Bytes of shared memory of a block of ``joined``: B and C, three jobs, states of one that enter."""
-    row, chunk = 2 * SLICE, CHUNK_SIZES[-1]
-    jobs = 3 * (chunk * row + 20 * chunk + 4 * chunk // STRIP)
-    return 2 * chunk * row + jobs + (directions * states + chunk // 2) * row + 2 * STRIP * chunk
 
 
 def _cut(length: int, states: int, directions: int, asked: int, given: bool, rows: int, most: int) -> _Cut:
@@ -205,20 +201,16 @@ def _layout(call: _Signature) -> _Layout:
         kernel = _kernel(entry, call.device, shared, **known)
         return kernel, blocks * parts, laid.warps * 32, _REST.pack(*views, *sizes)
 
-    shared = _shared_joined(states, directions)
-    given = call.initial or call.last
-    if asynchronous and joins(chunks, cut.chunk, states, given, processors) and shared <= most:
-        laid, blocks = joined_plan(batch, chunks, G, jobs, processors)
-        more = {"STATES": directions, "DIRECT": 0, "SLOTS": 3, "BLOCKS": 1}
-        more["D_TYPE"] = _NONE if call.D is None else _TYPES[call.D[2]]
-        kernel, _, *rest = launch("joined", laid, 0, shared, **more)
-        stored = 2 * blocks * directions * states * width * 2
-        return _Layout(((kernel.result(), blocks, *rest),), stored, stored + 2 * blocks * 4, 2 * blocks)
-    launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 1}
+    launches, posted, plain = [], 0, {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 1}
     of_sums, of_outputs = _shared(cut._replace(entering=entering), states, rows)
-    if entering or call.last:
+    if entering and hands(chunks, cut, states, call.initial or call.last):
+        laid, posted = handed_plan(sums, batch, chunks, G, jobs, processors)
+        handed = 2 * (272 + 16 * (directions * states * width // 8 + chunks))
+        kernel, _, *rest = launch("handed", laid, 0, of_sums + handed, **plain)
+        launches.append((kernel, posted, *rest))
+    elif entering or call.last:
         launches.append(launch("sums", sums, batch * chunks * G, of_sums, **plain))
-    if (entering or call.last) and not cut.direct:
+    if (entering or call.last) and not cut.direct and not posted:
         pieces = batch * H * slices * directions * states * width // 8
         plain |= dict.fromkeys(("ALL", "SOFTPLUS", "DT_TYPE"), 0)
         launches.append(launch("chain", Plan(4, 4, jobs), -(-pieces // 128), 0, **plain))
@@ -228,7 +220,7 @@ def _layout(call: _Signature) -> _Layout:
     launches = tuple((kernel.result(), *rest) for kernel, *rest in launches)
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
-    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4, 0)
+    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4, posted)
 
 
 def _near(v: Tensor) -> Tensor:
@@ -313,6 +305,6 @@ def ssd(
         _address(initial), y.data_ptr(), states, states + layout.states, last.data_ptr() if return_last_state else 0,
         _address(posted),
     )  # fmt: skip
-    for function, blocks, threads, rest in layout.launches:
-        nvrtc.launch(function, blocks, threads, argument + rest, device, layout.posted > 0)
+    for i, (function, blocks, threads, rest) in enumerate(layout.launches):
+        nvrtc.launch(function, blocks, threads, argument + rest, device, i == 0 and layout.posted > 0)
     return y, last
