@@ -76,15 +76,15 @@ def plan(
     return sums, outputs
 
 
-def hands(chunks: int, cut: "_Cut", states: int, given: bool) -> bool:
-    """Whether blocks of ``sums`` hand states to each other, in place of ``chain``: where sequences are long enough."""
-    long = cut.chunk == CHUNK_SIZES[-1] and states == SLICE
-    return long and not cut.direct and not given and 1 < chunks <= MOST_HANDED
+def hands(chunks: int, cut: "_Cut", states: int, given: bool, places: int) -> bool:
+    """Whether blocks of ``sums`` hand states to each other, in place of ``chain``; at once there are so many places."""
+    whole = cut.chunk == CHUNK_SIZES[-1] and states == SLICE
+    return whole and not cut.direct and not given and 1 < chunks <= min(MOST_HANDED, places)
 
 
-def handed_plan(sums: Plan, batch: int, chunks: int, groups: int, jobs: int, processors: int) -> tuple[Plan, int]:
-    """Plan of ``handed``, and its blocks, all there at once: teams of one for each chunk."""
-    teams = processors * sums.resident // chunks
+def handed_plan(sums: Plan, batch: int, chunks: int, groups: int, jobs: int, places: int) -> tuple[Plan, int]:
+    """Plan of ``handed``, and its blocks, for all of which there is a place at once: teams of one for each chunk."""
+    teams = places // chunks
     share = _share(jobs, batch * groups, teams, 1.5)
     return sums._replace(share=share), chunks * min(teams, batch * groups * -(-jobs // share))
 
@@ -203,10 +203,11 @@ def _layout(call: _Signature) -> _Layout:
 
     launches, posted, plain = [], 0, {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 1}
     of_sums, of_outputs = _shared(cut._replace(entering=entering), states, rows)
-    if entering and hands(chunks, cut, states, call.initial or call.last):
-        laid, posted = handed_plan(sums, batch, chunks, G, jobs, processors)
-        handed = 2 * (272 + 16 * (directions * states * width // 8 + chunks))
-        kernel, _, *rest = launch("handed", laid, 0, of_sums + handed, **plain)
+    handed = of_sums + 2 * (272 + 16 * (directions * states * width // 8 + chunks))  # two jobs' Pieces
+    places = processors * min(sums.resident, (most + 1024) // (handed + 1024))
+    if entering and hands(chunks, cut, states, call.initial or call.last, places):
+        laid, posted = handed_plan(sums, batch, chunks, G, jobs, places)
+        kernel, _, *rest = launch("handed", laid, 0, handed, **plain)
         launches.append((kernel, posted, *rest))
     elif entering or call.last:
         launches.append(launch("sums", sums, batch * chunks * G, of_sums, **plain))

@@ -191,8 +191,9 @@ inline void start(const Product &product, uintptr_t aligned) {
 
 }  // namespace emulator
 
-template <int TYPE, bool ADD> inline void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *rows, AT) {
-    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, false>, c, a, rows, line}, 1023);
+template <int TYPE, bool ADD>
+inline void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *tile, int offset = 0, AT) {
+    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, false>, c, a, tile + offset, line}, 1023);
 }
 template <int TYPE, bool ADD>
 inline void tensor_64x64x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
