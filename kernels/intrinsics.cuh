@@ -140,17 +140,13 @@ INLINE void copy_async_16_of_line(void *shared, const void *global) {
                  : "memory");
 }
 
-// Some warps of a block to others, through barrier `id` from 1 to 15, on which COUNT threads meet in all: what a warp wrote
-// before pass_on or take_over is there after another's take_over. None for a second time before all have come
-template <int COUNT = 64> INLINE void pass_on(int id) {
-    asm volatile("barrier.arrive %0, %1;" : : "r"(id), "n"(COUNT) : "memory");
-}
-template <int COUNT = 64> INLINE void take_over(int id) {
-    asm volatile("barrier.sync %0, %1;" : : "r"(id), "n"(COUNT) : "memory");
-}
+// One warp to another, through barrier `id` from 1 to 15: what it wrote before pass_on is there after take_over. Neither
+// for a second time before the other has come
+INLINE void pass_on(int id) { asm volatile("bar.arrive %0, 64;" : : "r"(id) : "memory"); }
+INLINE void take_over(int id) { asm volatile("bar.sync %0, 64;" : : "r"(id) : "memory"); }
 
-// Block to block: what a warp's lanes wrote before __syncwarp and one lane's post is there after await_all, by all lanes
-// of a warp, of so many counts in global memory of which each is to reach the goal
+// Block to block: what a block wrote before a barrier and one thread's post is there after await_all by all lanes of a
+// warp, for each of so many counts in global memory to reach the goal. Both have to be there: nvrtc.launch, together
 INLINE void post(unsigned *count) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" : : "l"(count) : "memory"); }
 INLINE void await_all(const unsigned *counts, int size, unsigned goal) {
     for (int i = threadIdx.x % 32; i < size; i += 32) {
@@ -199,8 +195,9 @@ template <int TYPE> INLINE unsigned multiply2(unsigned a, unsigned b) {
 #define FOUR(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
 
 // c += a b of four warps that begin at a multiple of four: each gives 16 rows of a and gets 16 x 64 of c, as fragments of
-// mma_16x8x16; b: 16 rows of 128 bytes in shared memory, the first `offset` bytes into a tile, at a multiple of 1024, whose 16-byte pieces p are at
-// p ^ (row % 8). c is overwritten if not ADD. Runs on while the warps do: between begin and wait a and c are not touched
+// mma_16x8x16; b: 16 rows of 128 bytes in shared memory, the first `offset` bytes into a tile and at a multiple of 1024,
+// whose 16-byte pieces p are at p ^ (row % 8). c is overwritten if not ADD. Runs on while the warps do: between begin and
+// wait a and c are not touched
 template <int TYPE, bool ADD>
 INLINE void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *tile, int offset = 0) {
     static_assert(TYPE == 1);

@@ -669,7 +669,8 @@ template <bool HANDED> INLINE void sums_of(const Call &call, const Place &place,
             total = __ldcg(call.totals + (first_chunk + threadIdx.x) * call.heads + job / SLICES);
     };
     const auto keep_total = [&](int job) {
-        if (job >= place.begin && job < place.end && threadIdx.x < call.chunks) chained(job)->total[threadIdx.x] = total;
+        const bool exists = job >= place.begin && job < place.end && threadIdx.x < call.chunks;
+        if (exists) chained(job)->total[threadIdx.x] = total;
     };
     const auto chain_pieces = [&](int job) {
         if (job < place.begin || job >= place.end) return;
@@ -746,7 +747,8 @@ template <bool HANDED> INLINE void sums_of(const Call &call, const Place &place,
             for (int k = 0; k < STRIPS; k++) total += own.total[k];
             call.totals[(place.b * call.chunks + place.c) * call.heads + job / SLICES] = total;
         }
-        if (!HANDED && !received && (!TENSOR_ASYNC || STEPS % 4 == 0)) continue;  // TENSOR_ASYNC: four warps go together
+        // four warps of TENSOR_ASYNC go together
+        if (!HANDED && !received && (!TENSOR_ASYNC || STEPS % 4 == 0)) continue;
         const float gates = decay_over(strips, own);
         float state[1][WIDTH / 8][4] = {};
         unsigned weight[2][1][4];

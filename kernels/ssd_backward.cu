@@ -621,7 +621,8 @@ INLINE void gradients(const Call &c) {
                     if (!pass) most[e % 2] = fmaxf(most[e % 2], fmaxf(fabsf(pair[0]), fabsf(pair[1])));
                     packed[e] = pack2<KEPT>(pair[0] * scale[e % 2], pair[1] * scale[e % 2]);
                 }
-                if (pass) shared.products[2 * k + u][threadIdx.x] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+                if (pass)
+                    shared.products[2 * k + u][threadIdx.x] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
             }
         }
 #pragma unroll
@@ -738,8 +739,8 @@ INLINE void gradients(const Call &c) {
                             const int from = own + r * 8 + g, to = own + block * 8 + 2 * q + f;
                             const float *border = to > from ? left : right;
                             const float product = G[u][block][r * 2 + f];
-                            const float above = border[to] - border[from];
-                            const float decay = BOTH || to >= from ? exp2_fast((to == from ? 0.f : above) - lift[r]) : 0.f;
+                            const float path_decay = to == from ? 0.f : border[to] - border[from];
+                            const float decay = BOTH || to >= from ? exp2_fast(path_decay - lift[r]) : 0.f;
                             const float m = to == from ? DIAGONAL * decay : decay;
                             const float mG = m * product, d = lifted[r] * mG, path = step[r] * (mG * pair[f]);
                             w[f] = m * pair[f];

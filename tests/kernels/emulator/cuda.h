@@ -124,14 +124,11 @@ struct Fiber {
     Groups<Product> products;
 };
 
-struct Gate { unsigned arrived, warps, opened; };  // a barrier of some warps: which and how many have come, how often open
-
 inline Fiber fibers[MOST_THREADS];
 inline char *stacks;
 inline jmp_buf scheduler;
 inline ucontext_t first;
-inline unsigned current, threads, alive, waiting;
-inline Gate gates[16];
+inline unsigned current, threads, alive, waiting, passed[16];  // passed: between two warps, by barrier
 inline int order, barrier_line;
 inline unsigned barrier_all, barrier_any, barrier_count, all_result, any_result, count_result, random_state;
 inline void (*kernel)(const void *);
@@ -195,29 +192,20 @@ template <class RUN> inline void collective(unsigned mask, int line, void *data,
         if (mask >> i & 1) warp[i].state = READY;
 }
 
-// Between some warps, of so many threads in all: who passes on goes on at once, who takes over once all have come
-inline void arrive(int id, unsigned count, int line) {
-    Gate &gate = gates[id];
-    if (gate.warps >> current / 32 & 1) fail("line %d: passes on by barrier %d, which no one has taken over from", line, id);
-    gate.warps |= 1u << current / 32;
-    if (++gate.arrived < count / 32) return;
-    gate.arrived = gate.warps = 0, gate.opened++;
-    for (unsigned i = 0; i < threads; i++)
-        if (fibers[i].state == AT_GATE && fibers[i].mask == (unsigned)id) fibers[i].state = READY;
-}
-
-inline void pass_on(int id, unsigned count, int line) {
-    collective(~0u, line, 0, [=](void **, unsigned) { arrive(id, count, line); });
-}
-
-inline void take_over(int id, unsigned count, int line) {
-    unsigned seen;
-    collective(~0u, line, &seen, [=](void **data, unsigned) {
-        for (int i = 0; i < 32; i++) *(unsigned *)data[i] = gates[id].opened;
-        arrive(id, count, line);
+// Between two warps: one passes on, the other may be waiting for it, or come later
+inline void pass_on(int id, int line) {
+    collective(~0u, line, 0, [id, line](void **, unsigned) {
+        if (passed[id]++) fail("line %d: passes on by barrier %d, which no one has taken over from", line, id);
+        for (unsigned i = 0; i < threads; i++)
+            if (fibers[i].state == AT_GATE && fibers[i].mask == (unsigned)id) fibers[i].state = READY;
     });
+}
+
+inline void take_over(int id, int line) {
+    collective(~0u, line, 0, [](void **, unsigned) {});
     Fiber &me = fibers[current];
-    while (gates[id].opened == seen) me.state = AT_GATE, me.mask = id, me.line = line, leave();
+    while (!passed[id]) me.state = AT_GATE, me.mask = id, me.line = line, leave();
+    collective(~0u, line, 0, [id](void **, unsigned) { passed[id] = 0; });
 }
 
 // Until other blocks have counted
@@ -288,7 +276,7 @@ inline void begin_block() {
     memset(dynamic_begin - 4096, 0xff, dynamic_size + 8192);
     memset(unpublished, 0, sizeof unpublished);
     alive = threads, waiting = 0, barrier_all = 1, barrier_any = barrier_count = 0;
-    memset(gates, 0, sizeof gates);
+    memset(passed, 0, sizeof passed);
     for (unsigned i = 0; i < threads; i++)
         fibers[i].state = READY, fibers[i].copies.clear(), fibers[i].products.clear();
 }
@@ -347,7 +335,7 @@ inline Outcome go_on() {
 // A block of those that are all there at once, while another one runs
 struct Aside {
     Fiber fibers[MOST_THREADS];
-    Gate gates[16];
+    unsigned passed[16];
     char dynamic[ALL_SHARED + 8192], fixed[STATIC_SHARED];
     unsigned short unpublished[ALL_SHARED / 16];
     unsigned alive, waiting, all, any, count;
@@ -365,8 +353,9 @@ inline void exchange(void *a, void *b, size_t bytes) {
 }
 
 inline void exchange(Aside &block) {
-    exchange(fibers, block.fibers, sizeof(Fiber) * threads), exchange(gates, block.gates, sizeof gates);
-    exchange(dynamic_begin - 4096, block.dynamic, dynamic_size + 8192), exchange(static_begin, block.fixed, static_size);
+    exchange(fibers, block.fibers, sizeof(Fiber) * threads), exchange(passed, block.passed, sizeof passed);
+    exchange(dynamic_begin - 4096, block.dynamic, dynamic_size + 8192);
+    exchange(static_begin, block.fixed, static_size);
     exchange(unpublished, block.unpublished, sizeof unpublished);
     exchange(&alive, &block.alive, 4), exchange(&waiting, &block.waiting, 4), exchange(&barrier_line, &block.line, 4);
     exchange(&barrier_all, &block.all, 4), exchange(&barrier_any, &block.any, 4);
@@ -383,34 +372,35 @@ inline char *make_stacks() {
 // All blocks at once: each goes on until it waits for others
 inline bool run_together(unsigned blocks) {
     Aside *const all = (Aside *)calloc(blocks, sizeof(Aside));
-    bool right = true, moved = true;
+    bool right = true;
     for (unsigned i = 0; i < blocks; i++) {
         right &= (all[i].stacks = make_stacks()) != 0;
         exchange(all[i]), begin_block(), exchange(all[i]);
     }
-    for (unsigned ended = 0; right && ended < blocks;) {
-        if (!moved) {
+    unsigned ended = 0, idle = 0, next = 0;  // idle: blocks in a row that did nothing
+    while (right && ended < blocks) {
+        const unsigned i = next++ % blocks, at = order == DESCENDING ? blocks - 1 - i : order < RANDOM ? i : draw(blocks);
+        if (idle > 100 * blocks) {
             snprintf(message, sizeof message, "%u of %u blocks wait for each other for ever", blocks - ended, blocks);
             right = false;
         }
-        moved = false;
-        for (unsigned i = 0; i < blocks && right; i++) {
-            const unsigned at = order == DESCENDING ? blocks - 1 - i : order < RANDOM ? i : draw(blocks);
-            if (all[at].ended) continue;
-            blockIdx.x = at;
-            exchange(all[at]);
-            bool waits = true;
-            for (unsigned k = 0; k < threads; k++) waits &= fibers[k].state != READY;
-            for (unsigned k = 0; k < threads; k++) waits &= fibers[k].state != AT_COUNT || *fibers[k].count < fibers[k].goal;
-            const Outcome outcome = go_on();
-            exchange(all[at]);
-            moved |= !waits, right = outcome != FAILED, all[at].ended = outcome == ENDED;
-            ended += all[at].ended;
+        idle++;
+        if (all[at].ended) continue;
+        blockIdx.x = at;
+        exchange(all[at]);
+        for (unsigned k = 0; k < threads; k++) {
+            const Fiber &fiber = fibers[k];
+            if (fiber.state == READY || (fiber.state == AT_COUNT && *fiber.count >= fiber.goal)) idle = 0;
         }
-        moved |= order >= RANDOM;
+        const Outcome outcome = go_on();
+        exchange(all[at]);
+        right = right && outcome != FAILED, all[at].ended = outcome == ENDED;
+        ended += all[at].ended;
     }
     for (unsigned i = 0; i < blocks; i++) {
-        for (unsigned k = 0; k < threads; k++) free(all[i].fibers[k].copies.items), free(all[i].fibers[k].products.items);
+        for (unsigned k = 0; k < threads; k++) {
+            free(all[i].fibers[k].copies.items), free(all[i].fibers[k].products.items);
+        }
         if (all[i].stacks) munmap(all[i].stacks, STACK * threads);
     }
     free(all);

@@ -52,10 +52,8 @@ template <int TYPE> inline unsigned multiply2(unsigned a, unsigned b) {
 }
 
 inline void meet_warps() { emulator::barrier(true, 0); }
-template <int COUNT = 64> inline void pass_on(int id, int line = __builtin_LINE()) { emulator::pass_on(id, COUNT, line); }
-template <int COUNT = 64> inline void take_over(int id, int line = __builtin_LINE()) {
-    emulator::take_over(id, COUNT, line);
-}
+inline void pass_on(int id, int line = __builtin_LINE()) { emulator::pass_on(id, line); }
+inline void take_over(int id, int line = __builtin_LINE()) { emulator::take_over(id, line); }
 
 inline void post(unsigned *count) { ++*count; }
 inline void await_all(const unsigned *counts, int size, unsigned goal, AT) {
