@@ -145,18 +145,6 @@ INLINE void copy_async_16_of_line(void *shared, const void *global) {
 INLINE void pass_on(int id) { asm volatile("bar.arrive %0, 64;" : : "r"(id) : "memory"); }
 INLINE void take_over(int id) { asm volatile("bar.sync %0, 64;" : : "r"(id) : "memory"); }
 
-// Block to block: what a block wrote before a barrier and one thread's post is there after await_all by all lanes of a
-// warp, for each of so many counts in global memory to reach the goal. Both have to be there: nvrtc.launch, together
-INLINE void post(unsigned *count) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" : : "l"(count) : "memory"); }
-INLINE void await_all(const unsigned *counts, int size, unsigned goal) {
-    for (int i = threadIdx.x % 32; i < size; i += 32) {
-        unsigned count;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counts + i) : "memory");
-        while (count < goal);
-    }
-    __syncwarp();
-}
-
 // Ends a group: the copies since the last one
 INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 
@@ -195,13 +183,11 @@ template <int TYPE> INLINE unsigned multiply2(unsigned a, unsigned b) {
 #define FOUR(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
 
 // c += a b of four warps that begin at a multiple of four: each gives 16 rows of a and gets 16 x 64 of c, as fragments of
-// mma_16x8x16; b: 16 rows of 128 bytes in shared memory, the first `offset` bytes into a tile and at a multiple of 1024,
-// whose 16-byte pieces p are at p ^ (row % 8). c is overwritten if not ADD. Runs on while the warps do: between begin and
-// wait a and c are not touched
-template <int TYPE, bool ADD>
-INLINE void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *tile, int offset = 0) {
+// mma_16x8x16; b: 16 rows of 128 bytes in shared memory, the first at a multiple of 1024, whose 16-byte pieces p are at
+// p ^ (row % 8). c is overwritten if not ADD. Runs on while the warps do: between begin and wait a and c are not touched
+template <int TYPE, bool ADD> INLINE void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *rows) {
     static_assert(TYPE == 1);
-    const unsigned address = shared_address(tile) + offset;
+    const unsigned address = shared_address(rows);
     const unsigned long long b = (address >> 4 & 0x3fff) | 64ull << 16 | 64ull << 32 | 1ull << 62;
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "

@@ -236,20 +236,17 @@ _Argument = ctypes.c_char_p * 1
 
 
 @functools.cache
-def _launcher(together: bool):
-    launch = _driver().cuLaunchCooperativeKernel if together else _driver().cuLaunchKernel
-    launch.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * (2 if together else 3))
+def _launcher():
+    launch = _driver().cuLaunchKernel
+    launch.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     return launch
 
 
-def launch(function: Kernel, blocks: int, threads: int, argument: bytes, device: int, together: bool = False) -> None:
-    """Launch on torch's current stream of a device with one argument, passed by value.
-
-    ``together``: all blocks are there at once and may wait for each other; more than fit are an error.
-    """
+def launch(function: Kernel, blocks: int, threads: int, argument: bytes, device: int) -> None:
+    """Launch on torch's current stream of a device with one argument, passed by value."""
     if torch.cuda.current_device() != device:
         with torch.cuda.device(device):
-            return launch(function, blocks, threads, argument, device, together)
+            return launch(function, blocks, threads, argument, device)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    arguments = (function, blocks, 1, 1, threads, 1, 1, function.shared, stream, _Argument(argument))
-    _call(device, "launching a kernel", _launcher(together), *arguments, *() if together else (None,))
+    arguments = (function, blocks, 1, 1, threads, 1, 1, function.shared, stream, _Argument(argument), None)
+    _call(device, "launching a kernel", _launcher(), *arguments)

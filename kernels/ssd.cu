@@ -22,7 +22,7 @@ constexpr int TOKENS = 32 * STRIPS, WARPS = THREADS / 32, OWN = ROUND_UP(STRIPS,
 constexpr int ROW = 128, SLICE = 64;                             // bytes and elements of a tile's row in shared memory
 constexpr int PANELS = ROUND_UP(N, SLICE), STEPS = N / 16;       // tiles side by side that hold N states
 constexpr int TILE_BYTES = TOKENS * ROW, STATE_BYTES = N * ROW;
-constexpr int AHEAD = SLOTS - 1, MOST_CHUNKS = 64;  // jobs; chunks of a team of `handed`
+constexpr int AHEAD = SLOTS - 1;  // jobs
 constexpr bool BOTH = DIRECTIONS == 2;
 
 struct View { i64 batch, token, head; };  // strides in bytes
@@ -32,7 +32,6 @@ struct Call {
     const float *A, *bias, *initial;     // (heads); null or (heads); null or (batch, DIRECTIONS, heads, P, N)
     char *y, *states;                    // (batch, length, heads, P); (batch, chunks, jobs, DIRECTIONS, N, WIDTH)
     float *totals, *last;                // (batch, chunks, heads); null or like initial
-    unsigned *posted;                    // of `handed`: a zero a block
     View x_view, dt_view, B_view, C_view, D_view;
     i64 batch, length;
     int heads, groups, p, n, chunks;
@@ -72,7 +71,8 @@ INLINE float softplus(float v) {
 struct Place {
     i64 b, first;  // first: token
     int c, g, begin, end, tokens, rest;  // tokens: of the chunk; rest: of the block's index
-    INLINE Place(const Call &call, int i) {
+    INLINE Place(const Call &call) {
+        int i = blockIdx.x;
         const int part = i % (call.groups * call.parts), of_group = call.heads / call.groups * SLICES;
         i /= call.groups * call.parts, g = part / call.parts;
         begin = g * of_group + part % call.parts * call.share;
@@ -188,21 +188,19 @@ INLINE int lane_columns_first() {
     return (lane % 8 + lane / 16 * 8) * ROW + ((lane / 8 % 2 ^ lane % 8) << 4);
 }
 
-// c (16 x WIDTH) += a (16 x 16) times 16 rows of a tile from `row` on, for COUNT a at once; a is in use until it is freed
+// c (16 x WIDTH) += a (16 x 16) times 16 rows of a tile, for COUNT a at once; a is in use until it is freed
 template <int COUNT, bool ADD>
-INLINE void multiply(
-    float (*c)[WIDTH / 8][4], const unsigned (*a)[4], const char *tile, int row, int lane_offset
-) {
+INLINE void multiply(float (*c)[WIDTH / 8][4], const unsigned (*a)[4], const char *rows, int lane_offset) {
 #if TENSOR_ASYNC
     tensor_begin();
 #pragma unroll
-    for (int m = 0; m < COUNT; m++) tensor_64x64x16<X_TYPE, ADD>(c[m], a[m], tile, row * ROW);
+    for (int m = 0; m < COUNT; m++) tensor_64x64x16<X_TYPE, ADD>(c[m], a[m], rows);
     tensor_commit();
 #else
 #pragma unroll
     for (int i = 0; i < WIDTH / 16; i++) {
         unsigned b[4];
-        ldmatrix_x4_trans(b, tile + row * ROW + (lane_offset ^ i * 32));
+        ldmatrix_x4_trans(b, rows + (lane_offset ^ i * 32));
 #pragma unroll
         for (int m = 0; m < COUNT; m++) {
             mma_16x8x16<X_TYPE>(c[m][2 * i], a[m], b);
@@ -314,7 +312,7 @@ INLINE void outputs(const Call &call) {
     char *const stage = entering + 2 * STATES * STATE_BYTES + threadIdx.x / 32 * (8 * ROW);
     char *const own_scores = entering + 2 * STATES * STATE_BYTES + WARPS * 8 * ROW + threadIdx.x * 16;
     Decays *const decays = (Decays *)(entering + 2 * STATES * STATE_BYTES + WARPS * 8 * ROW + BLOCKS * THREADS * 32);
-    const Place place(call, blockIdx.x);
+    const Place place(call);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), g = lane / 4, q = lane % 4;
     const int own_row = warp * BLOCKS * 16, row = place.rest * ROWS + own_row;  // the warp's first
     const int strip = row / 32, part = row / 16 % 2, jobs = call.heads * SLICES;
@@ -463,12 +461,7 @@ INLINE void outputs(const Call &call) {
             left[k] = own.prefix[place_of(k)], right[k] = own.suffix[place_of(k)];
             from_left[k] = exp2_fast(left[k]), from_right[k] = BOTH ? exp2_fast(right[k]) : 0;
         }
-        // of 16 columns each: of 16 rows each; those in use by products, and those that are being weighed
-        unsigned weight[2][BLOCKS][4], weighed[BLOCKS][4];
-        const auto use = [&](int half) {
-#pragma unroll
-            for (int k = 0; k < 4 * BLOCKS; k++) weight[half][k / 4][k % 4] = weighed[k / 4][k % 4];
-        };
+        unsigned weight[2][BLOCKS][4];  // of 16 columns each: of 16 rows each
         // 16 x 16 pairs of the warp's own strip: rows after columns (1), before them (-1), the same (0)
         const auto weigh_pairs = [&](int of_all, unsigned to[4], const unsigned from[4], int m, int half) {
             const int columns = strip * 32 + half * 16 + q * 4;
@@ -504,9 +497,9 @@ INLINE void outputs(const Call &call) {
                 const uint4 v = *(const uint4 *)(own_scores + (half * BLOCKS + m) * (THREADS * 16));
                 const unsigned from[4] = {v.x, v.y, v.z, v.w};
                 const int order = (BLOCKS == 2 ? m : part) - half;
-                if (order == 0) weigh_pairs(0, weighed[m], from, m, half);
-                else if (order > 0) weigh_pairs(1, weighed[m], from, m, half);
-                else weigh_pairs(-1, weighed[m], from, m, half);
+                if (order == 0) weigh_pairs(0, weight[half][m], from, m, half);
+                else if (order > 0) weigh_pairs(1, weight[half][m], from, m, half);
+                else weigh_pairs(-1, weight[half][m], from, m, half);
             }
         };
 
@@ -527,19 +520,20 @@ INLINE void outputs(const Call &call) {
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
+                free_weights<1>();
                 if (itself) {
                     weigh_own(half);
                 } else {
                     const uint2 sent = *(const uint2 *)(own.sent[BOTH && !before] + other * 32 + half * 16 + q * 4);
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
-                        scale(weighed[m], scores[i ? i - 1 : 0][half][m], sent, received[2 * m], received[2 * m + 1]);
+                        scale(
+                            weight[half][m], scores[i ? i - 1 : 0][half][m], sent, received[2 * m], received[2 * m + 1]
+                        );
                 }
-                free_weights<1>();
-                use(half);
-                const int from = other * 32 + half * 16;
-                if (i || half) multiply<BLOCKS, true>(out, weight[half], tile, from, rows_first);
-                else multiply<BLOCKS, false>(out, weight[half], tile, from, rows_first);
+                const char *const rows = tile + (other * 32 + half * 16) * ROW;
+                if (i || half) multiply<BLOCKS, true>(out, weight[half], rows, rows_first);
+                else multiply<BLOCKS, false>(out, weight[half], rows, rows_first);
             }
         }
 
@@ -567,20 +561,19 @@ INLINE void outputs(const Call &call) {
                 }
 #pragma unroll
                 for (int n = 0; n < STEPS; n++) {
-                    unsigned c[BLOCKS][4];
+                    unsigned c[BLOCKS][4], (*const turn)[4] = weight[n % 2];
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
                         ldmatrix_x4(
                             c[m], C_tile + (n / 4 * ROWS + own_row + m * 16) * ROW + (rows_first ^ n % 4 * 32)
                         );
+                    free_weights<1 - STEPS % 2>();  // halves take turns if they are even
 #pragma unroll
                     for (int m = 0; m < BLOCKS; m++)
 #pragma unroll
                         for (int k = 0; k < 4; k++)
-                            weighed[m][k] = multiply2<X_TYPE>(c[m][k], received[2 * m + k % 2]);
-                    free_weights<1 - STEPS % 2>();  // halves take turns if they are even
-                    use(n % 2);
-                    multiply<BLOCKS, true>(out, weight[n % 2], state, s * N + n * 16, rows_first);
+                            turn[m][k] = multiply2<X_TYPE>(c[m][k], received[2 * m + k % 2]);
+                    multiply<BLOCKS, true>(out, turn, state + s * STATE_BYTES + n * 16 * ROW, rows_first);
                 }
             }
         }
@@ -600,18 +593,11 @@ INLINE void outputs(const Call &call) {
     }
 }
 
-// Pieces of 8 states of a job that a block of `handed` chains, one in each of the chunks, in shared memory
-struct Pieces {
-    float total[MOST_CHUNKS];  // decay of each chunk
-    uint4 own[1];              // (chunks, pieces)
-};
-
-// What a chunk alone sends over its borders, and its decay: a warp's 16 states of N, in one direction. HANDED: a team of
-// blocks, one for each chunk and all there at once, makes of these the states that enter each chunk, too. A job's are
-// read two jobs later, when they have long been posted, and chained another one later; `turn` jobs were done before
-template <bool HANDED> INLINE void sums_of(const Call &call, const Place &place, unsigned turn) {
+// What a chunk alone sends over its borders, and its decay: a warp's 16 states of N, in one direction
+INLINE void sums(const Call &call) {
     char *const tiles = dynamic_shared(), *const B_tile = tiles + (PANELS == 1 ? TILE_BYTES : 0);
     Sent *const decays = (Sent *)(tiles + 2 * TILE_BYTES);
+    const Place place(call);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), q = lane % 4;
     const int d = warp / STEPS, own_state = warp % STEPS, jobs = call.heads * SLICES, rows_first = lane_rows_first();
     const bool received = place.c != (d ? 0 : call.chunks - 1) || call.last;  // by another chunk or by the caller
@@ -646,97 +632,9 @@ template <bool HANDED> INLINE void sums_of(const Call &call, const Place &place,
     fetched.store(place, decays[0]);
     fetched.fetch(call, place, min(place.begin + 1, place.end - 1) / SLICES);
 
-    // HANDED
-    constexpr int OF_CHUNK = DIRECTIONS * N * WIDTH / 8;
-    const int team = blockIdx.x - place.c, pieces = ROUND_UP(OF_CHUNK, call.chunks), first_piece = place.c * pieces;
-    const i64 first_chunk = place.b * call.chunks;
-    const auto chained = [&](int job) {
-        return (Pieces *)((char *)(decays + 2) + job % 2 * (sizeof(Pieces) + (OF_CHUNK + call.chunks) * 16));
-    };
-    const auto states_at = [&](int chunk, int job) {
-        return (uint4 *)call.states + ((first_chunk + chunk) * jobs + job) * OF_CHUNK;
-    };
-    float total = 0;
-    const auto gather = [&](int job) {
-        if (job < place.begin || job >= place.end) return;
-        await_all(call.posted + team, call.chunks, turn + job - place.begin + 1);
-        for (int i = threadIdx.x; i < pieces * call.chunks; i += THREADS) {
-            const int chunk = i / pieces, piece = first_piece + i % pieces;
-            if (piece < OF_CHUNK) copy_async_16(chained(job)->own + i, states_at(chunk, job) + piece, true);
-        }
-        copy_async_commit();
-        if (threadIdx.x < call.chunks)
-            total = __ldcg(call.totals + (first_chunk + threadIdx.x) * call.heads + job / SLICES);
-    };
-    const auto keep_total = [&](int job) {
-        const bool exists = job >= place.begin && job < place.end && threadIdx.x < call.chunks;
-        if (exists) chained(job)->total[threadIdx.x] = total;
-    };
-    const auto chain_pieces = [&](int job) {
-        if (job < place.begin || job >= place.end) return;
-        constexpr int AT_ONCE = 8;
-        int segments = 1;
-        while (segments * AT_ONCE < call.chunks) segments *= 2;
-        const int side = 32 / segments, each = ROUND_UP(call.chunks, segments), lane = threadIdx.x % 32;
-        const int first = lane / side * each;
-        const Pieces &from = *chained(job);
-        for (int i = threadIdx.x / 32 * side; i < 2 * pieces; i += WARPS * side) {  // halves of pieces
-            const int half = i + lane % side, piece = first_piece + half / 2;
-            const bool exists = half < 2 * pieces && piece < OF_CHUNK, d = piece >= OF_CHUNK / DIRECTIONS;
-            const auto chunk = [&](int j) { return d ? call.chunks - 1 - first - j : first + j; };
-            const auto inside = [&](int j) { return exists && j < each && first + j < call.chunks; };
-            float sum[4] = {}, kept = 0;
-            const auto add = [&](int j) {
-                if (!inside(j)) return;
-                const uint2 own = *((const uint2 *)from.own + chunk(j) * (2 * pieces) + half);
-                const float factor = exp2_fast(from.total[chunk(j)]);
-                const float2 low = unpack2<X_TYPE>(own.x), high = unpack2<X_TYPE>(own.y);
-                sum[0] = sum[0] * factor + low.x, sum[1] = sum[1] * factor + low.y;
-                sum[2] = sum[2] * factor + high.x, sum[3] = sum[3] * factor + high.y;
-            };
-            if (segments > 1) {
-                for (int j = 0; j < AT_ONCE; j++) {
-                    add(j);
-                    if (inside(j)) kept += from.total[chunk(j)];
-                }
-                for (int by = side; by < 32; by *= 2) {
-                    const float factor = exp2_fast(kept), more = __shfl_up_sync(~0u, kept, by);
-#pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        const float before = __shfl_up_sync(~0u, sum[k], by);
-                        if (lane >= by) sum[k] += factor * before;
-                    }
-                    if (lane >= by) kept += more;
-                }
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const float before = __shfl_up_sync(~0u, sum[k], side);
-                    sum[k] = lane >= side ? before : 0;
-                }
-            }
-            for (int j = 0; j < AT_ONCE; j++) {
-                if (inside(j))
-                    *((uint2 *)(states_at(chunk(j), job) + piece) + half % 2) =
-                        make_uint2(pack2<X_TYPE>(sum[0], sum[1]), pack2<X_TYPE>(sum[2], sum[3]));
-                add(j);
-            }
-        }
-    };
-
-    for (int job = place.begin, buffer = 0; job < place.end + 3 * HANDED; job++, buffer ^= 1) {
+    for (int job = place.begin, buffer = 0; job < place.end; job++, buffer ^= 1) {
         meet_copies();
-        if (HANDED) {
-            if (threadIdx.x == 0 && job > place.begin && job <= place.end) post(call.posted + blockIdx.x);
-            if (job + 1 < place.end) load(job + 1, buffer ^ 1);
-            gather(job - 2);
-            if (job >= place.end) {
-                chain_pieces(job - 3);
-                keep_total(job - 2);
-                continue;
-            }
-        } else if (job + 1 < place.end) {
-            load(job + 1, buffer ^ 1);
-        }
+        if (job + 1 < place.end) load(job + 1, buffer ^ 1);
         fetched.store(place, decays[buffer ^ 1]);
         fetched.fetch(call, place, min(job + 2, place.end - 1) / SLICES);
         const char *const tile = tiles + buffer * TILE_BYTES;
@@ -747,8 +645,7 @@ template <bool HANDED> INLINE void sums_of(const Call &call, const Place &place,
             for (int k = 0; k < STRIPS; k++) total += own.total[k];
             call.totals[(place.b * call.chunks + place.c) * call.heads + job / SLICES] = total;
         }
-        // four warps of TENSOR_ASYNC go together
-        if (!HANDED && !received && (!TENSOR_ASYNC || STEPS % 4 == 0)) continue;
+        if (!received && (!TENSOR_ASYNC || STEPS % 4 == 0)) continue;  // four warps of TENSOR_ASYNC go together
         const float gates = decay_over(strips, own);
         float state[1][WIDTH / 8][4] = {};
         unsigned weight[2][1][4];
@@ -767,30 +664,13 @@ template <bool HANDED> INLINE void sums_of(const Call &call, const Place &place,
 #pragma unroll
                 for (int k = 0; k < 4; k++)
                     weight[half][0][k] = multiply2<X_TYPE>(keys[2 * i + half][k], factors[k / 2]);
-                multiply<1, true>(state, weight[half], tile, i * 32 + half * 16, rows_first);
+                multiply<1, true>(state, weight[half], tile + (i * 32 + half * 16) * ROW, rows_first);
             }
         }
         finish<1>(state);
         const i64 at = ((place.b * call.chunks + place.c) * jobs + job) * DIRECTIONS + d;
         if (received)
             store_rows(call.states + (at * N + own_state * 16) * (WIDTH * 2), WIDTH * 2, state[0], 16, WIDTH);
-        if (HANDED) {
-            chain_pieces(job - 3);
-            keep_total(job - 2);
-        }
-    }
-}
-
-INLINE void sums(const Call &call) { sums_of<false>(call, Place(call, blockIdx.x), 0); }
-
-INLINE void handed(const Call &call) {
-    const int parts = call.groups * call.parts, c = blockIdx.x % call.chunks, teams = gridDim.x / call.chunks;
-    unsigned turn = 0;
-    for (int unit = blockIdx.x / call.chunks; unit < (int)call.batch * parts; unit += teams) {
-        if (turn) __syncthreads();
-        const Place place(call, unit % parts + parts * (c + call.chunks * (unit / parts)));
-        sums_of<true>(call, place, turn);
-        turn += place.end - place.begin;
     }
 }
 

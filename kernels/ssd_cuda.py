@@ -15,12 +15,11 @@ from mambavision.kernels import nvrtc
 
 _SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "ssd.cu"))
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_POINTERS = struct.Struct("13P")
+_POINTERS = struct.Struct("12P")
 _REST = struct.Struct("17q7if")  # the rest of ssd.cu's Call: its views, its sizes
 STRIP, SLICE = 32, 64  # tokens and columns of P that a warp takes at once
 CHUNK_SIZES = (32, 64, 128, 256)
 MOST_STATES = 128  # d_state that shared memory holds
-MOST_HANDED = 64  # chunks up to which `sums` chains what it forms
 MOST_DIRECT = 3  # chunks up to which each takes states of all others, rather than those that `chain` makes of them
 _NONE = 3  # ssd.cu's type of what is not there
 
@@ -76,19 +75,6 @@ def plan(
     return sums, outputs
 
 
-def hands(chunks: int, cut: "_Cut", states: int, given: bool, places: int) -> bool:
-    """Whether blocks of ``sums`` hand states to each other, in place of ``chain``; at once there are so many places."""
-    whole = cut.chunk == CHUNK_SIZES[-1] and states == SLICE
-    return whole and not cut.direct and not given and 1 < chunks <= min(MOST_HANDED, places)
-
-
-def handed_plan(sums: Plan, batch: int, chunks: int, groups: int, jobs: int, places: int) -> tuple[Plan, int]:
-    """Plan of ``handed``, and its blocks, for all of which there is a place at once: teams of one for each chunk."""
-    teams = places // chunks
-    share = _share(jobs, batch * groups, teams, 1.5)
-    return sums._replace(share=share), chunks * min(teams, batch * groups * -(-jobs // share))
-
-
 @functools.cache
 def _compilers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(8, "nvrtc")
@@ -124,15 +110,11 @@ class _Signature(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """All of a call but its addresses: kernels, blocks, threads, the end of their argument; bytes of states, of all.
-
-    ``posted``: blocks of ``handed``, which comes first, if it is launched.
-    """
+    """All of a call but its addresses: kernels, blocks, threads, the end of their argument; bytes of states, of all."""
 
     launches: tuple[tuple[nvrtc.Kernel, int, int, bytes], ...]
     states: int
     scratch: int
-    posted: int
 
 
 def _strides(view: tuple | None) -> tuple[int, ...]:
@@ -201,17 +183,11 @@ def _layout(call: _Signature) -> _Layout:
         kernel = _kernel(entry, call.device, shared, **known)
         return kernel, blocks * parts, laid.warps * 32, _REST.pack(*views, *sizes)
 
-    launches, posted, plain = [], 0, {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 1}
+    launches, plain = [], {"STATES": 0, "DIRECT": 0, "D_TYPE": _NONE, "SLOTS": 2, "BLOCKS": 1}
     of_sums, of_outputs = _shared(cut._replace(entering=entering), states, rows)
-    handed = of_sums + 2 * (272 + 16 * (directions * states * width // 8 + chunks))  # two jobs' Pieces
-    places = processors * min(sums.resident, (most + 1024) // (handed + 1024))
-    if entering and hands(chunks, cut, states, call.initial or call.last, places):
-        laid, posted = handed_plan(sums, batch, chunks, G, jobs, places)
-        kernel, _, *rest = launch("handed", laid, 0, handed, **plain)
-        launches.append((kernel, posted, *rest))
-    elif entering or call.last:
+    if entering or call.last:
         launches.append(launch("sums", sums, batch * chunks * G, of_sums, **plain))
-    if (entering or call.last) and not cut.direct and not posted:
+    if (entering or call.last) and not cut.direct:
         pieces = batch * H * slices * directions * states * width // 8
         plain |= dict.fromkeys(("ALL", "SOFTPLUS", "DT_TYPE"), 0)
         launches.append(launch("chain", Plan(4, 4, jobs), -(-pieces // 128), 0, **plain))
@@ -221,7 +197,7 @@ def _layout(call: _Signature) -> _Layout:
     launches = tuple((kernel.result(), *rest) for kernel, *rest in launches)
     formed = len(launches) > 1
     stored = formed * batch * chunks * H * slices * directions * states * width * 2
-    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4, posted)
+    return _Layout(launches, stored, stored + formed * batch * chunks * H * 4)
 
 
 def _near(v: Tensor) -> Tensor:
@@ -299,13 +275,11 @@ def ssd(
         _Signature(device, dt_softplus, bidirectional, diagonal, chunk_size or 0, taken, return_last_state, *views)
     )
     scratch = y.new_empty(-(-layout.scratch // 2)) if layout.scratch else None
-    posted = A.new_zeros(layout.posted, dtype=torch.int32) if layout.posted else None
     states = _address(scratch)
     argument = _POINTERS.pack(
         x.data_ptr(), dt.data_ptr(), B.data_ptr(), C.data_ptr(), _address(D), A.data_ptr(), _address(bias),
         _address(initial), y.data_ptr(), states, states + layout.states, last.data_ptr() if return_last_state else 0,
-        _address(posted),
     )  # fmt: skip
-    for i, (function, blocks, threads, rest) in enumerate(layout.launches):
-        nvrtc.launch(function, blocks, threads, argument + rest, device, i == 0 and layout.posted > 0)
+    for function, blocks, threads, rest in layout.launches:
+        nvrtc.launch(function, blocks, threads, argument + rest, device)
     return y, last

@@ -24,9 +24,9 @@ ASCENDING, DESCENDING, RANDOM = 0, 1, 2  # orders of a block's threads; RANDOM a
 
 ENTRY = """
 extern "C" __attribute__((visibility("default")))
-const char *emulate(unsigned blocks, unsigned threads, unsigned shared, int order, bool together, const void *with) {{
+const char *emulate(unsigned blocks, unsigned threads, unsigned shared, int order, const void *argument) {{
     const auto call = [](const void *argument) {{ emulator::call({name}, argument); }};
-    return emulator::run(call, blocks, threads, shared, order, together, with);
+    return emulator::run(call, blocks, threads, shared, order, argument);
 }}
 """
 
@@ -61,7 +61,7 @@ class Kernel:
         self.name, self.shared = name, shared
         self.emulate = ctypes.PyDLL(str(library)).emulate  # one at a time
         self.emulate.restype = ctypes.c_char_p
-        self.emulate.argtypes = (*[ctypes.c_uint] * 3, ctypes.c_int, ctypes.c_bool, ctypes.c_char_p)
+        self.emulate.argtypes = (*[ctypes.c_uint] * 3, ctypes.c_int, ctypes.c_char_p)
 
 
 class Emulator:
@@ -93,11 +93,9 @@ class Emulator:
                 os.replace(made, library)
         return Kernel(library, name, shared)
 
-    def launch(
-        self, function: Kernel, blocks: int, threads: int, argument: bytes, device: int, together: bool = False
-    ) -> None:
-        """Runs all blocks, one after the other or together; raises RuntimeError for what a GPU would hang or err on."""
+    def launch(self, function: Kernel, blocks: int, threads: int, argument: bytes, device: int) -> None:
+        """Runs all blocks, one after the other; raises RuntimeError for what a GPU would hang or go wrong on."""
         self.launches.append((function.name, blocks, threads))
-        error = function.emulate(blocks, threads, function.shared, self.order, together, argument)
+        error = function.emulate(blocks, threads, function.shared, self.order, argument)
         if error is not None:
             raise RuntimeError(f"{function.name}: {error.decode()}")

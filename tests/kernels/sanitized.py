@@ -28,7 +28,6 @@ SSDS = [  # length, heads, P, N, groups, chunk, both directions, initial and las
     (300, 2, 64, 16, 2, 32, True, True),
     (520, 3, 64, 64, 1, None, True, False),
     (520, 3, 64, 64, 1, None, False, True),
-    (1000, 2, 64, 64, 1, None, True, False),
 ]
 
 

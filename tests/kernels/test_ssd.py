@@ -314,36 +314,6 @@ def test_cuda_of_sm_90_in_the_emulator(case, emulator, asynchronous):
     check_forward(case)
 
 
-HANDED = [  # case, and processors
-    (Case(1024, "sum", 1, 64, 64, dtype="bf16", options=False), 132),
-    (Case(1030, "free", 2, 72, 64, 2, "bf16", options=False, strided=True), 4),  # a team does one share after the other
-    (Case(2304, "causal", 1, 64, 64, dtype="bf16", options=False), 9),  # more chunks than a lane holds
-]
-
-
-@pytest.mark.parametrize(("case", "processors"), HANDED, ids=str)
-def test_blocks_that_hand_states_to_each_other(case, processors, emulator, asynchronous):
-    emulator.processors = processors
-    check_forward(case)
-    assert [name for name, _, _ in emulator.launches[:2]] == ["ssd_handed", "ssd_outputs"]
-    assert emulator.launches[0][1] <= 2 * processors
-
-
-def test_no_order_of_threads_or_of_blocks_changes_a_bit_of_what_they_hand_over(emulator, asynchronous):
-    case, emulator.processors, results = Case(1000, "sum", 2, 64, 64, dtype="bf16", options=False), 2, []
-    for emulator.order in (ASCENDING, DESCENDING, RANDOM):
-        results.append(forward(*inputs(case), "cuda")["y"])
-    assert all(torch.equal(y, results[0]) for y in results)
-
-
-def test_blocks_that_are_not_there_together_are_not_waited_for(emulator, asynchronous, monkeypatch):
-    launch = emulator.launch
-    monkeypatch.setattr(emulator, "launch", lambda *args: launch(*args[:5]))
-    with pytest.raises(RuntimeError, match="waits for others"):
-        emulator.processors = 4
-        forward(*inputs(HANDED[0][0]), "cuda")
-
-
 @pytest.mark.parametrize("case", [CUDA[3], CUDA[6], replace(CUDA[7], chunk=64)], ids=str)
 def test_no_order_of_threads_changes_a_bit(case, emulator):
     results = []

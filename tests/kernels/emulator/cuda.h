@@ -80,8 +80,7 @@ namespace emulator {
 constexpr size_t STACK = 256 << 10, STATIC_SHARED = 48 << 10, ALL_SHARED = 227 << 10;
 constexpr unsigned MOST_THREADS = 1024;
 enum Order { ASCENDING, DESCENDING, RANDOM };  // RANDOM and above: seeds
-enum State { READY, IN_WARP, AT_BARRIER, AT_GATE, AT_COUNT, DONE };
-enum Outcome { ENDED, FAILED, STUCK };  // of a block; STUCK: until others have counted
+enum State { READY, IN_WARP, AT_BARRIER, AT_GATE, DONE };
 
 // What a thread has started and will wait for, in groups; the last one is still open
 template <class Item> struct Groups {
@@ -118,8 +117,6 @@ struct Fiber {
     unsigned mask;
     int line;
     void *data;
-    const volatile unsigned *count;  // waited for to reach the goal
-    unsigned goal;
     Groups<Copy> copies;
     Groups<Product> products;
 };
@@ -208,13 +205,6 @@ inline void take_over(int id, int line) {
     collective(~0u, line, 0, [id](void **, unsigned) { passed[id] = 0; });
 }
 
-// Until other blocks have counted
-inline void await(const unsigned *count, unsigned goal, int line) {
-    Fiber &me = fibers[current];
-    me.count = count, me.goal = goal, me.line = line;
-    if (*me.count < goal) me.state = AT_COUNT, leave();
-}
-
 inline void check_shared(const void *p, size_t bytes, int line) {
     const char *at = (const char *)p;
     if ((uintptr_t)p % bytes) fail("line %d: address %p is not a multiple of %zu", line, p, bytes);
@@ -271,7 +261,11 @@ inline void arrange(unsigned *at, unsigned count) {
     }
 }
 
-inline void begin_block() {
+// A block; false where it failed
+inline bool run_block() {
+    static unsigned warp, lane, warps[32], lanes[32];  // static: survive a longjmp
+    static bool moved, any;
+    static volatile int how;
     if (static_size) memset(static_begin, 0xff, static_size);
     memset(dynamic_begin - 4096, 0xff, dynamic_size + 8192);
     memset(unpublished, 0, sizeof unpublished);
@@ -279,12 +273,6 @@ inline void begin_block() {
     memset(passed, 0, sizeof passed);
     for (unsigned i = 0; i < threads; i++)
         fibers[i].state = READY, fibers[i].copies.clear(), fibers[i].products.clear();
-}
-
-inline Outcome go_on() {
-    static unsigned warp, lane, warps[32], lanes[32];  // static: survive a longjmp
-    static bool moved, any, counting;
-    static volatile int how;
     while (alive) {
         any = false;
         arrange(warps, (threads + 31) / 32);
@@ -298,113 +286,30 @@ inline Outcome go_on() {
                     moved = any = true;
                     how = _setjmp(scheduler);
                     if (how == 0) resume(warps[warp] * 32 + lanes[lane]);
-                    if (how == 2) return FAILED;
+                    if (how == 2) return false;
                 }
             } while (moved && order < RANDOM);
         if (any || !alive) continue;
-        counting = false;
-        for (unsigned i = 0; i < threads; i++) {
-            if (fibers[i].state != AT_COUNT) continue;
-            counting = true;
-            if (*fibers[i].count >= fibers[i].goal) fibers[i].state = READY, any = true;
-        }
-        if (any) continue;
-        if (counting) return STUCK;
         for (unsigned i = 0; i < threads; i++)
             if (fibers[i].state != DONE) {
                 snprintf(message, sizeof message, "block %u: %u of %u threads wait for ever, thread %u at line %d",
                          blockIdx.x, alive, threads, i, fibers[i].line);
-                return FAILED;
+                return false;
             }
     }
     for (unsigned i = 32; i < threads; i += 32)
         if (i % 128 && fibers[i].products.total != fibers[i / 128 * 128].products.total) {
             snprintf(message, sizeof message, "block %u: warps %u and %u take part in %u and %u products of four warps",
                      blockIdx.x, i / 128 * 4, i / 32, fibers[i / 128 * 128].products.total, fibers[i].products.total);
-            return FAILED;
+            return false;
         }
     for (size_t i = 0; i < 4096; i++)
         if (dynamic_begin[-1 - (long)i] != -1 || dynamic_begin[dynamic_size + i] != -1) {
             snprintf(message, sizeof message, "block %u wrote outside its %zu bytes of dynamic shared memory",
                      blockIdx.x, dynamic_size);
-            return FAILED;
+            return false;
         }
-    return ENDED;
-}
-
-// A block of those that are all there at once, while another one runs
-struct Aside {
-    Fiber fibers[MOST_THREADS];
-    unsigned passed[16];
-    char dynamic[ALL_SHARED + 8192], fixed[STATIC_SHARED];
-    unsigned short unpublished[ALL_SHARED / 16];
-    unsigned alive, waiting, all, any, count;
-    int line;
-    char *stacks;
-    bool ended;
-};
-
-inline void exchange(void *a, void *b, size_t bytes) {
-    char part[4096];
-    for (size_t i = 0; i < bytes; i += sizeof part) {
-        const size_t n = bytes - i < sizeof part ? bytes - i : sizeof part;
-        memcpy(part, (char *)a + i, n), memcpy((char *)a + i, (char *)b + i, n), memcpy((char *)b + i, part, n);
-    }
-}
-
-inline void exchange(Aside &block) {
-    exchange(fibers, block.fibers, sizeof(Fiber) * threads), exchange(passed, block.passed, sizeof passed);
-    exchange(dynamic_begin - 4096, block.dynamic, dynamic_size + 8192);
-    exchange(static_begin, block.fixed, static_size);
-    exchange(unpublished, block.unpublished, sizeof unpublished);
-    exchange(&alive, &block.alive, 4), exchange(&waiting, &block.waiting, 4), exchange(&barrier_line, &block.line, 4);
-    exchange(&barrier_all, &block.all, 4), exchange(&barrier_any, &block.any, 4);
-    exchange(&barrier_count, &block.count, 4), exchange(&stacks, &block.stacks, sizeof stacks);
-}
-
-inline char *make_stacks() {
-    void *p = mmap(0, STACK * threads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) return 0;
-    for (unsigned i = 0; i < threads; i++) mprotect((char *)p + i * STACK, 4096, PROT_NONE);  // where one would overflow
-    return (char *)p;
-}
-
-// All blocks at once: each goes on until it waits for others
-inline bool run_together(unsigned blocks) {
-    Aside *const all = (Aside *)calloc(blocks, sizeof(Aside));
-    bool right = true;
-    for (unsigned i = 0; i < blocks; i++) {
-        right &= (all[i].stacks = make_stacks()) != 0;
-        exchange(all[i]), begin_block(), exchange(all[i]);
-    }
-    unsigned ended = 0, idle = 0, next = 0;  // idle: blocks in a row that did nothing
-    while (right && ended < blocks) {
-        const unsigned i = next++ % blocks, at = order == DESCENDING ? blocks - 1 - i : order < RANDOM ? i : draw(blocks);
-        if (idle > 100 * blocks) {
-            snprintf(message, sizeof message, "%u of %u blocks wait for each other for ever", blocks - ended, blocks);
-            right = false;
-        }
-        idle++;
-        if (all[at].ended) continue;
-        blockIdx.x = at;
-        exchange(all[at]);
-        for (unsigned k = 0; k < threads; k++) {
-            const Fiber &fiber = fibers[k];
-            if (fiber.state == READY || (fiber.state == AT_COUNT && *fiber.count >= fiber.goal)) idle = 0;
-        }
-        const Outcome outcome = go_on();
-        exchange(all[at]);
-        right = right && outcome != FAILED, all[at].ended = outcome == ENDED;
-        ended += all[at].ended;
-    }
-    for (unsigned i = 0; i < blocks; i++) {
-        for (unsigned k = 0; k < threads; k++) {
-            free(all[i].fibers[k].copies.items), free(all[i].fibers[k].products.items);
-        }
-        if (all[i].stacks) munmap(all[i].stacks, STACK * threads);
-    }
-    free(all);
-    return right;
+    return true;
 }
 
 inline int find_static(dl_phdr_info *info, size_t, void *) {
@@ -425,7 +330,7 @@ inline void fault(int, siginfo_t *info, void *) {
 }
 
 inline const char *run(void (*what)(const void *), unsigned blocks, unsigned count, unsigned shared, int in_order,
-                       bool together, const void *with) {
+                       const void *with) {
     static char dynamic[ALL_SHARED + 16384] __attribute__((aligned(1024)));
     *(volatile char *)anchor = 0;
     dl_iterate_phdr(find_static, 0);
@@ -436,9 +341,11 @@ inline const char *run(void (*what)(const void *), unsigned blocks, unsigned cou
                  static_size - sizeof anchor, shared);
         return message;
     }
-    threads = count;
-    if (!(stacks = make_stacks())) return "no memory for stacks";
-    kernel = what, argument = with, order = in_order, random_state = in_order;
+    void *p = mmap(0, STACK * count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return "no memory for stacks";
+    stacks = (char *)p;
+    for (unsigned i = 0; i < count; i++) mprotect(stacks + i * STACK, 4096, PROT_NONE);  // where one would overflow
+    kernel = what, argument = with, threads = count, order = in_order, random_state = in_order;
     blockDim = {count, 1, 1}, gridDim = {blocks, 1, 1}, threadIdx = blockIdx = {0, 0, 0};
     for (unsigned i = 0; i < count; i++) fibers[i].begun = false;
     static char for_faults[65536];
@@ -449,13 +356,9 @@ inline const char *run(void (*what)(const void *), unsigned blocks, unsigned cou
     on_fault.sa_sigaction = fault, on_fault.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigaction(SIGSEGV, &on_fault, &usual[0]), sigaction(SIGBUS, &on_fault, &usual[1]);
     bool right = true;
-    if (together) right = run_together(blocks);
-    for (unsigned i = 0; i < blocks && right && !together; i++) {
+    for (unsigned i = 0; i < blocks && right; i++) {
         blockIdx.x = order == DESCENDING ? blocks - 1 - i : i;
-        begin_block();
-        const Outcome outcome = go_on();
-        if (outcome == STUCK) snprintf(message, sizeof message, "block %u waits for others, which may not be there", i);
-        right = outcome == ENDED;
+        right = run_block();
     }
     sigaction(SIGSEGV, &usual[0], 0), sigaction(SIGBUS, &usual[1], 0);
     sigaltstack(&usual_stack, 0);

@@ -55,12 +55,6 @@ inline void meet_warps() { emulator::barrier(true, 0); }
 inline void pass_on(int id, int line = __builtin_LINE()) { emulator::pass_on(id, line); }
 inline void take_over(int id, int line = __builtin_LINE()) { emulator::take_over(id, line); }
 
-inline void post(unsigned *count) { ++*count; }
-inline void await_all(const unsigned *counts, int size, unsigned goal, AT) {
-    for (int i = threadIdx.x % 32; i < size; i += 32) emulator::await(counts + i, goal, line);
-    __syncwarp(~0u, line);
-}
-
 inline char *dynamic_shared() { return emulator::dynamic_begin; }
 
 namespace emulator {
@@ -189,9 +183,8 @@ inline void start(const Product &product, uintptr_t aligned) {
 
 }  // namespace emulator
 
-template <int TYPE, bool ADD>
-inline void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *tile, int offset = 0, AT) {
-    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, false>, c, a, tile + offset, line}, 1023);
+template <int TYPE, bool ADD> inline void tensor_64x64x16(float (*c)[4], const unsigned a[4], const char *rows, AT) {
+    emulator::start({emulator::multiply_from_shared<TYPE, ADD, 8, false>, c, a, rows, line}, 1023);
 }
 template <int TYPE, bool ADD>
 inline void tensor_64x64x16_transposed(float (*c)[4], const unsigned a[4], const char *columns, AT) {
