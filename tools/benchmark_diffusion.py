@@ -47,12 +47,11 @@ def build(name: str, tokens: int, device: torch.device, args: argparse.Namespace
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(f"--tokens {tokens} is no square")
-    options = {"num_classes": 1000} | ({"depth": args.blocks} if args.blocks else {})
-    if name.startswith("dim"):
-        options |= {"mixer": args.mixer, "orders": args.orders}
+    options = {"mixer": args.mixer, "orders": args.orders} if name.startswith("dim") else {}
     torch.manual_seed(0)
     with torch.device(device):
-        net = NETWORKS[name]((2 * side, 2 * side), **options)
+        net = NETWORKS[name]((2 * side, 2 * side), num_classes=1000, **options)
+        net.blocks = net.blocks[: args.blocks]
         for parameter in net.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
@@ -215,7 +214,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--batch", type=int, help="images; by default as many as make 16384 tokens, at least 1")
     parser.add_argument("--what", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--blocks", type=int, help="so many blocks instead of the network's depth, to try things out")
+    parser.add_argument("--blocks", type=int, help="the first so many blocks alone, to try things out")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--profile", action="store_true", help="also list the kernels of every network")
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N; by default cuda where there is one")

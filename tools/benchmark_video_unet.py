@@ -3,13 +3,16 @@
     python tools/benchmark_video_unet.py --out-dir runs/video_unet
 
 Times a forward pass and a training step (forward, backward) of the U-Net, and of one temporal layer alone at its first
-level, under bfloat16 autocast (on a GPU as CUDA graphs: without the host's time). Prints a table, and for each layer
-the exponent p of time or memory ~ frames^p between the longest three lengths; writes frames.csv and frames.png.
+level, under bfloat16 autocast; on a GPU short calls as CUDA graphs, without the host's time. Prints tables, and for
+each layer two fits to the longest three lengths: the exponent p of time or memory ~ frames^p, and the share of the
+squared term of a frames + b frames^2 at the longest; writes frames.csv and frames.png. What is in frames.csv already is
+not measured again.
 """
 
 import argparse
 import csv
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,16 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mambavision.backbones.video_unet import OverFrames, Temporal, video_unet_b, video_unet_debug, video_unet_s
+from mambavision.backbones import video_unet
+from mambavision.backbones.video_unet import OverFrames, Temporal
 from mambavision.engine.cli import choose_device, run
 from mambavision.engine.files import atomic_path
 from mambavision.engine.memory import is_out_of_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # tools/bench, from whatever folder this is run
-from bench.timing import Graph, allocated_mb, in_turn
+from bench.timing import Graph, allocated_mb, in_turn, sample
 
-SIZES = {"s": video_unet_s, "b": video_unet_b, "debug": video_unet_debug}
+SIZES = {size: getattr(video_unet, f"video_unet_{size}") for size in ("t", "s", "b", "l", "debug")}
 PARTS = ("U-Net", "layer")
+SLOW_S = 0.1  # calls that take longer are timed without a CUDA graph, which would need its own memory
 
 
 class Line(NamedTuple):
@@ -59,6 +64,11 @@ def training_step(net: nn.Module, arguments: tuple[Tensor, ...]) -> list[Tensor]
 def milliseconds(call: Callable[[], object], device: torch.device, budget_s: float) -> float:
     if device.type == "cpu":
         return in_turn({"": call}, "cpu", budget_s)[""].median
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    if time.perf_counter() - started > SLOW_S:
+        return sample(call, "cuda", 3)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -80,7 +90,8 @@ class Biased(nn.Module):
 
 def measure(args: argparse.Namespace, temporal: str, frames: int, part: str, device: torch.device) -> list[Line]:
     torch.manual_seed(0)
-    net = SIZES[args.size](args.channels, (frames, args.side, args.side), temporal=temporal).to(device)
+    clip = (frames, args.side, args.side)
+    net = SIZES[args.size](clip, in_channels=args.channels, temporal=temporal).to(device)
     if part == "layer":
         dim = net.config["dim"]
         net = Biased(net.init_temporal_layer.fn.fn, net.time_rel_pos_bias)
@@ -104,21 +115,41 @@ def exponent(frames: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(frames[-3:]), np.log(values[-3:]), 1)[0])
 
 
+def squared_share(frames: list[int], values: list[float]) -> float:
+    """Share of b frames^2 at the longest, of the fit a frames + b frames^2 to the longest three lengths."""
+    powers = np.power.outer(np.array(frames[-3:], float), [1, 2])
+    fit = np.linalg.lstsq(powers / np.array(values[-3:])[:, None], np.ones(len(powers)), rcond=None)[0]
+    return float(fit[1] * powers[-1, 1] / (fit @ powers[-1]))
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of a file of :func:`write`, none if there is no such file."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        rows = csv.reader(file)
+        if tuple(next(rows, ())) != Line._fields:
+            raise ValueError(f"{path} is no CSV of this tool: its first line is not {','.join(Line._fields)}")
+        return [Line(*r[:3], *map(int, r[3:5]), r[5], *map(float, r[6:8]), float(r[8]) if r[8] else None) for r in rows]
+
+
 def table(lines: list[Line], part: str, call: str, figure: str) -> list[str]:
-    """Rows of layers, columns of frames, and the exponent of time (from clips/s) or memory."""
+    """Rows of layers, columns of frames, and the two fits of time (for clips/s) or memory."""
     chosen = [line for line in lines if (line.part, line.call) == (part, call) and getattr(line, figure) is not None]
     if not chosen:
         return []
     lengths = sorted({line.frames for line in chosen})
     unit = {"clips_per_s": "clips/s", "memory_mb": "peak memory, MB"}[figure]
-    rows = [f"| {part}, {call}: {unit} | {' | '.join(map(str, lengths))} | exponent |"]
-    rows.append("|---" * (len(lengths) + 2) + "|")
+    rows = [f"| {part}, {call}: {unit} | {' | '.join(map(str, lengths))} | exponent | squared |"]
+    rows.append("|---" * (len(lengths) + 3) + "|")
     for temporal in dict.fromkeys(line.temporal for line in chosen):
         own = {line.frames: line for line in chosen if line.temporal == temporal}
         cells = [f"{getattr(own[n], figure):.4g}" if n in own else "-" for n in lengths]
         costs = [own[n].memory_mb if figure == "memory_mb" else own[n].ms for n in sorted(own)]
-        fit = f"{exponent(sorted(own), costs):.2f}" if len(own) > 2 else "-"
-        rows.append(f"| {temporal} | {' | '.join(cells)} | {fit} |")
+        fits = ["-", "-"]
+        if len(own) > 2:
+            fits = [f"{exponent(sorted(own), costs):.2f}", f"{max(squared_share(sorted(own), costs), 0):.0%}"]
+        rows.append(f"| {temporal} | {' | '.join([*cells, *fits])} |")
     return rows
 
 
@@ -130,27 +161,30 @@ def plot(lines: list[Line], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 8), constrained_layout=True)
-    for row, part in zip(axes, PARTS, strict=True):
+    parts = list(dict.fromkeys(line.part for line in lines))
+    colours = {temporal: f"C{i}" for i, temporal in enumerate(get_args(Temporal))}
+    figure, axes = pyplot.subplots(len(parts), 2, figsize=(10, 4 * len(parts)), squeeze=False, constrained_layout=True)
+    for row, part in zip(axes, parts, strict=True):
         for axis, what in zip(row, ("ms", "memory_mb"), strict=True):
             chosen = [v for v in lines if (v.part, v.call) == (part, "training step") and getattr(v, what) is not None]
-            for temporal in dict.fromkeys(v.temporal for v in chosen):
-                own = sorted((v.frames, getattr(v, what) / v.batch) for v in chosen if v.temporal == temporal)
-                axis.plot(*zip(*own, strict=True), marker="o", label=temporal)
-            lengths = sorted({v.frames for v in chosen})
-            if lengths:
-                low = min(getattr(v, what) / v.batch for v in chosen if v.frames == lengths[0])
-                ends = np.array([lengths[0], lengths[-1]])
-                for p, style in ((1, ":"), (2, "--")):
-                    label = f"frames^{p}"
-                    axis.plot(ends, low / 2 * (ends / ends[0]) ** p, style, color="gray", linewidth=1, label=label)
+            curves = {
+                temporal: sorted((v.frames, getattr(v, what) / v.batch) for v in chosen if v.temporal == temporal)
+                for temporal in dict.fromkeys(v.temporal for v in chosen)
+            }
+            for temporal, points in curves.items():
+                axis.plot(*zip(*points, strict=True), marker="o", color=colours[temporal], label=temporal)
+            lengths = np.array(sorted({v.frames for v in chosen}))
+            low = min((points[0][1] for points in curves.values()), default=0) / 2
+            for p, style in ((1, ":"), (2, "--")) if curves else ():
+                curve = low * (lengths / lengths[0]) ** p
+                axis.plot(lengths, curve, style, color="gray", linewidth=1, label=f"~ frames^{p}")
             axis.set(xscale="log", yscale="log", xlabel="frames", title=f"{part}, training step")
             axis.set_ylabel("ms a clip" if what == "ms" else "peak memory, MB a clip")
             axis.set_xticks(lengths)
             axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+        row[0].legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=90, format="png")
     pyplot.close(figure)
@@ -183,21 +217,28 @@ def main() -> None:
         raise ValueError("--frames, --batch and --channels must be at least 1")
     device = choose_device(args.device)
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    lines: list[Line] = []
+    lines = read(args.out_dir / "frames.csv")
     for part in args.parts:
         for frames in sorted(args.frames):
             for temporal in args.temporal:
+                if any((v.part, v.frames, v.temporal, v.batch) == (part, frames, temporal, args.batch) for v in lines):
+                    continue
                 try:
-                    lines += measure(args, temporal, frames, part, device)
+                    found = measure(args, temporal, frames, part, device)
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
-                    print(f"{part}, {temporal}, {frames} frames: out of memory", file=sys.stderr)
+                    print(f"{part}, {temporal}, {frames} frames: out of memory", flush=True)
+                    found = []
+                for line in found:
+                    memory = "" if line.memory_mb is None else f", {line.memory_mb:.0f} MB"
+                    print(f"{part}, {temporal}, {frames} frames, {line.call}: {line.ms:.2f} ms{memory}", flush=True)
+                lines += found
+                write(lines, args.out_dir / "frames.csv")
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-            write(lines, args.out_dir / "frames.csv")
-            plot(lines, args.out_dir / "frames.png")
-    print(f"{lines[0].device if lines else device}, torch {torch.__version__}, {args.batch} clips, size {args.size}")
+    plot(lines, args.out_dir / "frames.png")
+    print(f"{lines[0].device if lines else device}, torch {torch.__version__}, {args.batch} clips of size {args.size}")
     for part in args.parts:
         for call in ("forward", "training step"):
             for figure in ("clips_per_s", "memory_mb"):

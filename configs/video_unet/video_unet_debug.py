@@ -1,6 +1,6 @@
 _base_ = [
     "../_base_/diffusion/evaluation.py",
-    "../_base_/diffusion/flow_4k.py",
+    "../_base_/diffusion/flow_1k.py",
     "../_base_/diffusion/default_runtime.py",
 ]
 

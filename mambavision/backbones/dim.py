@@ -70,6 +70,25 @@ def layer_sequences(order: LayerOrder, grid: Size) -> tuple[Tensor, int]:
     return scan_order(order, grid), 1
 
 
+class _Reorder(torch.autograd.Function):
+    """Tokens x (B, L, D) in another order; index (2, L) is the order and its inverse, by which gradients go back.
+
+    The gradient of ``x[:, order]`` would be added up by atomics.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor) -> Tensor:
+        return x.index_select(1, index[0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(1, ctx.saved_tensors[0][1]), None
+
+
 class DiMBlock(nn.Module):
     """x + gate * mixer(modulated norm(x)), then the same with an MLP if there is one: x at the start of training.
 
@@ -196,13 +215,15 @@ class DiM(nn.Module):
             name = None
             if not torch.equal(index, at):
                 name = names.setdefault((before, order), f"change_{len(names)}")
-                self.register_buffer(name, torch.argsort(at)[index].to(self.positions.device), persistent=False)
+                change = torch.argsort(at)[index]
+                table = torch.stack([change, torch.argsort(change)]).to(self.positions.device)
+                self.register_buffer(name, table, persistent=False)
             self.sequences.append(sequences)
             self.changes.append(name)
             before, at = order, index
 
     def _reordered(self, x: Tensor, change: str | None) -> Tensor:
-        return x if change is None else x[:, getattr(self, change)]
+        return x if change is None else _Reorder.apply(x, getattr(self, change))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predict from x (B, C, H, W) or (B, C, T, H, W); same shape and dtype.

@@ -243,8 +243,8 @@ class VideoUNet(nn.Module):
     """Denoise videos x_t (B, in_channels, T, H, W) of any number of frames at times t (B,) on the scale 0..1000.
 
     Args:
-        in_channels: of a frame, and of the output.
         input_size: (T, H, W) it is made for; H and W must be halved len(dim_mults) - 1 times.
+        in_channels: of a frame, and of the output.
         dim: channels of the first level, a multiple of `groups`.
         dim_mults: channels of the levels in multiples of dim.
         temporal: the layer over frames.
@@ -265,9 +265,9 @@ class VideoUNet(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        *,
         input_size: Sequence[int],
+        *,
+        in_channels: int = 3,
         dim: int,
         dim_mults: Sequence[int] = (1, 2, 4, 8),
         temporal: Temporal = "bi_s6",
@@ -286,7 +286,7 @@ class VideoUNet(nn.Module):
             raise ValueError(f"dim {dim} is not divisible into {groups} groups")
         super().__init__()
         self.config: dict[str, Any] = dict(
-            in_channels=in_channels, input_size=list(input_size), dim=dim, dim_mults=list(dim_mults),
+            input_size=list(input_size), in_channels=in_channels, dim=dim, dim_mults=list(dim_mults),
             temporal=temporal, d_state=d_state, mlp_dim=mlp_dim, heads=heads, head_dim=head_dim, groups=groups,
             num_classes=num_classes,
         )  # fmt: skip
@@ -390,73 +390,27 @@ def _temporal(
     return layer(dim, heads=heads, head_dim=head_dim)
 
 
-def video_unet_t(
-    in_channels: int = 3,
-    input_size: Sequence[int] = (32, 32, 32),
-    *,
-    temporal: Temporal = "bi_s6",
-    d_state: int | None = None,
-    num_classes: int = 0,
-) -> VideoUNet:
-    """dim 24 and three levels, 3.4 M parameters: small enough to ship."""
-    return VideoUNet(
-        in_channels, input_size=input_size, dim=24, dim_mults=(1, 2, 4), temporal=temporal, d_state=d_state,
-        num_classes=num_classes,
-    )  # fmt: skip
+def video_unet_t(input_size: Sequence[int], **options: Any) -> VideoUNet:
+    """3.2 M parameters, attentions of 4 heads of 32 channels: small enough to ship; options are those of the class."""
+    return VideoUNet(input_size, **{"dim": 24, "dim_mults": (1, 2, 4), "heads": 4, "head_dim": 32} | options)
 
 
-def video_unet_s(
-    in_channels: int = 3,
-    input_size: Sequence[int] = (16, 32, 32),
-    *,
-    temporal: Temporal = "bi_s6",
-    d_state: int | None = None,
-    num_classes: int = 0,
-) -> VideoUNet:
-    """dim 32: for moving digits in minutes."""
-    return VideoUNet(
-        in_channels, input_size=input_size, dim=32, temporal=temporal, d_state=d_state, num_classes=num_classes
-    )
+def video_unet_s(input_size: Sequence[int], **options: Any) -> VideoUNet:
+    """15 M parameters."""
+    return VideoUNet(input_size, **{"dim": 32} | options)
 
 
-def video_unet_b(
-    in_channels: int = 3,
-    input_size: Sequence[int] = (64, 32, 32),
-    *,
-    temporal: Temporal = "bi_s6",
-    d_state: int | None = None,
-    num_classes: int = 0,
-) -> VideoUNet:
-    """dim 64: the width of the paper's versions 1 to 3."""
-    return VideoUNet(
-        in_channels, input_size=input_size, dim=64, temporal=temporal, d_state=d_state, num_classes=num_classes
-    )
+def video_unet_b(input_size: Sequence[int], **options: Any) -> VideoUNet:
+    """57 M parameters: the width of the paper's versions 1 to 3."""
+    return VideoUNet(input_size, **{"dim": 64} | options)
 
 
-def video_unet_l(
-    in_channels: int = 3,
-    input_size: Sequence[int] = (256, 32, 32),
-    *,
-    temporal: Temporal = "bi_s6",
-    d_state: int | None = None,
-    num_classes: int = 0,
-) -> VideoUNet:
-    """dim 112 and 14 heads: the paper's versions 4 and 5 on MineRL."""
-    return VideoUNet(
-        in_channels, input_size=input_size, dim=112, heads=14, temporal=temporal, d_state=d_state,
-        num_classes=num_classes,
-    )  # fmt: skip
+def video_unet_l(input_size: Sequence[int], **options: Any) -> VideoUNet:
+    """175 M parameters: the paper's versions 4 and 5 on MineRL."""
+    return VideoUNet(input_size, **{"dim": 112, "heads": 14} | options)
 
 
-def video_unet_debug(
-    in_channels: int = 3,
-    input_size: Sequence[int] = (4, 16, 16),
-    *,
-    temporal: Temporal = "bi_s6",
-    num_classes: int = 0,
-) -> VideoUNet:
+def video_unet_debug(input_size: Sequence[int], **options: Any) -> VideoUNet:
     """Seconds on a CPU, for tests."""
-    return VideoUNet(
-        in_channels, input_size=input_size, dim=8, dim_mults=(1, 2), temporal=temporal, d_state=4, mlp_dim=16, heads=2,
-        head_dim=8, groups=4, num_classes=num_classes,
-    )  # fmt: skip
+    small = {"dim": 8, "dim_mults": (1, 2), "d_state": 4, "mlp_dim": 16, "heads": 2, "head_dim": 8, "groups": 4}
+    return VideoUNet(input_size, **small | options)

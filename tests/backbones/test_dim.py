@@ -86,7 +86,12 @@ def test_orders_are_explicit_permutations(mixer, orders):
     for i, block in enumerate(net.blocks):
         order = scan_order(cycle[i % len(cycle)], (4, 4))
         h = h.index_copy(1, order, block(h[:, order], c))
-    torch.testing.assert_close(net(x, t), dim.unpatchify(net.final(h, c), 2, (8, 8)))
+    y, expected = net(x, t), dim.unpatchify(net.final(h, c), 2, (8, 8))
+    torch.testing.assert_close(y, expected)
+    weight = torch.randn_like(y)
+    grads = [torch.autograd.grad((v * weight).sum(), list(net.parameters())) for v in (y, expected)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -204,3 +209,45 @@ def test_compile_in_one_graph(mixer):
     torch.compiler.reset()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs((4, 4))), net(*inputs((4, 4))))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("size, orders, mlp", [((16, 16), "zigzag", 0), ((4, 16, 16), "factorised", 4)])
+def test_a_gpu_in_bfloat16_agrees(mixer, size, orders, mlp, compiled):
+    net = awake(dim_debug(size, d_model=64, d_state=64, headdim=64, depth=3, mixer=mixer, orders=orders, mlp_ratio=mlp))
+    x, t, _ = inputs(size)
+    weight = torch.randn(x.shape)
+
+    def step(device):
+        net.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            y = net(x.to(device), t.to(device))
+        grads = torch.autograd.grad((y.float() * weight.to(device)).sum(), list(net.parameters()))
+        return [v.detach().float().cpu() for v in (y, *grads)]
+
+    expected = step("cpu")
+    if compiled:
+        torch.compiler.reset()
+        for block in net.blocks:
+            block.compile(fullgraph=True)
+    actual = step("cuda")
+    names = ["y", *(name for name, _ in net.named_parameters())]
+    errors = {n: ((a - e).norm() / e.norm()).item() for n, a, e in zip(names, actual, expected, strict=True)}
+    wrong = {n: f"{error:.1e}" for n, error in errors.items() if not error <= (0.02 if n == "y" else 0.06)}
+    assert not wrong, wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_checkpointing_in_autocast_on_a_gpu(mixer):
+    net = awake(dim_debug((16, 16), d_model=64, d_state=64, headdim=64, mixer=mixer, orders="cross")).cuda()
+    x, t, _ = (v.cuda() for v in inputs((16, 16)))
+    grads = []
+    for net.gradient_checkpointing in (False, True):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = net(x, t).float().square().sum()
+        grads.append(torch.autograd.grad(loss, list(net.parameters())))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)

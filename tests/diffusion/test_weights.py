@@ -5,22 +5,23 @@ from torch import nn
 
 from mambavision.backbones.dim import dim_debug
 from mambavision.backbones.dit import dit_debug
+from mambavision.backbones.video_unet import video_unet_debug
 from mambavision.diffusion import weights
 from mambavision.diffusion.objectives import RectifiedFlow, VPrediction
 from mambavision.engine.checkpoint import CheckpointError
 from tests.diffusion.conftest import untrained_network
 
 
-@pytest.mark.parametrize("make", [dim_debug, dit_debug])
+@pytest.mark.parametrize(("make", "size"), [(dim_debug, (8, 8)), (dit_debug, (8, 8)), (video_unet_debug, (3, 8, 8))])
 @pytest.mark.parametrize("objective", [VPrediction("cosine", min_snr_gamma=5.0), RectifiedFlow("logit_normal")])
-def test_file_rebuilds_network_and_objective(make, objective, tmp_path):
-    net, path = untrained_network(make, num_classes=2).eval(), tmp_path / "w.safetensors"
+def test_file_rebuilds_network_and_objective(make, size, objective, tmp_path):
+    net, path = untrained_network(make, size, num_classes=2).eval(), tmp_path / "w.safetensors"
     said = {"training_data": "none"}
     weights.save(net, path, objective=objective, class_names=["cat", "dog"], metadata=said, precision="fp32")
     loaded, same, metadata = weights.load(path)
     assert type(loaded) is type(net) and loaded.config == net.config and not loaded.training
     assert same.config() == objective.config()
-    x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([0, 2])
+    x, t, labels = torch.randn(2, 3, *size), torch.tensor([3.0, 900.0]), torch.tensor([0, 2])
     assert torch.equal(loaded(x, t, labels), net(x, t, labels))
     assert metadata["class_names"] == ["cat", "dog"] and metadata["training_data"] == "none"
 

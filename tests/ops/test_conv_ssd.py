@@ -111,5 +111,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     wrong = wrong_gradients("triton", "cpu", torch.float32, 1e-5, TINY, True, "same")
     operator = torch.ops.mambavision.conv_ssd
-    checks = torch.library.opcheck(operator, (*inputs(**TINY, dtype=torch.float32), 1, "same", True, 1e-5, "triton"))
+    arguments = (*inputs(**TINY, dtype=torch.float32), 1, "same", True, 1e-5, "triton")
+    checks = torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
     print(wrong, {name: result for name, result in checks.items() if result != "SUCCESS"})

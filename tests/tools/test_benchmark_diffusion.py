@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools/benchmark_diffusion.py"), run_name="benchmark_diffusion")
-NETWORKS = "--networks dit_debug dim_debug --device cpu --seconds 0".split()
+NETWORKS = "--networks dit_s dim_s --device cpu --seconds 0".split()
 
 
 def run(monkeypatch, *options):
@@ -23,7 +23,7 @@ def test_figures_of_networks_that_take_turns(tmp_path, monkeypatch, capsys):
     assert [(r["network"], r["mixer"], r["what"]) for r in rows] == [
         (network, mixer, what)
         for what in ("forward", "training step")
-        for network, mixer in (("dit_debug", "attention"), ("dim_debug", "ssd"))
+        for network, mixer in (("dit_s", "attention"), ("dim_s", "ssd"))
     ]
     for row in rows:
         assert float(row["images/s"]) == pytest.approx(2e3 / float(row["ms"])) and row["blocks"] == "1"

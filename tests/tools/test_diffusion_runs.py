@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mambavision.diffusion import weights
+from mambavision.diffusion.diffusion import Diffusion
 from mambavision.diffusion.objectives import RectifiedFlow
 from mambavision.engine.checkpoint import load
 from tests.tools.running import ROOT, losses, refusal, rows, start_ranks, start_tool
@@ -180,3 +181,12 @@ def test_an_empty_folder_and_another_networks_checkpoint_are_refused(whole, tool
     assert "does not fit this network" in refusal(
         tool("test", whole / "small.py", whole / "work/iter_12.pth", *options)
     )
+
+
+def test_memory_that_runs_out_is_said_in_a_line(monkeypatch, tool, tmp_path):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(Diffusion, "forward", full)
+    line = refusal(tool("train", CONFIG, "--work-dir", tmp_path / "work"))
+    assert "memory ran out in training" in line and "take smaller batches" in line
