@@ -5,5 +5,6 @@ _base_ = [
 ]
 
 model = dict(
-    network=dict(type="dim_s_2x", mixer="mamba", input_size=(32, 32), in_channels=3, num_classes=10), compile=True
+    network=dict(type="dim_s_2x", orders="cross", mixer="mamba", input_size=(32, 32), in_channels=3, num_classes=10),
+    compile=True,
 )

@@ -5,5 +5,6 @@ _base_ = [
 ]
 
 model = dict(
-    network=dict(type="dim_s_2x", input_size=(64, 64), patch_size=4, in_channels=3, num_classes=200), compile=True
+    network=dict(type="dim_s_2x", orders="cross", input_size=(64, 64), patch_size=4, in_channels=3, num_classes=200),
+    compile=True,
 )

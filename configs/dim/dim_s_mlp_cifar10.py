@@ -4,4 +4,6 @@ _base_ = [
     "../_base_/diffusion/default_runtime.py",
 ]
 
-model = dict(network=dict(type="dim_s_mlp", input_size=(32, 32), in_channels=3, num_classes=10), compile=True)
+model = dict(
+    network=dict(type="dim_s_mlp", orders="cross", input_size=(32, 32), in_channels=3, num_classes=10), compile=True
+)

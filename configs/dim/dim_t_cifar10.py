@@ -5,5 +5,6 @@ _base_ = [
 ]
 
 model = dict(
-    network=dict(type="DiM", d_model=192, depth=10, input_size=(32, 32), in_channels=3, num_classes=10), compile=True
+    network=dict(type="DiM", orders="cross", d_model=192, depth=10, input_size=(32, 32), in_channels=3, num_classes=10),
+    compile=True,
 )

@@ -5,6 +5,15 @@ _base_ = [
 ]
 
 model = dict(
-    network=dict(type="DiM", d_model=192, depth=5, mlp_ratio=4.0, input_size=(32, 32), in_channels=3, num_classes=10),
+    network=dict(
+        type="DiM",
+        orders="cross",
+        d_model=192,
+        depth=5,
+        mlp_ratio=4.0,
+        input_size=(32, 32),
+        in_channels=3,
+        num_classes=10,
+    ),
     compile=True,
 )
