@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import operator
 import pathlib
 import struct
 from collections.abc import Iterable
@@ -31,8 +32,15 @@ _ENTRIES = {
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VIEWED = ("x", "delta", "B", "C", "dy", "z")
 _REST = struct.Struct("qqii" * len(_VIEWED) + "qqqqqqi0q")  # the rest of scan.cu's Call: its views, its sizes
-_JOB = struct.Struct("PPqqqqqqii")
-_SUM = struct.Struct(f"{6 * _JOB.size}s")
+_MOST_SUMS = 6
+_SHAPE = struct.Struct("qqqqqqii")  # of a sum
+_ENDS = struct.Struct(f"{2 * _MOST_SUMS}P")  # addresses of sums: from, then to
+# scan.cu's Call begins with what the operator is given, in its order; then a forward's pointers, then a backward's
+_GIVEN = ("x", "delta", "A", "B", "C", "D", "bias", "initial", "order", "z")
+_OF_FORWARD = ("y", "last", "starts", "ends", "sums")
+_OF_BACKWARD = ("dy", "gradient", "dx", "ddelta", "dz", "dA", "dD", "dbias", "dB", "dC")
+_FORWARD = struct.Struct(f"{len(_GIVEN + _OF_FORWARD)}P{8 * len(_OF_BACKWARD)}x")
+_BACKWARD = struct.Struct(f"{len(_GIVEN + _OF_FORWARD + _OF_BACKWARD)}P")
 
 
 class Plan(NamedTuple):
@@ -224,7 +232,7 @@ class _Call(NamedTuple):
 
     ``merge``: y or dx is one sum over the scans; ``start_type``: of kept states, None without; ``aligned``: the
     addresses of x and delta suit a merging kernel; ``pitch``: elements from one scan's dB and dC to the next's, 0 if
-    they are contiguous.
+    they are contiguous; ``skips``, ``biased``: the gradients of D and delta_bias are asked for.
     """
 
     device: int
@@ -236,6 +244,8 @@ class _Call(NamedTuple):
     aligned: bool
     views: tuple[tuple | None, ...]
     pitch: int = 0
+    skips: bool = False
+    biased: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -254,44 +264,11 @@ class _Call(NamedTuple):
         )
 
 
-class _Addresses(NamedTuple):
-    """The pointers of scan.cu's Call, 0 where a kernel looks at none."""
-
-    x: int
-    delta: int
-    B: int
-    C: int
-    dy: int = 0
-    z: int = 0
-    A: int = 0
-    D: int = 0
-    bias: int = 0
-    initial: int = 0
-    gradient: int = 0
-    order: int = 0
-    ends: int = 0
-    sums: int = 0
-    starts: int = 0
-    y: int = 0
-    dx: int = 0
-    ddelta: int = 0
-    dz: int = 0
-    last: int = 0
-    dA: int = 0
-    dD: int = 0
-    dbias: int = 0
-    dB: int = 0
-    dC: int = 0
-
-
-_POINTERS = struct.Struct(f"{len(_Addresses._fields)}P")
-
-
 class _Layout(NamedTuple):
     """All of a call but its addresses.
 
     Kernels with their blocks and threads; the end of their argument; the floats of a scratch buffer and the byte where
-    each of its parts begins; the sums that follow: kernel, blocks, the end of each job. ``merges``: the last of the
+    each of its parts begins; the sums that follow: kernel, blocks, the end of its argument. ``merges``: the last of the
     sums, and of the scratch buffer's parts, are the scans' outputs.
     """
 
@@ -299,22 +276,20 @@ class _Layout(NamedTuple):
     rest: bytes
     scratch: int = 0
     offsets: tuple[int, ...] = (0, 0, 0)
-    sums: tuple[nvrtc.Kernel, int, tuple[tuple[int, ...], ...]] | None = None
+    sums: tuple[nvrtc.Kernel, int, bytes] | None = None
     merges: bool = False
 
 
 _SUM_THREADS = 256
 
 
-@functools.lru_cache(4096)
-def _layout(*fields) -> _Layout:
-    call = _Call(*fields)
+def _layout(call: _Call) -> _Layout:
     merged = _merged(call)
     return _merged_layout(call, merged) if merged else _scan_layout(call)
 
 
 def _scan_layout(call: _Call) -> _Layout:
-    device, backward, merge, N, _, start_type, _, views, pitch = call
+    device, backward, merge, N, _, start_type, _, views, pitch, _, _ = call
     batch, length, K, channels = call.shape
     processors, chosen = nvrtc.processors(device), None
     if merge and not backward:
@@ -365,7 +340,7 @@ def _scan_layout(call: _Call) -> _Layout:
         floats += [starts, *[blocks * tokens * N] * 2]  # starts, dB, dC
         floats += [pieces * row * N, pieces * row, pieces * row]  # dA, dD, dbias
         jobs = [(1, blocks, tokens * N, f32, v, N, pitch) for v in (B, C)]
-        jobs += [(1, pieces, row * N, f32, f32), (1, pieces, row, f32, f32), (1, pieces, row, f32, f32)]
+        jobs += [(1, pieces, row * N, f32, f32), *[(1, pieces, row, f32, f32)] * (call.skips + call.biased)]
     merges = merge and K > 1 and chosen.scans == 1
     if merges:
         floats.append(-(-tokens * channels * x.itemsize // 4))  # y or dx
@@ -431,7 +406,7 @@ def _merged_layout(call: _Call, chosen: Merged) -> _Layout:
         return _Layout(launches, rest, offsets[-1] // 4, offsets)
     floats = (*floats, 0, groups * tokens, groups * tokens, *(batch * row,) * 3)  # as in _scan_layout
     jobs = [(1, groups, tokens, f32, view[2], 1, call.pitch) for view in call.views[2:4]]
-    jobs += [(1, batch, row, f32, f32)] * 3
+    jobs += [(1, batch, row, f32, f32)] * (1 + call.skips + call.biased)
     offsets = _offsets(floats)
     return _Layout(launches, rest, offsets[-1] // 4, offsets, _summing(call.device, jobs))
 
@@ -453,14 +428,15 @@ def _summing(device: int, jobs: list[tuple]) -> tuple | None:
         row, pitch = strides if strides and strides[1] else (0, 0)
         rests.append((outer, terms, inner, blocks, row, pitch, _TYPES[source], _TYPES[out]))
     function = _kernel("scan_sum", device, _SUM_THREADS, ("VECTOR", wide[4]), ("WIDE", wide[2]), ("RESIDENT", 4))
-    return function, sum(rest[3] for rest in rests), tuple(rests)
+    shapes = b"".join(_SHAPE.pack(*rest) for rest in rests)
+    return function, sum(rest[3] for rest in rests), shapes.ljust(_MOST_SUMS * _SHAPE.size, b"\0")
 
 
-def _sum(layout: _Layout, device: int, sources: tuple[int, ...], *sums: Tensor) -> None:
-    """The layout's sums, from addresses to tensors."""
-    function, blocks, rests = layout.sums
-    jobs = [_JOB.pack(a, v.data_ptr(), *rest) for a, v, rest in zip(sources, sums, rests, strict=True)]
-    nvrtc.launch(function, blocks, _SUM_THREADS, _SUM.pack(b"".join(jobs)), device)
+def _sum(layout: _Layout, device: int, ends: list[tuple[int, int]]) -> None:
+    """The layout's sums, from one address to another."""
+    function, blocks, rest = layout.sums
+    sources, sums = zip(*ends, *[(0, 0)] * (_MOST_SUMS - len(ends)), strict=True)
+    nvrtc.launch(function, blocks, _SUM_THREADS, _ENDS.pack(*sources, *sums) + rest, device)
 
 
 def _address(v: Tensor | None) -> int:
@@ -482,7 +458,8 @@ def _order(order: Tensor | None) -> Tensor | None:
     return order.to(torch.int32).contiguous()
 
 
-def _signature(v: Tensor) -> tuple:
+def layout_of(v: Tensor) -> tuple:
+    """Shape, strides and dtype."""
     return v.shape, v.stride(), v.dtype
 
 
@@ -491,17 +468,178 @@ def kept_states(x: Tensor, delta: Tensor, A: Tensor) -> tuple[tuple[int, ...], t
 
     None where they would take more memory than x and delta, which are kept anyway.
     """
-    batch, length, K, channels = delta.shape
-    N = A.shape[-1]
+    return _kept_states(delta.shape, x.dim() == 3 or x.shape[2] == 1, A.shape[-1], x.dtype, delta.dtype)
+
+
+def _kept_states(
+    shape: tuple[int, ...], one_x: bool, N: int, x: torch.dtype, delta: torch.dtype
+) -> tuple[tuple[int, ...], torch.dtype] | None:
+    batch, length, K, channels = shape
     every = _tile(N)
-    inputs = every * (delta.dtype.itemsize + x.dtype.itemsize * (1 / K if x.shape[2] == 1 else 1))
+    inputs = every * (delta.itemsize + x.itemsize * (1 / K if one_x else 1))
     if N * 4 <= inputs:
         dtype = torch.float32
-    elif x.dtype is torch.bfloat16 and N * 2 <= inputs:
+    elif x is torch.bfloat16 and N * 2 <= inputs:
         dtype = torch.bfloat16
     else:
         return None
     return (batch, K, -(-length // every), channels, N), dtype
+
+
+def _ready(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Parameters in float32, the order in int32, all of them contiguous and aligned."""
+    x, delta, A, B, C, D, bias, initial, order, z = tensors
+    A, D, bias, initial = _parameter(A), _parameter(D), _parameter(bias), _parameter(initial)
+    return x, delta, A, B, C, D, bias, initial, _order(order), z
+
+
+def _of_all_scans(layout: tuple) -> tuple:
+    """Of (batch, L, D) as (batch, L, 1, D)."""
+    (batch, length, channels), (outer, token, inner), dtype = layout
+    return (batch, length, 1, channels), (outer, token, 0, inner), dtype
+
+
+def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    dense = itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1)
+    return all(n == 1 or have == want for n, have, want in zip(reversed(shape), reversed(strides), dense, strict=True))
+
+
+class Scans:
+    """K scans of tensors that lie in memory in one way: what does not depend on addresses is worked out once.
+
+    ``layouts``: shape, strides and dtype of x, delta, A, B, C, D, delta_bias, initial_state, order and z, None for one
+    that is not there; the methods' ``tensors`` are these. x is (batch, L, D), for all scans, or as in :func:`scan`.
+    :func:`scans_of` remembers them.
+    """
+
+    def __init__(self, device: int, softplus: bool, merge: bool, *layouts: tuple | None) -> None:
+        x, delta, A, B, C, D, bias, initial, order, z = layouts
+        wanted = [(v, torch.float32) for v in (A, D, bias, initial)] + [(order, torch.int32)]
+        self._ready = all(v is None or (v[2] is dtype and _contiguous(*v[:2])) for v, dtype in wanted)
+        self._options = device, softplus, merge
+        self._x_shape, self._shape = tuple(x[0]), tuple(delta[0])
+        batch, length, K, channels = self._shape
+        self._y_shape = (batch, length, channels) if merge else self._shape
+        self._state_shape = batch, K, channels, A[0][-1]
+        self._views = (_of_all_scans(x) if len(x[0]) == 3 else x, delta, B, C), z
+        self._given = D is not None, bias is not None
+        self._kept = _kept_states(self._shape, self._views[0][0][0][2] == 1, A[0][-1], x[2], delta[2])
+        self._layouts: dict[tuple, _Layout] = {}
+
+    @property
+    def merge(self) -> bool:
+        """Whether y is one sum over the scans."""
+        return self._options[2]
+
+    def kept(self, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
+        """Where a forward keeps states for its backward, if it is to."""
+        return None if self._kept is None else tensors[0].new_empty(self._kept[0], dtype=self._kept[1])
+
+    def _layout(
+        self, start_type: torch.dtype | None, aligned: bool, dy: tuple | None = None, pitch: int = 0
+    ) -> _Layout:
+        (device, softplus, merge), (views, z), back = self._options, self._views, dy is not None
+        dy = _of_all_scans(dy) if back and merge else dy
+        merge = views[0][0][2] == 1 if back else merge
+        views, N = (*views, dy, z), self._state_shape[-1]
+        return _layout(_Call(device, back, merge, N, softplus, start_type, aligned, views, pitch, *self._given))
+
+    def _addresses(self, tensors: tuple[Tensor | None, ...]) -> list[int] | None:
+        """Of the tensors, None where they have to be copied first."""
+        found = [0 if v is None else v.data_ptr() for v in tensors]
+        _, _, A, _, _, D, bias, initial, _, _ = found
+        return None if not self._ready or (A | D | bias | initial) % 16 else found
+
+    def forward(
+        self, tensors: tuple[Tensor | None, ...], starts: Tensor | None = None, want_state: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """y and the last state, None without ``want_state``; ``starts`` as in :func:`scan`."""
+        given = self._addresses(tensors)
+        if given is None:
+            tensors = _ready(tensors)
+            return _scans(tensors, *self._options[1:]).forward(tensors, starts, want_state)
+        x, _, A, *_ = tensors
+        y = x.new_empty(*self._y_shape)
+        last = A.new_empty(*self._state_shape) if want_state else None
+        if not self._shape[0]:
+            return y, last
+        key = None if starts is None else starts.dtype, not (given[0] | given[1]) % 16
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts[key] = self._layout(*key)
+        scratch = A.new_empty(layout.scratch) if layout.scratch else None
+        ends, to_y, device = _address(scratch), y.data_ptr(), self._options[0]
+        to = ends + layout.offsets[2] if layout.merges else to_y
+        argument = _FORWARD.pack(*given, to, _address(last), _address(starts), ends, ends + layout.offsets[1])
+        argument += layout.rest
+        for function, blocks, threads in layout.launches:
+            nvrtc.launch(function, blocks, threads, argument, device)
+        if layout.merges:
+            _sum(layout, device, [(to, to_y)])
+        return y, last
+
+    def backward(
+        self,
+        dy: Tensor,
+        gradient: Tensor | None,
+        tensors: tuple[Tensor | None, ...],
+        starts: Tensor | None = None,
+        *,
+        dx: Tensor | None = None,
+        dB: Tensor | None = None,
+        dC: Tensor | None = None,
+        overwrite_delta: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of all but the order, None of what is not there; options as in :func:`scan_backward`."""
+        given = self._addresses(tensors)
+        if given is None:
+            tensors, to = _ready(tensors), {"dx": dx, "dB": dB, "dC": dC, "overwrite_delta": overwrite_delta}
+            return _scans(tensors, *self._options[1:]).backward(dy, gradient, tensors, starts, **to)
+        x, delta, A, B, C, D, bias, initial, _, z = tensors
+        batch, length, K, _ = self._shape
+        pitch = 0 if dB is None else dB.stride(2)
+        if dB is None:
+            token = batch, length, K, self._state_shape[-1]
+            dB, dC = B.new_empty(*token), C.new_empty(*token)
+        dx = x.new_empty(*self._x_shape) if dx is None else dx
+        ddelta = delta if overwrite_delta and delta.is_contiguous() else delta.new_empty(*self._shape)
+        dA = torch.empty_like(A)
+        dD = None if D is None else torch.empty_like(D)
+        dbias = None if bias is None else torch.empty_like(bias)
+        dinitial = None if initial is None else A.new_empty(*self._state_shape)
+        dz = None if z is None else z.new_empty(*self._shape)
+        gradients = dx, ddelta, dA, dB, dC, dD, dbias, dinitial, dz
+        if not batch:
+            return *gradients[:2], *(v if v is None else v.zero_() for v in gradients[2:])
+        gradient, from_y = _parameter(gradient), dy.data_ptr()
+        start_type, aligned = None if starts is None else starts.dtype, not (given[0] | given[1] | from_y) % 16
+        key = start_type, aligned, dy.stride(), dy.dtype, pitch
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts[key] = self._layout(start_type, aligned, layout_of(dy), pitch)
+        scratch, device = A.new_empty(layout.scratch), self._options[0]
+        base = scratch.data_ptr()
+        ends, sums, kept, *parts = [base + offset for offset in layout.offsets[:-1]]
+        dB_parts, dC_parts, dA_parts, dD_parts, dbias_parts, *dx_parts = parts
+        argument = _BACKWARD.pack(
+            *given, 0, _address(dinitial), kept if starts is None else starts.data_ptr(), ends, sums,
+            from_y, _address(gradient), dx_parts[0] if layout.merges else dx.data_ptr(), ddelta.data_ptr(),
+            _address(dz), dA_parts, dD_parts, dbias_parts, dB_parts, dC_parts,
+        )  # fmt: skip
+        argument += layout.rest
+        for function, blocks, threads in layout.launches:
+            nvrtc.launch(function, blocks, threads, argument, device)
+        summed = zip((*parts[:5], *dx_parts), (dB, dC, dA, dD, dbias, dx), strict=False)
+        _sum(layout, device, [(part, v.data_ptr()) for part, v in summed if v is not None])
+        return gradients
+
+
+scans_of = functools.lru_cache(4096)(Scans)
+
+
+def _scans(tensors: tuple[Tensor | None, ...], softplus: bool, merge: bool) -> Scans:
+    layouts = [None if v is None else layout_of(v) for v in tensors]
+    return scans_of(tensors[0].get_device(), softplus, merge, *layouts)
 
 
 def scan(
@@ -526,42 +664,8 @@ def scan(
     ``starts``: an empty tensor of :func:`kept_states`, filled for :func:`scan_backward`. Without ``want_state`` the
     last state is None.
     """
-    shape = batch, length, K, channels = delta.shape
-    A, D, bias, initial = _parameter(A), _parameter(D), _parameter(delta_bias), _parameter(initial_state)
-    order, device, N = _order(order), x.get_device(), A.shape[-1]
-    y = x.new_empty((batch, length, channels) if merge else shape)
-    last = A.new_empty((batch, K, channels, N)) if want_state else None
-    if batch == 0:
-        return y, last
-    to_x, to_delta, to_y = x.data_ptr(), delta.data_ptr(), y.data_ptr()
-    views = (_signature(x), _signature(delta), _signature(B), _signature(C), None, z if z is None else _signature(z))
-    aligned, start_type = not (to_x % 16 or to_delta % 16), None if starts is None else starts.dtype
-    layout = _layout(device, False, merge, N, delta_softplus, start_type, aligned, views)
-    scratch = A.new_empty(layout.scratch) if layout.scratch else None
-    base, offsets = _address(scratch), layout.offsets
-    addresses = _Addresses(
-        x=to_x,
-        delta=to_delta,
-        B=B.data_ptr(),
-        C=C.data_ptr(),
-        z=_address(z),
-        A=A.data_ptr(),
-        D=_address(D),
-        bias=_address(bias),
-        initial=_address(initial),
-        order=_address(order),
-        ends=base,
-        sums=base + offsets[1],
-        starts=_address(starts),
-        y=base + offsets[2] if layout.merges else to_y,
-        last=_address(last),
-    )
-    argument = _POINTERS.pack(*addresses) + layout.rest
-    for function, blocks, threads in layout.launches:
-        nvrtc.launch(function, blocks, threads, argument, device)
-    if layout.merges:
-        _sum(layout, device, (addresses.y,), y)
-    return y, last
+    tensors = (x, delta, A, B, C, D, delta_bias, initial_state, order, z)
+    return _scans(tensors, delta_softplus, merge).forward(tensors, starts, want_state)
 
 
 def scan_backward(
@@ -586,74 +690,13 @@ def scan_backward(
     dC: Tensor | None = None,
     overwrite_delta: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, delta, A, B, C, D, delta_bias and initial_state, and of z where it is given.
+    """Gradients of x, delta, A, B, C, D, delta_bias and initial_state, None for one not given, and of z where it is.
 
     ``starts``: the states that :func:`scan` kept; without them they are computed again. ``dx``: contiguous memory for
     the gradient of x; ``dB``, ``dC``: memory for those of B and C, (batch, L, K, N) with one stride from each scan to
     the next, a multiple of 4 elements as N is; ``overwrite_delta``: a contiguous delta's own memory gets its gradient.
     """
-    device, shape, N = x.get_device(), delta.shape, A.shape[-1]
-    batch, length, K, channels = shape
-    A, D, bias, initial = _parameter(A), _parameter(D), _parameter(delta_bias), _parameter(initial_state)
-    if batch == 0:
-        of_channel = (A.new_zeros((K, channels)) for _ in range(2))
-        inputs = (v.new_empty(v.shape) for v in (B, C))
-        state, gate = A.new_empty((0, K, channels, N)), () if z is None else (z.new_empty(shape),)
-        return x.new_empty(x.shape), delta.new_empty(shape), A.new_zeros(A.shape), *inputs, *of_channel, state, *gate
-    order = _order(order)
-    gradient = _parameter(grad_state)
-    dy = _signature(grad_y)
-    if merge:
-        (_, _, _), (outer, token, inner), dtype = dy
-        dy = (batch, length, 1, channels), (outer, token, 0, inner), dtype
-    views = (_signature(x), _signature(delta), _signature(B), _signature(C), dy, z if z is None else _signature(z))
-    start_type = None if starts is None else starts.dtype
-    aligned = not (x.data_ptr() % 16 or delta.data_ptr() % 16 or grad_y.data_ptr() % 16)
-    pitch = 0 if dB is None else dB.stride(2)
-    layout = _layout(device, True, x.shape[2] == 1, N, delta_softplus, start_type, aligned, views, pitch)
-    scratch = A.new_empty(layout.scratch)
-    base = scratch.data_ptr()
-    ends, sums, starts_at, *parts = (base + offset for offset in layout.offsets[:-1])
-    if starts is not None:
-        starts_at = starts.data_ptr()
-    dx = x.new_empty((batch, length, x.shape[2], channels)) if dx is None else dx
-    ddelta = delta if overwrite_delta and delta.is_contiguous() else delta.new_empty(shape)
-    dz = None if z is None else z.new_empty(shape)
-    dA, dinitial = A.new_empty((K, channels, N)), A.new_empty((batch, K, channels, N))
-    dD, dbias = A.new_empty((K, channels)), A.new_empty((K, channels))
-    if dB is None:
-        dB, dC = B.new_empty((batch, length, K, N)), C.new_empty((batch, length, K, N))
-    dB_parts, dC_parts, dA_parts, dD_parts, dbias_parts = parts[:5]
-    dx_each = parts[5] if layout.merges else dx.data_ptr()
-    addresses = _Addresses(
-        x=x.data_ptr(),
-        delta=delta.data_ptr(),
-        B=B.data_ptr(),
-        C=C.data_ptr(),
-        dy=grad_y.data_ptr(),
-        z=_address(z),
-        A=A.data_ptr(),
-        D=_address(D),
-        bias=_address(bias),
-        initial=_address(initial),
-        gradient=_address(gradient),
-        order=_address(order),
-        ends=ends,
-        sums=sums,
-        starts=starts_at,
-        dx=dx_each,
-        ddelta=ddelta.data_ptr(),
-        dz=_address(dz),
-        last=dinitial.data_ptr(),
-        dA=dA_parts,
-        dD=dD_parts,
-        dbias=dbias_parts,
-        dB=dB_parts,
-        dC=dC_parts,
-    )
-    argument = _POINTERS.pack(*addresses)
-    for function, blocks, threads in layout.launches:
-        nvrtc.launch(function, blocks, threads, argument + layout.rest, device)
-    _sum(layout, device, parts, dB, dC, dA, dD, dbias, *((dx,) if layout.merges else ()))
-    gradients = dx, ddelta, dA, dB, dC, dD, dbias, dinitial
-    return gradients if z is None else (*gradients, dz)
+    tensors, to = (x, delta, A, B, C, D, delta_bias, initial_state, order, z), {"dx": dx, "dB": dB, "dC": dC}
+    scans = _scans(tensors, delta_softplus, merge)
+    gradients = scans.backward(grad_y, grad_state, tensors, starts, **to, overwrite_delta=overwrite_delta)
+    return gradients[:8] if z is None else gradients

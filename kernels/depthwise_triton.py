@@ -1,7 +1,8 @@
 """Depth-wise convolution of channels-last pixels in Triton: forward, and backward without atomics.
 
 A program slides over ROWS rows of TW pixels and BD channels, so that a row is read once for all rows of the stencil. A
-sequence is an image one pixel wide. The gradient of the input is a convolution too, with the stencil turned round.
+sequence is an image one pixel wide. The gradient of the input is a convolution too, with the stencil turned round; of a
+sequence it is formed in one pass with the others.
 """
 
 from typing import NamedTuple
@@ -23,6 +24,7 @@ class Tiling(NamedTuple):
 
 
 PROGRAMS = 2048  # of the weight gradient; each writes a partial sum
+SEQUENCE_PROGRAMS = 1320  # of a sequence's: 10 warps of some 170 registers on each of an H100's processors, one wave
 
 
 @triton.jit
@@ -174,9 +176,83 @@ def _conv_gradient(
         tl.store(dw + at * (KH * KW) + to, tl.sum(sums[j + 1], 0), mask=ch < D)
 
 
+@triton.jit
+def _tokens(v, first, H, stride, ch, D, COUNT: tl.constexpr):
+    """COUNT tokens from `first` on, zero outside the sequence."""
+    tiles = ()
+    for r in tl.static_range(COUNT):
+        t = first + r
+        tiles = tiles + (tl.load(v + t.to(tl.int64) * stride + ch, mask=(ch < D) & (t >= 0) & (t < H), other=0.0),)
+    return tiles
+
+
+@triton.jit(do_not_specialize=["H", "strip"])
+def _sequence_gradient(
+    x, weight, bias, dy, dx, dw, db, H, D, x_b, x_h, y_b, y_h, dx_b, dx_h, strip,
+    KH: tl.constexpr, PH: tl.constexpr, FLIP: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Of strips of tokens: the gradient dx, and partial sums of those of weight and bias.
+
+    dx_t = sum over j of w_j dv_{t + PH - j} with dv = dy times the activation's slope, formed again from x.
+    """
+    i = tl.program_id(0)
+    down = tl.cdiv(H, strip)
+    first, b = i % down * strip, (i // down).to(tl.int64)
+    ch = tl.program_id(1) * BD + tl.arange(0, BD)
+    x += b * x_b
+    dy += b * y_b
+    dx += b * dx_b
+    w = ()
+    for j in tl.static_range(KH):
+        at = KH - 1 - j if FLIP else j
+        w = w + (tl.load(weight + ch * KH + at, mask=ch < D, other=0.0).to(tl.float32),)
+    shift = tl.zeros([BD], tl.float32)
+    if HAS_BIAS and ACTIVATION is not None:
+        shift += tl.load(bias + ch, mask=ch < D, other=0.0).to(tl.float32)
+    sums = (tl.zeros([BD], tl.float32),)
+    for _ in tl.static_range(KH):
+        sums = sums + (tl.zeros([BD], tl.float32),)
+    last = tl.minimum(first + strip, H)
+    BEFORE: tl.constexpr = KH - 1 - PH  # tokens of dv that dx of a token looks back and ahead
+    next_x = _tokens(x, first - BEFORE - PH, H, x_h, ch, D, ROWS + 2 * (KH - 1))
+    next_g = _tokens(dy, first - BEFORE, H, y_h, ch, D, ROWS + KH - 1)
+    for k in range(0, tl.cdiv(last - first, ROWS)):
+        t0 = first + k * ROWS
+        tiles, grads = next_x, next_g
+        next_x = _tokens(x, t0 + ROWS - BEFORE - PH, H, x_h, ch, D, ROWS + 2 * (KH - 1))  # before this one's stores
+        next_g = _tokens(dy, t0 + ROWS - BEFORE, H, y_h, ch, D, ROWS + KH - 1)
+        dv = ()
+        for r in tl.static_range(ROWS + KH - 1):
+            g = grads[r].to(tl.float32)
+            if ACTIVATION is not None:
+                v = shift
+                for j in tl.static_range(KH):
+                    v += w[j] * tiles[r + j].to(tl.float32)
+                g *= _slope(v, ACTIVATION)
+            dv = dv + (g,)
+        for r in tl.static_range(ROWS):
+            t = t0 + r
+            out = tl.zeros([BD], tl.float32)
+            for j in tl.static_range(KH):
+                out += w[j] * dv[r + KH - 1 - j]
+            tl.store(dx + t.to(tl.int64) * dx_h + ch, out.to(dx.dtype.element_ty), mask=(ch < D) & (t < last))
+            g = tl.where(t < last, dv[r + BEFORE], 0.0)
+            more = (sums[0] + g,)
+            for j in tl.static_range(KH):
+                more = more + (sums[j + 1] + g * tiles[r + BEFORE + j].to(tl.float32),)
+            sums = more
+    at = i.to(tl.int64) * D + ch
+    if HAS_BIAS:
+        tl.store(db + at, sums[0], mask=ch < D)
+    for j in tl.static_range(KH):
+        to = KH - 1 - j if FLIP else j
+        tl.store(dw + at * KH + to, sums[j + 1], mask=ch < D)
+
+
 def _tiling(H: int, W: int, D: int, *, gradient: bool) -> Tiling:
     if W == 1:
-        return Tiling(4, 1, 128, 1) if gradient else Tiling(16, 1, 128, 1)
+        return Tiling(8 if H > 4 else 4, 1, 128, 1) if gradient else Tiling(16, 1, 128, 1)
     return Tiling(4, 8, 64, 4) if gradient else Tiling(8, 8, 64, 4, 4)
 
 
@@ -240,20 +316,31 @@ def conv_backward(
     flip: bool,
     activation: str | None,
     tiling: Tiling | None = None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias, the last two in float32."""
+    """Gradients of x, weight and bias, the last two in float32; of a sequence x's is written to ``dx``, if given."""
     x, dy, weight, bias = _dense(x), _dense(dy), weight.contiguous(), _contiguous(bias)
     taps = _taps(weight, pad, flip)
-    batch, H, W, D = x.shape
+    (batch, H, W, D), (KH, KW) = x.shape, weight.shape[1:]
     if x.numel() == 0:
         return torch.empty_like(x), *(None if v is None else torch.zeros_like(v) for v in (weight, bias))
     t = tiling or _tiling(H, W, D, gradient=True)
     wide, tall = triton.cdiv(W, t.width), triton.cdiv(D, t.channels)
-    strips = max(1, min(PROGRAMS // (wide * tall * batch), triton.cdiv(H, t.rows)))
+    programs = SEQUENCE_PROGRAMS if W == KW == 1 else PROGRAMS
+    strips = max(1, min(programs // (wide * tall * batch), triton.cdiv(H, t.rows)))
     strip = triton.cdiv(triton.cdiv(H, strips), t.rows) * t.rows
     programs = wide * triton.cdiv(H, strip) * batch
     dw = torch.empty(programs, *weight.shape, dtype=torch.float32, device=x.device)
     db = None if bias is None else torch.empty(programs, D, dtype=torch.float32, device=x.device)
+    if W == KW == 1:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
+        with torch.cuda.device_of(x):
+            _sequence_gradient[programs, tall](
+                x, weight, bias, dy, dx, dw, db, H, D, *(s for v in (x, dy, dx) for s in _strides(v)[:2]), strip,
+                KH=KH, PH=taps["PH"], FLIP=flip, HAS_BIAS=bias is not None, ACTIVATION=activation,
+                ROWS=t.rows, BD=t.channels, num_warps=t.warps,
+            )  # fmt: skip
+        return dx, dw.sum(0), None if bias is None else db.sum(0)
     dv = dy if activation is None else torch.empty(x.shape, dtype=dy.dtype, device=x.device)
     with torch.cuda.device_of(x):
         _conv_gradient[programs, tall](
@@ -261,7 +348,6 @@ def conv_backward(
             HAS_BIAS=bias is not None, ACTIVATION=activation,
             ROWS=t.rows, TW=t.width, BD=t.channels, num_warps=t.warps,
         )  # fmt: skip
-    KH, KW = weight.shape[1:]
     back = taps | {"PH": KH - 1 - taps["PH"], "PW": KW - 1 - taps["PW"], "FLIP": not flip}
     dx = _convolve(dv, weight, None, back, None)
     return dx, dw.sum(0), None if bias is None else db.sum(0)

@@ -232,21 +232,37 @@ def _compiled(sources: tuple[pathlib.Path, ...], name: str, defines: tuple[str, 
         return _built(text, name, options, device)
 
 
+class _Configuration(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("blocks", "y", "z", "threads", "threads_y", "threads_z", "shared")),
+        *(("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)),
+    ]
+
+
+@functools.lru_cache(4096)
+def _configuration(blocks: int, threads: int, shared: int, stream: int) -> tuple[int, _Configuration]:
+    """Its address, and what has to live as long."""
+    configuration = _Configuration(blocks, 1, 1, threads, 1, 1, shared, stream, None, 0)
+    return ctypes.addressof(configuration), configuration
+
+
 _Argument = ctypes.c_char_p * 1
 
 
 @functools.cache
 def _launcher():
-    launch = _driver().cuLaunchKernel
-    launch.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    launch = _driver().cuLaunchKernelEx
+    launch.argtypes = (ctypes.c_void_p,) * 4
     return launch
 
 
 def launch(function: Kernel, blocks: int, threads: int, argument: bytes, device: int) -> None:
     """Launch on torch's current stream of a device with one argument, passed by value."""
-    if torch.cuda.current_device() != device:
+    if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
             return launch(function, blocks, threads, argument, device)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    arguments = (function, blocks, 1, 1, threads, 1, 1, function.shared, stream, _Argument(argument), None)
-    _call(device, "launching a kernel", _launcher(), *arguments)
+    configuration, _kept = _configuration(blocks, threads, function.shared, stream)
+    _call(device, "launching a kernel", _launcher(), configuration, function, _Argument(argument), None)

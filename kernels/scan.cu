@@ -685,7 +685,7 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
     sum_partials(at.tiles - 1);
     const i64 piece = ((at.b * c.segments + at.s) * c.scans + at.k) * c.channels + at.d();
     store_states(dA, c.dA, piece, at.part, at.alive);
-    if (at.s == 0) store_states(g, c.last, at.in_scan(c), at.part, at.alive);
+    if (c.last && at.s == 0) store_states(g, c.last, at.in_scan(c), at.part, at.alive);
 #pragma unroll
     for (int mask = WIDTH; mask < 32; mask *= 2) {
         dD += __shfl_xor_sync(~0u, dD, mask);
@@ -695,12 +695,12 @@ template <int PERIOD = EVERY> INLINE void backward(const Call &c) {
 }
 
 // In float32 and in order
-template <int IN, int OUT> INLINE void sum(const Job &job, i64 block) {
+template <int IN, int OUT> INLINE void sum(const Job &job, const void *from, void *to_all, i64 block) {
     constexpr int EACH = IN == 0 ? VECTOR : WIDE;
     const i64 i = block * THREADS + threadIdx.x, inner = job.inner / EACH, count = job.outer * inner;
     if (i >= count) return;
     const i64 o = count < 1LL << 32 ? (unsigned)i / (unsigned)inner : i / inner;  // of 64 bits it takes 100 instructions
-    const Pack<IN, EACH> *in = (const Pack<IN, EACH> *)job.in + o * (job.terms - 1) * inner + i;
+    const Pack<IN, EACH> *in = (const Pack<IN, EACH> *)from + o * (job.terms - 1) * inner + i;
     float total[EACH] = {};
 #pragma unroll 8
     for (i64 j = 0; j < job.terms; j++) {
@@ -716,7 +716,7 @@ template <int IN, int OUT> INLINE void sum(const Job &job, i64 block) {
         const i64 row = to < 1LL << 32 ? (unsigned)to / (unsigned)job.row : to / job.row;
         to += row * (job.pitch - job.row);
     }
-    *(Pack<OUT, EACH> *)((typename Element<OUT>::bits *)job.out + to) = out;
+    *(Pack<OUT, EACH> *)((typename Element<OUT>::bits *)to_all + to) = out;
 }
 
 // Several sums, one after the other in the grid
@@ -726,12 +726,12 @@ INLINE void sums(const Sum &s) {
     while (block >= s.job[j].blocks) block -= s.job[j++].blocks;
     const Job &job = s.job[j];
     if (job.in_type == job.out_type) {
-        if (job.in_type == 0) sum<0, 0>(job, block);
-        if (job.in_type == 1) sum<1, 1>(job, block);
-        if (job.in_type == 2) sum<2, 2>(job, block);
+        if (job.in_type == 0) sum<0, 0>(job, s.in[j], s.out[j], block);
+        if (job.in_type == 1) sum<1, 1>(job, s.in[j], s.out[j], block);
+        if (job.in_type == 2) sum<2, 2>(job, s.in[j], s.out[j], block);
     } else {
-        if (job.out_type == 1) sum<0, 1>(job, block);
-        if (job.out_type == 2) sum<0, 2>(job, block);
+        if (job.out_type == 1) sum<0, 1>(job, s.in[j], s.out[j], block);
+        if (job.out_type == 2) sum<0, 2>(job, s.in[j], s.out[j], block);
     }
 }
 

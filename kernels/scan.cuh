@@ -17,24 +17,32 @@ constexpr int WARPS = THREADS / 32;
 struct View { i64 batch, scan; int token, inner; };  // strides in bytes
 
 struct Call {
-    const char *x, *delta, *B, *C, *dy, *z;  // z: the gate, where GATED
-    const float *A, *D, *bias;
-    const float *initial, *gradient;  // (batch, scans, channels, N) or null: initial state, gradient of the last state
+    // what the operator is given, in its order
+    const char *x, *delta;
+    const float *A;
+    const char *B, *C;
+    const float *D, *bias, *initial;  // initial: (batch, scans, channels, N), or null
     const int *order;                 // (scans, length) or null
-    float *ends, *sums;  // (batch, scans, segments, channels, N or nothing): what a segment receives from its neighbour
+    const char *z;                    // the gate, where GATED
+    // a forward's
+    char *y;             // (batch, length, scans, channels), as dx, ddelta and dz
+    float *last;         // (batch, scans, channels, N): last state, or gradient of the initial state, or null
     char *starts;        // (batch, scans, length / EVERY, channels, N): state before every so many steps
-    char *y, *dx, *ddelta, *dz;       // (batch, length, scans, channels)
-    float *last;                      // (batch, scans, channels, N): last state, or gradient of the initial state
-    float *dA, *dD, *dbias;           // (batch, segments, scans, channels, N or nothing)
-    float *dB, *dC;                   // (channel blocks, batch, length, scans, N)
+    float *ends, *sums;  // (batch, scans, segments, channels, N or nothing): what a segment receives from its neighbour
+    // a backward's
+    const char *dy;
+    const float *gradient;  // of the last state, or null
+    char *dx, *ddelta, *dz;
+    float *dA, *dD, *dbias;  // (batch, segments, scans, channels, N or nothing)
+    float *dB, *dC;          // (channel blocks, batch, length, scans, N)
     View x_view, delta_view, B_view, C_view, dy_view, z_view;
     i64 batch, length, scans, channels, segments, segment;  // segment: its steps, a multiple of TILE
     int row;  // scans * channels
 };
 
 // out[o, i] = sum over the terms j of in[o, j, i]; where row is not 0, each `row` elements of out begin `pitch` further on
-struct Job { const void *in; void *out; i64 outer, terms, inner, blocks, row, pitch; int in_type, out_type; };
-struct Sum { Job job[6]; };
+struct Job { i64 outer, terms, inner, blocks, row, pitch; int in_type, out_type; };
+struct Sum { const void *in[6]; void *out[6]; Job job[6]; };
 
 template <int TYPE> struct Element { typedef unsigned short bits; };
 template <> struct Element<0> { typedef unsigned bits; };

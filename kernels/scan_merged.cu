@@ -291,20 +291,16 @@ INLINE void merged_forward(const Call &c) {
         for (int j = 0; j < STEPS; j++) C[j] = C_t[j];
         float2 s;  // state before the warp's steps, then before the stretch
         auto state = [&](const float *of) { return (float2 *)(of + ((i64)(b * scans + k) * channels + d)); };
-        const bool begins = warp == 0 && i == 0, ends = warp == WARPS - 1 && i == spans - 1;
-        if (begins) {
-            s = c.initial ? *state(c.initial) : make_float2(0.f, 0.f);
-        } else {
-            const int from = warp ? warp - 1 : WARPS - 1;
-            if (WARPS > 1) take_over(1 + from);
-            else __syncwarp();
-            s = carry[from][pair];
-        }
+        const int from = warp ? warp - 1 : WARPS - 1;
+        if (WARPS == 1) __syncwarp();
+        else if (warp || i || k) take_over(1 + from);
+        if (warp || i) s = carry[from][pair];
+        else s = c.initial ? *state(c.initial) : make_float2(0.f, 0.f);
         const float2 end = make_float2(to_p.x * s.x + to_h.x, to_p.y * s.y + to_h.y);
         if (WARPS == 1) __syncwarp();
         if (lane >= 24) carry[warp][pair] = end;
-        if (WARPS > 1 && !ends) pass_on(1 + warp);
-        if (ends && c.last && lane >= 24) *state(c.last) = end;
+        if (WARPS > 1) pass_on(1 + warp);
+        if (c.last && warp == WARPS - 1 && i == spans - 1 && lane >= 24) *state(c.last) = end;
         s = make_float2(before_p.x * s.x + before_h.x, before_p.y * s.y + before_h.y);
         if (EVERY && first < left) {
             const int t = (i * SPAN + warp * REACH + first) / STEPS;
@@ -329,6 +325,7 @@ INLINE void merged_forward(const Call &c) {
         ahead.advance(scans, length, spans);
         if (++i == spans) i = 0, k++;
     }
+    if (WARPS > 1 && warp == 0) take_over(WARPS);  // what is passed on is taken, at the end too
     copy_async_wait<0>();
     __syncthreads();
     finish(c, sum, c.y);
@@ -505,7 +502,7 @@ INLINE void merged_backward(const Call &c) {
         if (warp == 0 && lane < PAIRS) {
             const float2 end = make_float2(to_p.x * s.x + to_g.x, to_p.y * s.y + to_g.y);
             carry[n][pair] = end;
-            if (here.i == 0) *(float2 *)(c.last + state) = end;
+            if (c.last && here.i == 0) *(float2 *)(c.last + state) = end;
         }
         to_p = make_float2(__shfl_down_sync(~0u, to_p.x, PAIRS), __shfl_down_sync(~0u, to_p.y, PAIRS));
         to_g = make_float2(__shfl_down_sync(~0u, to_g.x, PAIRS), __shfl_down_sync(~0u, to_g.y, PAIRS));

@@ -3,6 +3,7 @@
 import json
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +46,11 @@ class Fixture:
     meta: dict
     arrays: dict[str, np.ndarray]
 
-    def weights(self) -> dict[str, Tensor]:
-        """Official state dict by the rule, after its float64 sums agree with the fixture's."""
+    def weights(self, shifts: Mapping[str, np.ndarray | float] | None = None) -> dict[str, Tensor]:
+        """Official state dict by the rule, after its float64 sums agree with the fixture's.
+
+        shifts: what a fixture's `weights_exception` adds to the entries whose names end so.
+        """
         boosted = self.name.endswith("_ssm8")
         state = {}
         for name, shape, _, kind, total in self.meta["state_dict"]:
@@ -57,6 +61,8 @@ class Fixture:
                 state[name] = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
             else:
                 v = value(name, shape)
+                for leaf, shift in (shifts or {}).items():
+                    v = v + np.asarray(shift, np.float32) if name.endswith(leaf) else v
                 state[name] = torch.from_numpy(v * np.float32(8) if boosted and name.endswith(BOOSTED) else v)
             assert state[name].double().sum().item() == pytest.approx(total, rel=1e-9, abs=1e-9), name
         return state

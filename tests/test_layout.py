@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LAYERS = ("kernels", "ops", "layers", "backbones", "engine", "detection", "restoration")
-TASKS = ("detection", "restoration")
+LAYERS = ("kernels", "ops", "layers", "backbones", "engine", "detection", "restoration", "diffusion")
+TASKS = ("detection", "restoration", "diffusion")
 OPENMMLAB = {"mmengine", "mmdet", "mmcv"}
 THIRD_PARTY = {  # of each layer, beside the standard library
     "kernels": {"torch", "triton"},
     "ops": {"torch", "numpy"},
     "layers": {"torch", "numpy"},
     "backbones": {"torch", "numpy", "timm"},
-    "engine": {"torch", "torchvision", "numpy", "safetensors", "cv2"}
+    "engine": {"torch", "torchvision", "numpy", "safetensors", "cv2", "tqdm"}
     | {"matplotlib"}  # comes with mmengine and mmdet
     | OPENMMLAB,
     "detection": {"torch", "torchvision", "numpy", "timm", "cv2", "PIL", "pycocotools", "safetensors", "rich", "tqdm"}
     | {"matplotlib"}  # comes with mmengine and mmdet
     | OPENMMLAB,
-    "restoration": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine"}
-    | {"lpips"},  # on demand
+    "restoration": {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine"},
+    "diffusion": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine", "diffusers", "timm"},
 }
 BELOW = {
     "kernels": {"kernels"},
@@ -94,7 +94,7 @@ def test_import_is_lean():
 import sys
 import mambavision, mambavision.ops, mambavision.kernels
 import torch
-heavy = {"mmdet", "mmcv", "mmengine", "triton", "timm", "cv2", "torchvision"} & set(sys.modules)
+heavy = {"mmdet", "mmcv", "mmengine", "triton", "timm", "cv2", "torchvision", "diffusers"} & set(sys.modules)
 assert not heavy, heavy
 assert not torch.cuda.is_initialized()
 """

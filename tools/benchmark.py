@@ -2,7 +2,7 @@
 
     python tools/benchmark.py ops                               # on a CPU: the table of README.md
     python tools/benchmark.py ops --device cuda --csv ops.csv   # on a GPU, against mamba_ssm (if installed) and SDPA
-    python tools/benchmark.py ops --device cuda --rows yolo-p5 ssd-64x256
+    python tools/benchmark.py ops --device cuda --rows yolo-p5 ssd-64x256 --only default mamba_ssm SDPA
     python tools/benchmark.py tables ops.csv                    # the tables of kernels/README.md from that CSV
 
 An implementation whose result or a gradient does not match the float64 reference is not timed, which is said.
@@ -44,7 +44,8 @@ def time_ops(args: argparse.Namespace) -> None:
     host = ops.Host(args.device, dtype, budget_s, None if on_cpu else roofs.measure(budget_s))
     lines, names = [], args.rows or every
     first_calls = list(FIRST_CALLS) if FIRST in names else []
-    for more in ops.run({name: rows[name] for name in names if name != FIRST}, first_calls, host):
+    only = set(args.only) if args.only else None
+    for more in ops.run({name: rows[name] for name in names if name != FIRST}, first_calls, host, only):
         lines += more
         if args.csv:
             report.write(args.csv, lines)
@@ -70,6 +71,7 @@ def main() -> int:
     timing.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     timing.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="float32 on CPU, bfloat16 on CUDA")
     timing.add_argument("--rows", nargs="+", metavar="ROW", help="some of the device's rows")
+    timing.add_argument("--only", nargs="+", metavar="NAME", help="some implementations: default, mamba_ssm, SDPA")
     timing.add_argument("--threads", type=int, default=2, help="CPU threads")
     timing.add_argument("--budget", type=float, help=f"seconds per figure, default {BUDGET_S}")
     timing.add_argument("--csv", help="also write the figures to this file")

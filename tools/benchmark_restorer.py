@@ -5,10 +5,10 @@
     python tools/benchmark_restorer.py --device cpu --size 128 256 --networks serpent_t serpent_s
 
 Untrained networks restore one square picture in inference mode, under bfloat16 autocast on a GPU and in float32 on a
-CPU; medians of repeated calls. Memory is the most that is allocated beyond weights and picture. The exponents p are
-those of pixels^p fitted (least squares of logarithms) to time and memory from 512 pixels a side on, where there are
-two such sizes: 1 is linear in pixels. --train adds a training step (forward and backward) on pictures of 256 pixels.
-A size that does not fit is a row "out of memory".
+CPU; medians of repeated calls. Memory is the most that is allocated (on a CPU: resident) beyond weights and picture.
+The exponents p are those of pixels^p fitted (least squares of logarithms) to time and memory from 512 pixels a side on,
+where there are two such sizes: 1 is linear in pixels. --train adds a training step (forward and backward) on pictures
+of 256 pixels. A size that does not fit is a row "out of memory".
 """
 
 import argparse
@@ -30,17 +30,16 @@ from mambavision.backbones.serpent import serpent_b, serpent_l, serpent_s, serpe
 from mambavision.backbones.window_transformer import window_transformer
 from mambavision.engine import cli
 from mambavision.engine.flops import count_macs
+from mambavision.engine.memory import measure_peak
 
-NETWORKS = {
-    f.__name__: f for f in (serpent_s, window_transformer, conv_unet, dncnn, serpent_t, serpent_b, serpent_l)
-}
+NETWORKS = {f.__name__: f for f in (serpent_s, window_transformer, conv_unet, dncnn, serpent_t, serpent_b, serpent_l)}
 DEFAULT = ("serpent_s", "window_transformer", "conv_unet", "dncnn")
 COLUMNS = ("network", "parameters", "MACs/pixel", "what", "side", "ms", "MB", "device")
-WARM_UP, FEWEST = 2, 3  # calls: kernels are compiled; calls that are timed
+FEWEST = 3  # calls that are timed
 
 
 def measure(call: Callable[[], object], device: torch.device, seconds: float) -> tuple[float, float]:
-    """Median milliseconds of a call and the most MB it holds beyond what was there (NaN on a CPU)."""
+    """Median milliseconds of a call and the most MB it holds beyond what was there (NaN where nothing tells)."""
     gpu = device.type == "cuda"
 
     def timed() -> float:
@@ -50,17 +49,13 @@ def measure(call: Callable[[], object], device: torch.device, seconds: float) ->
             torch.cuda.synchronize()
         return time.perf_counter() - before
 
-    for _ in range(WARM_UP):
-        timed()
-    held = 0
     if gpu:
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        timed()  # kernels are compiled
+    peak = measure_peak(timed, device)
     times = [timed() for _ in range(FEWEST)]
     while sum(times) < seconds:
         times.append(timed())
-    peak = (torch.cuda.max_memory_allocated() - held) / 1e6 if gpu else math.nan
-    return 1e3 * statistics.median(times), peak
+    return 1e3 * statistics.median(times), math.nan if peak is None else peak / 1e6
 
 
 def autocast(device: torch.device) -> torch.autocast:

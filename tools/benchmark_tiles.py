@@ -1,14 +1,17 @@
 #!/usr/bin/env python
-"""Measure how far tiles of several overlaps are from restoring a photo in one piece.
+"""Measure how far tiles of several overlaps, and half precision, are from restoring a photo in one piece in fp32.
 
     python tools/benchmark_tiles.py photos/ --weights weights/serpent_s_denoise_color.safetensors --sigma 25
     python tools/benchmark_tiles.py photos/ --weights weights/serpent_s_sr_x4.safetensors --tile 96 --overlap 0 32 64
+    python tools/benchmark_tiles.py photos/ --weights weights/serpent_s_jpeg.safetensors --overlap --precision bf16 fp16
 
 Clean photos are degraded by the weights' own degradation, seeded; --sigma replaces its range of noise. In the table are
-the PSNR against the clean photos, in one piece and in tiles, and the largest difference of one photo, in dB.
+the PSNR against the clean photos, its change from that of one piece in fp32, the largest change of one photo, in dB,
+and how many photos came out with values that are not finite.
 """
 
 import argparse
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +28,24 @@ from mambavision.restoration.metrics import psnr
 from mambavision.restoration.tiles import run_tiled
 
 
+@dataclass
+class Case:
+    """One way of restoring, and what came out of it; a tile of 0 is the whole photo."""
+
+    inferencer: RestorationInferencer
+    tile: int
+    overlap: int
+    decibel: list[float] = field(default_factory=list)
+
+    def restore(self, lq: torch.Tensor, gt: torch.Tensor) -> None:
+        """Restore one degraded photo, (C, H, W), and keep its PSNR."""
+        done = self.inferencer
+        tile = self.tile or max(lq.shape)
+        options = dict(tile=tile, overlap=self.overlap, scale=done.scale, device=done.device)
+        with torch.inference_mode():
+            self.decibel.append(psnr(run_tiled(done.restore_tile, lq, **options), gt))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -33,38 +54,39 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--sigma", type=float, help="noise level in units of 1/255; the network is not told it")
     parser.add_argument("--tile", type=int, default=128, help="largest side of a tile, pixels (default: 128)")
-    parser.add_argument("--overlap", type=int, nargs="+", default=[0, 16, 32, 64])
+    parser.add_argument("--overlap", type=int, nargs="*", default=[0, 16, 32, 64], help="of tiles, in fp32")
+    parser.add_argument("--precision", nargs="*", choices=["bf16", "fp16"], default=[], help="of whole photos")
     parser.add_argument("--count", type=int, help="of photos, the first ones (default: all)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     args = parser.parse_args()
 
-    inferencer = RestorationInferencer(weights=args.weights, device=args.device)
-    kind = dict(inferencer.metadata.get("degradation") or dict(type="GaussianNoise", sigma=(0, 255)))
+    def inferencer(precision: str = "fp32") -> RestorationInferencer:
+        return RestorationInferencer(weights=args.weights, device=args.device, precision=precision)
+
+    full = inferencer()
+    kind = dict(full.metadata.get("degradation") or dict(type="GaussianNoise", sigma=(0, 255)))
     if args.sigma is not None:
+        if kind["type"] != "GaussianNoise":
+            raise ValueError(f"--sigma is for weights against noise, these are against {kind['type']}")
         kind["sigma"] = (args.sigma, args.sigma)
     degrade = TRANSFORMS.build(kind)
-    gain = dict.fromkeys(args.overlap, 0.0)
-    worst = dict.fromkeys(args.overlap, 0.0)
-    folder = CleanFolder(args.photos, gray=inferencer.channels == 1)
+    cases = [Case(full, 0, 0)]
+    cases += [Case(inferencer(precision), 0, 0) for precision in args.precision]
+    cases += [Case(full, args.tile, overlap) for overlap in args.overlap]
+    folder = CleanFolder(args.photos, gray=full.channels == 1)
     photos = range(len(folder))[: args.count]
-    total = 0.0
     for index in tqdm(photos, unit="photo"):
         gt, lq = degraded(folder[index].pixels, degrade)
-        options = dict(scale=inferencer.scale, device=inferencer.device)
-        with torch.inference_mode():
-            whole = psnr(run_tiled(inferencer.restore_tile, lq, tile=max(lq.shape), overlap=0, **options), gt)
-            total += whole
-            for overlap in args.overlap:
-                tiled = run_tiled(inferencer.restore_tile, lq, tile=args.tile, overlap=overlap, **options)
-                change = psnr(tiled, gt) - whole
-                gain[overlap] += change / len(photos)
-                worst[overlap] = max(worst[overlap], abs(change))
-    title = f"{len(photos)} photos, tiles of {args.tile}, {inferencer.weights.name}"
-    table = Table("overlap", "PSNR in one piece", "tiles: change", "largest change", title=title)
-    for overlap in args.overlap:
-        numbers = total / len(photos), gain[overlap], worst[overlap]
-        table.add_row(str(overlap), *(f"{number:.3f}" for number in numbers))
-    Console().print(table)
+        for case in cases:
+            case.restore(lq, gt)
+    columns = ("precision", "tile", "overlap", "PSNR", "change", "largest change", "not finite")
+    table = Table(*columns, title=f"{len(photos)} photos, {full.weights.name}, {full.device}")
+    whole = np.array(cases[0].decibel)
+    for case in cases:
+        change = np.array(case.decibel) - whole
+        row = case.inferencer.precision, str(case.tile or "whole"), str(case.overlap), f"{np.mean(case.decibel):.3f}"
+        table.add_row(*row, f"{change.mean():.4f}", f"{np.abs(change).max():.4f}", str(case.inferencer.redone))
+    Console(width=120).print(table)
 
 
 def degraded(pixels: np.ndarray, degrade: degradations.Degradation) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Measure training steps of a restoration config: eager and through CUDA graphs.
+"""Measure training steps of a restoration or diffusion config: eager and through CUDA graphs.
 
     python tools/benchmark_training.py configs/serpent/serpent_s_denoise_gray25.py --amp bf16
+    python tools/benchmark_training.py configs/dim/dim_t_cifar10.py --amp bf16
 
 The real loop, data and optimiser, without validation and checkpoints; the second half of the iterations is timed.
 """
@@ -20,6 +21,7 @@ from mmengine.visualization import Visualizer
 from rich.console import Console
 from rich.table import Table
 
+from mambavision.diffusion import runs as diffusion
 from mambavision.engine import runs
 from mambavision.engine.cli import run
 from mambavision.restoration import runs as restoration
@@ -42,7 +44,7 @@ class Stopwatch(Hook):
             self.start, self.seconds = time.perf_counter(), time.perf_counter() - getattr(self, "start", 0)
 
 
-def measure(cfg, iters: int, amp: str | None, graphs: bool) -> list[str]:
+def measure(task, cfg, iters: int, amp: str | None, graphs: bool) -> list[str]:
     """A row of the table."""
     cfg = copy.deepcopy(cfg)
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
@@ -58,7 +60,7 @@ def measure(cfg, iters: int, amp: str | None, graphs: bool) -> list[str]:
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         cfg.work_dir = folder
-        runner = restoration.train(cfg, amp=amp, seed=0)
+        runner = task.train(cfg, amp=amp, seed=0)
     (watch,) = (hook for hook in runner.hooks if isinstance(hook, Stopwatch))
     timed = iters - iters // 2
     losses = runner.message_hub.get_scalar("train/loss").data[0]
@@ -77,8 +79,12 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     table = Table("step", "iterations/s", "ms", "peak GB", "loss of the last 20", title=f"{args.config}, {device}")
+    tasks = {"restoration": restoration, "diffusion": diffusion}
+    if (name := runs.task_of(args)) not in tasks:
+        raise ValueError(f"{args.config} is for {name}: tools/benchmark_detector.py measures detectors")
+    task = tasks[name]
     for graphs in (True, False) if torch.cuda.is_available() else (False,):
-        row = measure(restoration.load_config(args), args.iters, args.amp, graphs)
+        row = measure(task, task.load_config(args), args.iters, args.amp, graphs)
         print("CUDA graph" if graphs else "eager", *row, flush=True)  # what is known, should the next one not end
         table.add_row("CUDA graph" if graphs else "eager", *row)
     Console(width=120).print(table)

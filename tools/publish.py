@@ -17,6 +17,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mambavision.detection.weights import from_checkpoint, save_weights
+from mambavision.diffusion import weights as diffusion_weights
 from mambavision.engine import runs
 from mambavision.engine.cli import run
 from mambavision.engine.files import atomic_path
@@ -49,6 +50,21 @@ def publish_restorer(cfg: Config, args: argparse.Namespace) -> str:
     arguments = ", ".join(f"{name} {value}" for name, value in (degradation or {}).items() if name != "type")
     made = f"; trained on {degradation.type} ({arguments})" if degradation else ""
     return f"{type(network).__name__} ({_millions(network)}) for `{cfg.restores}`{made}."
+
+
+def publish_diffusion(cfg: Config, args: argparse.Namespace) -> str:
+    """Write a denoising network's weights; returns what it is, for the card."""
+    model, checkpoint = build_from_checkpoint(cfg, args.checkpoint)
+    network, objective = model.network, model.objective
+    names = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes") if network.num_classes else None
+    said = {"training_data": args.data, "trained_by": args.config}
+    options = dict(objective=objective, class_names=names, metadata=said, precision=args.precision)
+    diffusion_weights.save(network, args.out, **options)
+    size = "x".join(map(str, network.input_size))
+    classes = f", {network.num_classes} classes" if network.num_classes else ""
+    arguments = ", ".join(f"{name} {value}" for name, value in objective.config().items() if name != "type")
+    learnt = f"{type(objective).__name__} ({arguments})"
+    return f"{type(network).__name__} ({_millions(network)}) of {network.in_channels}x{size}{classes}; {learnt}."
 
 
 def _millions(network) -> str:
@@ -88,14 +104,17 @@ def main() -> None:
     parser.add_argument("--hardware", default="", help="what it was trained on, and how long, for the card")
     parser.add_argument("--data", default="", help="photos that it was trained on")
     parser.add_argument("--cannot", default="", help="what it is not made for, for the card")
-    parser.add_argument("--precision", choices=["fp16", "fp32"], default="fp16", help="of a restoration network")
+    parser.add_argument(
+        "--precision", choices=["fp16", "fp32"], default="fp16", help="of a network that restores or samples"
+    )
     args = parser.parse_args()
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
     if args.metrics and not Path(args.metrics).is_file():
         raise FileNotFoundError(f"no metrics at {args.metrics}")
     cfg = runs.read_config(args.config)
-    what = (publish_restorer if runs.task_of(args) == "restoration" else publish_detector)(cfg, args)
+    publish = {"detection": publish_detector, "restoration": publish_restorer, "diffusion": publish_diffusion}
+    what = publish[runs.task_of(args)](cfg, args)
     with atomic_path(Path(args.out).with_suffix(".md")) as temporary:
         temporary.write_text(card(what, args))
     print(f"{args.out}: {what}")

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Restore photos and videos: denoise, deblur, enlarge, remove JPEG artefacts.
 
-    python tools/restore.py photo.jpg -o clean.jpg                       (noise of unknown strength, in colour)
+    python tools/restore.py photo.jpg                                    (noise of unknown strength; to restored/)
     python tools/restore.py photos/ -o clean/ --side-by-side             (a folder and its subfolders)
     python tools/restore.py "scans/*.tif" -o clean/ --sigma 25           (noise of standard deviation 25 of 255)
     python tools/restore.py small.png -o large.png --task sr_x4
+    python tools/restore.py torn.png -o whole.png --task inpaint --weights w.safetensors --mask tears.png
     python tools/restore.py clip.mp4 -o clean.mp4 --device cuda --precision bf16
 
 Files keep their type, bits, transparency and colour profile; JPEG is written at quality 95. Pictures of any size are
@@ -32,10 +33,13 @@ def main() -> None:
         description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="photo, video, folder of photos, or glob pattern")
-    parser.add_argument("-o", "--out", required=True, help="file to write, or folder where there are several")
+    out_help = "file to write, or folder where there are several (default: restored/)"
+    parser.add_argument("-o", "--out", default="restored/", help=out_help)
     parser.add_argument("--task", choices=TASKS, help="default: that of --weights, or denoise_color")
-    parser.add_argument("--weights", help="weights file (default: those of the task that come with this project)")
+    parser.add_argument("--weights", help="weights file (default: the largest network's of the task in weights/)")
     parser.add_argument("--sigma", type=float, help="noise level in units of 1/255, for weights that take it")
+    mask_help = "for inpaint: photo that is white where to fill, or a folder of them with the inputs' names"
+    parser.add_argument("--mask", help=mask_help)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     tile_help = f"largest side of a tile in pixels, at least {MIN_TILE}; 0: no tiles; default: as memory allows"
@@ -48,7 +52,7 @@ def main() -> None:
 
     # what is wrong with a file is said in our one line
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    jobs = cli.plan(args.inputs, args.out)  # before the weights: the quicker answer first
+    jobs = cli.plan(args.inputs, args.out, args.mask)  # before the weights: the quicker answer first
     inferencer = RestorationInferencer(
         args.task, weights=args.weights, device=args.device, sigma=args.sigma, tile=args.tile, overlap=args.overlap,
         precision=args.precision, self_ensemble=args.self_ensemble,

@@ -3,10 +3,12 @@
 
     python tools/test.py configs/mamba_yolo/mamba_yolo_t_bccd.py work_dirs/mamba_yolo_t_bccd/epoch_100.pth
     python tools/test.py configs/mamba_yolo/mamba_yolo_t_1xb32_voc0712.py x.pth --data-root VOCdevkit --out voc.json
+    python tools/test.py configs/dim/dim_s_2x_cifar10.py work_dirs/dim_s_2x_cifar10/iter_10000.pth
     python tools/test.py configs/serpent/serpent_s_denoise_gray25.py weights/serpent_s_denoise_gray.safetensors
 
-Prints the metrics of the config's evaluator: COCO AP or VOC AP, in 0..1, or PSNR in dB and SSIM of each test set, with
-a line a photo in test.csv of the work directory.
+Prints the metrics of the config's evaluator: COCO AP or VOC AP, in 0..1; PSNR in dB and SSIM of each test set, with a
+line a photo in test.csv of the work directory; or the loss of a diffusion model on held-out pictures, with noise and
+times that are the same for every network.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mambavision.detection import cli as detection
+from mambavision.diffusion import runs as diffusion
 from mambavision.engine import runs
 from mambavision.engine.cli import run
 from mambavision.engine.files import atomic_path
@@ -32,7 +35,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="checkpoint (.pth) or published weights (.safetensors)")
     parser.add_argument("--out", help="JSON file to write the metrics to")
     args = parser.parse_args()
-    task = {"detection": detection, "restoration": restoration}[runs.task_of(args)]
+    task = {"detection": detection, "restoration": restoration, "diffusion": diffusion}[runs.task_of(args)]
     metrics = {name: float(value) for name, value in task.test(task.load_config(args), args.checkpoint).items()}
     if not is_main_process():
         return

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Train a detector or a restoration network from a config.
+"""Train a detector, a restoration network or a diffusion model from a config.
 
     python tools/train.py configs/mamba_yolo/mamba_yolo_debug.py
     python tools/train.py configs/mamba_yolo/mamba_yolo_t_custom.py \\
         --data-root photos --train-json train.json --val-json val.json
     python tools/train.py configs/serpent/serpent_s_denoise_gray25.py --data-root data/restoration --amp bf16 --seed 0
+    python tools/train.py configs/dim/dim_s_2x_cifar10.py --amp bf16 --seed 0
     torchrun --nproc-per-node 8 tools/train.py configs/mamba_yolo/mamba_yolo_t_8xb64_300e_coco.py --launcher pytorch
 
 Checkpoints, logs, loss_curve.png and loss_curve.csv go to the work directory.
@@ -17,6 +18,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from mambavision.detection import cli as detection  # noqa: E402
+from mambavision.diffusion import runs as diffusion  # noqa: E402
 from mambavision.engine import runs  # noqa: E402
 from mambavision.engine.cli import run  # noqa: E402
 from mambavision.restoration import runs as restoration  # noqa: E402
@@ -33,12 +35,20 @@ def main() -> None:
     parser.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision; fp16 needs a GPU")
     parser.add_argument("--seed", type=int, help="seed of weights, data order and augmentation")
     parser.add_argument("--max-seconds", type=float, help="train so long, in place of the config's iterations and rate")
+    parser.add_argument("--fsdp", action="store_true", help="spread the weights over torchrun's processes")
     args = parser.parse_args()
     options = dict(resume=args.resume, load_from=args.load_from, amp=args.amp, seed=args.seed)
-    if runs.task_of(args) == "restoration":
-        restoration.train(restoration.load_config(args), **options, max_seconds=args.max_seconds)
+    task = runs.task_of(args)
+    if task != "detection":
+        of_task = {"restoration": restoration, "diffusion": diffusion}[task]
+        options |= dict(max_seconds=args.max_seconds, sharded=args.fsdp)
+        of_task.train(of_task.load_config(args), **options)
+    elif args.fsdp:
+        raise ValueError("--fsdp is for networks made of blocks: a detector's weights fit one device, leave it out")
     elif args.max_seconds is not None:
-        raise ValueError("--max-seconds is for restoration: a detector's schedule counts epochs, train_cfg.max_epochs")
+        raise ValueError(
+            "--max-seconds is for restoration and diffusion: a detector's schedule counts epochs, train_cfg.max_epochs"
+        )
     else:
         detection.train(detection.load_config(args), **options)
 

@@ -147,7 +147,8 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C), same shape."""
         u, v = two_linear(_normalise(x, self.norm), self.fc1)
-        return self.fc2(norm_gate(v, depthwise_conv(u, self.dwconv.weight, self.dwconv.bias)))
+        u = depthwise_conv(u, self.dwconv.weight, self.dwconv.bias)  # one name: here memory peaks, the old u is freed
+        return self.fc2(norm_gate(v, u))
 
 
 def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -285,7 +286,7 @@ class Serpent(nn.Module):
             y = on_pixels(down, skips[-1])
         y = self.encoder[-1](y)
         for i in reversed(range(len(self.ups))):
-            y = self.decoder[i](on_pixels(self.ups[i], y) + skips[i])
+            y = self.decoder[i](on_pixels(self.ups[i], y) + skips.pop())
         y = F.pixel_shuffle(on_images(self.head, self.refinement(y)), self.patch_size * self.scale)
         return y[..., : self.scale * height, : self.scale * width].to(x.dtype) + enlarge(x, self.scale)
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
@@ -269,7 +270,8 @@ class _StepGraph:
     def __init__(self, model: BaseModel, batch: Mapping[str, Tensor], optim_wrapper: OptimWrapper) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # the same memory as new leaves: the parameters' own accumulators belong to the stream of the steps before
-        leaves = {name: p.detach().requires_grad_() for name, p in named.items()}
+        # (as Parameters, of which what is compiled need not be compiled anew)
+        leaves = {name: nn.Parameter(p.detach()) for name, p in named.items()}
         self.batch = {name: value.clone() for name, value in batch.items()}
 
         def step() -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -312,9 +314,9 @@ class CudaGraphHook(Hook):
 
     def before_train(self, runner) -> None:
         """Switch recording on where it can be done."""
-        graphs = getattr(runner.model, "graphs", None)  # a data-parallel wrapper has none
+        graphs = getattr(runner.model, "graphs", None)
         accumulates = getattr(runner.optim_wrapper, "_accumulative_counts", 1) > 1
-        if isinstance(graphs, CudaGraphs | StepGraphs) and not accumulates:
+        if isinstance(graphs, CudaGraphs | StepGraphs) and not accumulates and get_world_size() == 1:
             graphs.record_training = True
 
     def after_train(self, runner) -> None:

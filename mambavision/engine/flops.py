@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import mambavision.ops  # noqa: F401  registers the scan
 
@@ -15,13 +15,24 @@ def scan_flops(x: list[int], delta: list[int], A: list[int], *_, **__) -> int:
     return 9 * batch * length * K * channels * A[-1]
 
 
+def attention_flops(query: list[int], key: list[int], value: list[int], *_, **__) -> int:
+    """Two products: torch counts those of a GPU's attention, not of the CPU's."""
+    return sdpa_flop_count(query, key, value)
+
+
+_RULES = {
+    torch.ops.mambavision.scan: scan_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+}
+
+
 @torch.inference_mode()
 def count_flops(call: Callable[[], object]) -> int:
     """FLOPs of convolutions, products, attention and scans in one call, two for a multiply-accumulate.
 
     Those of the definition where the tensors are on the CPU: a GPU's joined products multiply zeros too.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mambavision.scan: scan_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=_RULES)
     with counter:
         call()
     return counter.get_total_flops()

@@ -1,6 +1,9 @@
-"""How much memory there is to use, and telling that it ran out."""
+"""How much memory there is to use and a call takes, and telling that it ran out."""
 
+import contextlib
+import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +37,39 @@ def _available() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except OSError:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_peak(call: Callable[[], object], device: str | torch.device) -> int | None:
+    """Make a call and return the most bytes it held on a device beyond what was there, what it returns included.
+
+    Of the CPU these are what Linux calls resident bytes of the process; None on other systems.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        _give_free_memory_back()  # what the process holds and uses anew would not be seen
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _resident("VmRSS")
+    except OSError:  # not Linux
+        before = None
+    call()
+    return None if before is None else _resident("VmHWM") - before
+
+
+def _give_free_memory_back() -> None:
+    with contextlib.suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

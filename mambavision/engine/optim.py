@@ -9,6 +9,7 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, OPTIM_WRAPPERS
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -24,7 +25,8 @@ class AsyncOptimWrapper(OptimWrapper):
     def _clip_grad(self) -> None:
         groups = self.optimizer.param_groups
         params = [p for group in groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = self.clip_func(params, **self.clip_grad_kwargs)
+        norm = self.clip_func(params, **self.clip_grad_kwargs)
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+Item = TypeVar("Item")
 
 
 class DatasetError(ValueError):
@@ -36,10 +42,17 @@ def imread_unchanged(
         raise DatasetError(f"{path}: no such file") from None
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror})") from None
+    return decode_unchanged(data, path, orientation=orientation)
+
+
+def decode_unchanged(
+    data: bytes, name: str | os.PathLike, *, orientation: Literal["displayed", "stored"] = "displayed"
+) -> np.ndarray:
+    """:func:`imread_unchanged` of a file's bytes; ``name`` is for messages."""
     if not data:
-        raise DatasetError(f"{path}: empty file")
+        raise DatasetError(f"{name}: empty file")
     if is_truncated(data):
-        raise DatasetError(f"{path}: truncated photo, its last part is missing ({len(data)} bytes)")
+        raise DatasetError(f"{name}: truncated photo, its last part is missing ({len(data)} bytes)")
     if data[:2] == b"\xff\xd8":
         flags = cv2.IMREAD_ANYCOLOR | (cv2.IMREAD_IGNORE_ORIENTATION if orientation == "stored" else 0)
     else:
@@ -49,9 +62,9 @@ def imread_unchanged(
     except cv2.error:
         img = None
     if img is None:
-        raise DatasetError(f"{path}: not a photo that OpenCV can decode (starts with {data[:8]!r})")
+        raise DatasetError(f"{name}: not a photo of 1 to 4 channels that OpenCV can decode (starts with {data[:8]!r})")
     if img.dtype not in (np.uint8, np.uint16):
-        raise DatasetError(f"{path}: {img.dtype} pixels; save it with 8 or 16 bits a channel")
+        raise DatasetError(f"{name}: {img.dtype} pixels; save it with 8 or 16 bits a channel")
     return np.ascontiguousarray(img)
 
 
@@ -89,3 +102,28 @@ def find_photos(path: str | os.PathLike, *, exclude: str | os.PathLike | None = 
     if not photos:
         raise DatasetError(f"{path}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)})")
     return photos
+
+
+def read_all(dataset: Sequence[Item], unit: str = "photo") -> tuple[list[Item], list[str]]:
+    """Read a data set, on all cores; returns what can be read, and a message for each item that cannot.
+
+    Args:
+        dataset: Its items raise DatasetError where they cannot be read.
+        unit: What they are, for progress bar and messages.
+
+    Raises:
+        DatasetError: If none can be read.
+    """
+
+    def read(i: int) -> Item | DatasetError:
+        try:
+            return dataset[i]
+        except DatasetError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(tqdm(pool.map(read, range(len(dataset))), f"reading {unit}s", len(dataset), unit=unit))
+    skipped = [str(item) for item in found if isinstance(item, DatasetError)]
+    if len(skipped) == len(found):
+        raise DatasetError(f"none of {len(found)} {unit}s can be used; {skipped[0] if skipped else 'there is none'}")
+    return [item for item in found if not isinstance(item, DatasetError)], skipped

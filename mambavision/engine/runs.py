@@ -17,10 +17,12 @@ from torch.utils.data import Dataset
 from mambavision.engine.checkpoint import allow_mmengine_globals
 from mambavision.engine.files import check_folder
 from mambavision.engine.hooks import InitialWeightsHook, unwrapped
+from mambavision.engine.memory import is_out_of_memory
 from mambavision.engine.photos import DatasetError
+from mambavision.engine.sharded import ShardedRunner
 from mambavision.engine.weights import build_from_checkpoint, check_fits, fitting_tensors
 
-Task = Literal["detection", "restoration"]
+Task = Literal["detection", "restoration", "diffusion"]
 
 Check = Callable[[nn.Module, Dataset], None]
 """Raises ValueError if a model and a data set do not fit each other."""
@@ -114,6 +116,7 @@ def train(
     load_from: str | None = None,
     amp: Literal["bf16", "fp16"] | None = None,
     seed: int | None = None,
+    sharded: bool = False,
     check: Check | None = None,
 ) -> Runner:
     """Train a config; returns the finished runner.
@@ -124,6 +127,7 @@ def train(
         load_from: Checkpoint or published weights whose fitting tensors a run that is not resumed starts from.
         amp: Mixed precision.
         seed: Seed of weights, data order and augmentation.
+        sharded: Spread the weights over the processes, by :class:`~mambavision.engine.sharded.ShardedRunner`.
         check: Called with the model and the training and validation sets before training starts.
 
     Raises:
@@ -147,7 +151,7 @@ def train(
         cfg.optim_wrapper.type = "BFloat16OptimWrapper"
     if seed is not None:
         cfg.randomness = dict(seed=seed)
-    with _build_runner(cfg) as runner:
+    with _build_runner(cfg, ShardedRunner if sharded else Runner) as runner:
         model = unwrapped(runner.model)
         if latest:
             check_fits(model, latest)
@@ -162,7 +166,54 @@ def train(
         raise
     except ValueError as error:  # not the user's doing: show the traceback
         raise RuntimeError(f"training stopped: {error}") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reached = f" at {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
+        raise MemoryError(f"memory ran out in training{reached}: take smaller batches, or a smaller network") from error
     return runner
+
+
+def train_iterations(
+    cfg: Config,
+    *,
+    resume: bool = False,
+    load_from: str | None = None,
+    amp: Literal["bf16", "fp16"] | None = None,
+    seed: int | None = None,
+    sharded: bool = False,
+    max_seconds: float | None = None,
+    check: Check | None = None,
+) -> Runner:
+    """:func:`train` for configs that count iterations, or for so many seconds.
+
+    Args:
+        cfg, resume, load_from, amp, seed, sharded, check: As there.
+        max_seconds: Train so long, by :class:`~mambavision.engine.hooks.WallTimeHook`, in place of the config's
+            iterations and schedule of the learning rate.
+
+    Raises:
+        ValueError: Besides, if a part of the learning-rate schedule begins after the last iteration.
+    """
+    if max_seconds is not None:
+        cfg.param_scheduler = None
+        cfg.train_cfg.max_iters = 10**9
+        cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="WallTimeHook", seconds=max_seconds)]
+    for part in cfg.get("param_scheduler") or ():
+        begin, last = part.get("begin", 0), cfg.train_cfg.max_iters
+        if begin >= last:
+            raise ValueError(
+                f"{part.type} begins at iteration {begin}, the run has {last}: give the schedule in the config, or "
+                f"--cfg-options param_scheduler.0.end=N param_scheduler.1.begin=N with an N below {last}"
+            )
+    return train(cfg, resume=resume, load_from=load_from, amp=amp, seed=seed, sharded=sharded, check=check)
+
+
+def refuse_detection_arguments(args: argparse.Namespace, task: str) -> None:
+    """Raise ValueError if arguments for annotated photos are given to another task."""
+    for name in ("train_json", "val_json", "train_images", "val_images"):
+        if getattr(args, name, None):
+            raise ValueError(f"--{name.replace('_', '-')} is for detection; {task} takes --data-root FOLDER")
 
 
 def test(cfg: Config, checkpoint: str | Path, *, check: Check | None = None) -> dict[str, float]:
@@ -189,14 +240,14 @@ def test(cfg: Config, checkpoint: str | Path, *, check: Check | None = None) -> 
 
 
 @contextmanager
-def _build_runner(cfg: Config) -> Iterator[Runner]:
+def _build_runner(cfg: Config, kind: type[Runner] = Runner) -> Iterator[Runner]:
     """Build the runner; on an error here or in the body, remove the work directory if it is new."""
     work_dir = Path(cfg.work_dir)
     new_folders = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
     _start_processes(cfg)
     try:
         try:
-            yield Runner.from_cfg(cfg)
+            yield kind.from_cfg(cfg)
         except (TypeError, KeyError) as error:  # an argument or a type that does not exist
             raise ValueError(f"the config cannot be built: {error}") from error
     except BaseException:

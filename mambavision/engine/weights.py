@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from mmengine.config import Config
@@ -93,6 +93,29 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     with safe_open(str(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def rebuild(
+    path: str | Path,
+    classes: Sequence[type[nn.Module]],
+    metadata: Mapping[str, Any],
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """The network of a published file, from its metadata's ``class`` and ``config``: fp32, in eval mode, on a device.
+
+    Raises:
+        CheckpointError: If the class is none of ``classes`` or does not take the arguments, or the tensors do not fit.
+    """
+    try:
+        (network,) = (network for network in classes if network.__name__ == metadata["class"])
+        net = network(**metadata["config"])
+    except (ValueError, TypeError) as error:  # another version's, or a damaged one
+        raise CheckpointError(
+            f"{path} is of a {metadata['class']} with arguments {metadata['config']}, which cannot be built here; the "
+            f"networks are {', '.join(network.__name__ for network in classes)}"
+        ) from error
+    load_state(net, read_published(path), path)
+    return net.to(device).eval()
 
 
 @CheckpointLoader.register_scheme(prefixes="safetensors:", force=True)

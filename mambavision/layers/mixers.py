@@ -54,7 +54,7 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, L, d_model); same shape."""
         x, z = two_linear(x, self.in_proj)
-        y = _direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        y = mamba_direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         return self.out_proj(norm_gate(y, z))
 
 
@@ -101,12 +101,12 @@ class BiMambaMixer(MambaMixer):
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, L, d_model); same shape."""
         x, z = two_linear(x, self.in_proj)
-        y = _direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        y_b = _direction(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
+        y = mamba_direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        y_b = mamba_direction(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
         return F.linear(norm_gate(y + y_b, z), self.out_proj.weight / 2, self.out_proj.bias)
 
 
-def _direction(
+def mamba_direction(
     x: Tensor,
     conv1d: nn.Conv1d,
     x_proj: nn.Linear,
@@ -116,6 +116,7 @@ def _direction(
     *,
     reverse: bool = False,
 ) -> Tensor:
+    """One direction of a mixer: ssm(silu(conv1d(x))) of x (B, L, D) with the conv and SSM looking back, or ahead."""
     padding = "future" if reverse else "past"
     x = depthwise_conv(x, conv1d.weight, conv1d.bias, padding=padding, activation="silu")
     return ssm_scan(

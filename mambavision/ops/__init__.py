@@ -1,5 +1,6 @@
 """Selective scans: the shape contract, the choice of implementation, autograd and torch.library registration."""
 
+from mambavision.ops.conv_ssd import conv_ssd
 from mambavision.ops.depthwise_conv import Activation, Padding, depthwise_conv
 from mambavision.ops.dispatch import Backend, describe_backends, use_backend
 from mambavision.ops.multi_scan import multi_scan
@@ -18,6 +19,7 @@ __all__ = [
     "Preset",
     "SSDBackend",
     "ScanOrder",
+    "conv_ssd",
     "depthwise_conv",
     "describe_backends",
     "multi_scan",

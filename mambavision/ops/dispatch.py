@@ -8,12 +8,14 @@ import logging
 import operator
 import os
 import platform
-from collections.abc import Iterator
-from typing import Literal, get_args
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mambavision.kernels import chunked, reference
 from mambavision.ops.compile import constant_result
@@ -24,7 +26,7 @@ ENVIRONMENT = "MAMBAVISION_BACKEND"
 FAST: dict[str, tuple[Backend, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 MOST_STATES: dict[Backend, int] = {"cuda": 128, "cpu": 1024}  # lanes that share a channel; a thread's stack
 PLAIN = (Tensor, torch.nn.Parameter)
-TENSORS = ("x or u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state", "z", "the order table")
+TENSORS = ("x or u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state", "the order table", "z")
 GATING: tuple[Backend, ...] = ("reference", "cuda")  # backends that take z; after others it multiplies what they return
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TYPED = ("x or u", "delta", "B", "C", "z")  # have one of them, the others are converted
@@ -63,13 +65,20 @@ def choose(backend: Backend | None, device: str, dtype: torch.dtype, states: int
 
     Raises RuntimeError with the reason where a backend was asked for and cannot serve the call.
     """
+    return _chosen_of(_asked(backend), device, dtype, states)
+
+
+def _asked(backend: Backend | None) -> Backend | None:
     if backend is not None:
-        asked = _known(backend, "backend")
-    elif _chosen:
-        asked = _chosen[-1]
-    elif name := os.environ.get(ENVIRONMENT):
-        asked = _known(name, f"${ENVIRONMENT}")
-    else:
+        return _known(backend, "backend")
+    if _chosen:
+        return _chosen[-1]
+    name = os.environ.get(ENVIRONMENT)
+    return _known(name, f"${ENVIRONMENT}") if name else None
+
+
+def _chosen_of(asked: Backend | None, device: str, dtype: torch.dtype, states: int) -> Backend:
+    if asked is None:
         return automatic(device, dtype, _crowded(states))
     reason = unavailable(asked, device, dtype, _crowded(states))
     if reason is not None:
@@ -151,51 +160,146 @@ def scan(
     *,
     z: Tensor | None = None,
     want_state: bool = True,
+    check: tuple = (),
 ) -> tuple[Tensor, Tensor | None]:
     """K selective scans on the chosen backend; the contract is that of :func:`mambavision.kernels.reference.scan`.
 
-    Without ``want_state`` the last state may be None. ``z`` is not for merged scans.
+    x may also be (batch, L, D), for all scans. Without ``want_state`` the last state may be None. ``z`` is not for
+    merged scans. ``check``: a function of the shapes of all tensors, in their order here and z behind them, and what
+    else it takes; it is called for the first call of a kind, and raises what is wrong.
     """
-    tensors = (x, delta, A, B, C, D, delta_bias, initial_state, z, order)
-    device, allowed = x.device, (torch.float64,) if x.dtype == torch.float64 else KERNEL_DTYPES
-    for name, v in zip(TENSORS, tensors, strict=True):
-        if v is None:
-            continue
-        if v.dtype not in allowed and name in TYPED:
-            raise ValueError(f"{name} must be {_names(allowed)}, got {_names((v.dtype,))}")
-        if v.device != device:
-            raise ValueError(f"{name} is on {v.device}, x or u on {device}: move one of them")
-    backend = choose(backend, device.type, x.dtype, operator.index(A.shape[-1]))
-    if z is not None and backend not in GATING:
-        y, state = scan(*tensors[:8], order, delta_softplus, merge, backend)
+    tensors = (x, delta, A, B, C, D, delta_bias, initial_state, order, z)
+    plain, asked = _untraced(tensors), _asked(backend)
+    if plain:
+        layouts = [None if v is None else (v.shape, v.stride(), v.dtype, v.device) for v in tensors]
+        chosen, scans = _planned(asked, delta_softplus, merge, check, *layouts)
+    else:
+        layouts = [None if v is None else (v.shape, None, v.dtype, v.device) for v in tensors]
+        chosen, scans = _served(asked, check, layouts), None
+    if z is not None and chosen not in GATING:
+        y, state = scan(*tensors[:8], order, delta_softplus, merge, chosen)
         dtype = torch.promote_types(x.dtype, torch.float32)
         return (y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype), state
-    arguments = (*tensors[:8], order, delta_softplus, merge)
-    if backend == "reference":
+    if scans is not None:
+        if torch.is_grad_enabled() and _learns(tensors):
+            return _Scan.apply(scans, want_state, *tensors)
+        return scans.forward(tensors, None, want_state)
+    arguments = (_of_each(x), *tensors[1:9], delta_softplus, merge)
+    if chosen == "reference":
         return reference.scan(*arguments, z=z)
-    if backend == "chunked":
+    if chosen == "chunked":
         return chunked.scan(*arguments)
-    if _nothing_listens(tensors):
-        options = {"z": z, "want_state": want_state} if backend == "cuda" else {}
-        return _kernel(backend).scan(*arguments, **options)
-    keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
-    return torch.ops.mambavision.scan(*arguments, z, keep, backend)[:2]
+    keep = torch.is_grad_enabled() and _learns(tensors)
+    return torch.ops.mambavision.scan(*arguments, z, keep, chosen)[:2]
+
+
+def _of_each(x: Tensor) -> Tensor:
+    return x.unsqueeze(2) if x.dim() == 3 else x
+
+
+def _served(asked: Backend | None, check: tuple, layouts: Sequence[tuple | None]) -> Backend:
+    """The backend of a call whose tensors fit together: ``layouts`` holds shape, strides, dtype and device of each."""
+    if check:
+        check[0]([None if layout is None else layout[0] for layout in layouts], *check[1:])
+    (_, _, dtype, device), (A, *_) = layouts[0], layouts[2]
+    allowed = (torch.float64,) if dtype == torch.float64 else KERNEL_DTYPES
+    for name, layout in zip(TENSORS, layouts, strict=True):
+        if layout is None:
+            continue
+        if layout[2] not in allowed and name in TYPED:
+            raise ValueError(f"{name} must be {_names(allowed)}, got {_names(layout[2:3])}")
+        if layout[3] != device:
+            raise ValueError(f"{name} is on {layout[3]}, x or u on {device}: move one of them")
+    return _chosen_of(asked, device.type, dtype, operator.index(A[-1]))
+
+
+@functools.lru_cache(4096)
+def _planned(
+    asked: Backend | None, softplus: bool, merge: bool, check: tuple, *layouts: tuple | None
+) -> tuple[Backend, "_Scans | None"]:
+    """The backend of a call and, if it is one of kernels, what of the call can be worked out from layouts alone."""
+    backend = _served(asked, check, layouts)
+    if backend in ("reference", "chunked"):
+        return backend, None
+    if backend == "cuda":
+        own = (None if layout is None else layout[:3] for layout in layouts)
+        return backend, _kernel("cuda").scans_of(layouts[0][3].index, softplus, merge, *own)
+    return backend, _Scans(_kernel(backend), softplus, merge)
+
+
+class _Scans(NamedTuple):
+    """Scans by kernels that work nothing out beforehand; as :class:`mambavision.kernels.cuda.Scans`."""
+
+    kernel: ModuleType
+    softplus: bool
+    merge: bool
+
+    def kept(self, tensors: tuple[Tensor | None, ...]) -> None:
+        return None
+
+    def forward(
+        self, tensors: tuple[Tensor | None, ...], starts: None, want_state: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.kernel.scan(_of_each(tensors[0]), *tensors[1:9], self.softplus, self.merge)
+
+    def backward(
+        self, dy: Tensor, gradient: Tensor | None, tensors: tuple[Tensor | None, ...], starts: None
+    ) -> tuple[Tensor | None, ...]:
+        x, *others, _ = tensors
+        dx, *grads = self.kernel.scan_backward(dy, gradient, _of_each(x), *others, self.softplus, self.merge)
+        grads = (None if v is None else grad for v, grad in zip(others, grads, strict=False))
+        return dx.view(x.shape), *grads, None
+
+
+class _Scan(torch.autograd.Function):
+    """A plain call that learns: what `mambavision::scan` does, in a fraction of the dispatcher's time."""
+
+    @staticmethod
+    def forward(ctx, scans, want_state, *tensors):
+        starts = scans.kept(tensors)
+        ctx.save_for_backward(*tensors, starts)
+        ctx.scans = scans
+        ctx.set_materialize_grads(False)
+        return scans.forward(tensors, starts, want_state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, gradient):
+        *tensors, starts = ctx.saved_tensors
+        if dy is None and gradient is None:
+            return (None,) * 12
+        dy = _zeros(tensors[0], tensors[1], ctx.scans.merge) if dy is None else dy
+        grads = ctx.scans.backward(dy, gradient, tensors, starts)
+        return None, None, *grads[:8], None, grads[8]
+
+
+def _zeros(x: Tensor, delta: Tensor, merge: bool) -> Tensor:
+    """The gradient of a y that nothing depends on."""
+    return x.new_zeros(delta.shape[:2] + delta.shape[3:] if merge else delta.shape)
+
+
+def _learns(tensors: tuple[Tensor | None, ...]) -> bool:
+    for v in tensors:
+        if v is not None and v.requires_grad:
+            return True
+    return False
 
 
 def _nothing_listens(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether only the numbers are wanted: no graph, gradient, transform, mode or subclass needs the operator itself.
+    """Whether only the numbers are wanted: no gradient either. Such calls go straight to the kernel."""
+    return _untraced(tensors) and not (torch.is_grad_enabled() and _learns(tensors))
 
-    Such calls go straight to the kernel, which spares the dispatcher's time.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+
+def _untraced(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether no graph, transform, mode or subclass needs the operator itself, which takes the dispatcher's time."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
         return False
-    grad = torch.is_grad_enabled()
     for v in tensors:
-        if v is not None and (type(v) not in PLAIN or (grad and v.requires_grad)):
+        if v is not None and type(v) not in PLAIN:
             return False
     return True
 
@@ -262,7 +366,7 @@ def _scan_backward(
 ) -> list[Tensor]:
     inputs = (x, delta, A, B, C, D, delta_bias, initial_state)
     if grad_y is None:
-        grad_y = x.new_zeros(delta.shape[:2] + delta.shape[3:] if merge else delta.shape)
+        grad_y = _zeros(x, delta, merge)
     options = _options(z, starts)
     grads = _kernel(backend).scan_backward(grad_y, grad_state, *inputs, order, delta_softplus, merge, **options)
     inputs = inputs if z is None else (*inputs, z)

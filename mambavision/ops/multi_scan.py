@@ -58,52 +58,60 @@ def multi_scan(
 
     Source: VMamba, arXiv 2401.10166, section 4.2 (cross-scan); the recurrence is Mamba's, arXiv 2312.00752.
     """
-    batch, length, channels, K, N = sizes(x, A)
-    token = (K, channels) if dt_weight is None else (K, delta.shape[-1])
-    expected = {
-        "B": (B, (batch, length, K, N)),
-        "C": (C, (batch, length, K, N)),
-        "D": (D, (K, channels)),
-        "delta_bias": (delta_bias, (K, channels)),
-        "initial_state": (initial_state, (batch, K, channels, N)),
-        "delta": (delta, (batch, length, *token)),
-        "dt_weight": (dt_weight, (K, channels, token[1])),
-    }
-    order = checked(orders, grid, x, K, expected)
     if dt_weight is not None:
-        delta = low_rank_delta(delta, dt_weight)
-
-    arguments = (x.unsqueeze(2), delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
-    y, state = scan(*arguments, backend, want_state=return_last_state)
+        delta = low_rank_delta(*_checked_low_rank(x, delta, A, dt_weight))
+    tensors = (x, delta, A, B, C, D, delta_bias, initial_state, order_index(orders, grid, x))
+    y, state = scan(*tensors, delta_softplus, merge, backend, want_state=return_last_state, check=(_check,))
     return (y, state) if return_last_state else y
 
 
-def sizes(x: Tensor, A: Tensor) -> tuple[int, int, int, int, int]:
-    """batch, L, D, K and N."""
-    if x.dim() != 3 or x.shape[1] == 0:
-        raise ValueError(f"x must be (batch, L, D) with L at least 1, got {tuple(x.shape)}")
-    if A.dim() != 3 or A.shape[1] != x.shape[2]:
-        raise ValueError(f"A must be (K, {x.shape[2]}, N), got {tuple(A.shape)}")
-    return *x.shape, A.shape[0], A.shape[2]
+def _check(shapes: Sequence[torch.Size | None]) -> None:
+    x, delta, A, B, C, D, delta_bias, initial_state, order, _ = shapes
+    batch, length, channels, K, N = sizes(x, A)
+    check_shapes(
+        orders=(order, (K, length)),
+        B=(B, (batch, length, K, N)),
+        C=(C, (batch, length, K, N)),
+        D=(D, (K, channels)),
+        delta_bias=(delta_bias, (K, channels)),
+        initial_state=(initial_state, (batch, K, channels, N)),
+        delta=(delta, (batch, length, K, channels)),
+    )
 
 
-def checked(
-    orders: Preset | Sequence[ScanOrder | ArrayLike | Tensor] | OrderTable,
-    grid: Grid,
-    x: Tensor,
-    K: int,
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]],
+def _checked_low_rank(x: Tensor, delta: Tensor, A: Tensor, dt_weight: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, channels, K, _ = sizes(x.shape, A.shape)
+    R = delta.shape[-1]
+    check_shapes(delta=(delta.shape, (batch, length, K, R)), dt_weight=(dt_weight.shape, (K, channels, R)))
+    return delta, dt_weight
+
+
+def sizes(x: torch.Size, A: torch.Size) -> tuple[int, int, int, int, int]:
+    """batch, L, D, K and N from the shapes of x and A."""
+    if len(x) != 3 or x[1] == 0:
+        raise ValueError(f"x must be (batch, L, D) with L at least 1, got {tuple(x)}")
+    if len(A) != 3 or A[1] != x[2]:
+        raise ValueError(f"A must be (K, {x[2]}, N), got {tuple(A)}")
+    return *x, A[0], A[2]
+
+
+def check_shapes(**expected: tuple[torch.Size | None, tuple[int, ...]]) -> None:
+    """Raises ValueError for a shape that is there and not as expected."""
+    for name, (shape, wanted) in expected.items():
+        if shape is not None and tuple(shape) != wanted:
+            raise ValueError(f"{name} must be {wanted}, got {tuple(shape)}")
+
+
+def order_index(
+    orders: Preset | Sequence[ScanOrder | ArrayLike | Tensor] | OrderTable, grid: Grid, x: Tensor
 ) -> Tensor:
-    """The table of K orders over the tokens of x; raises ValueError where a tensor has not its expected shape."""
+    """The table of orders over the tokens of x; raises ValueError where the grid has not as many."""
     tokens = 1
     for size in grid:
         tokens *= size
-    if tokens != x.shape[1]:
+    if x.dim() == 3 and tokens != x.shape[1]:
         raise ValueError(f"grid {tuple(grid)} has {tokens} tokens, x has {x.shape[1]}")
     table = orders if isinstance(orders, OrderTable) else order_table(orders, grid, x.device)
-    for name, (v, shape) in ({"orders": (table.index, (K, tokens))} | expected).items():
-        if v is not None and tuple(v.size()) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(v.shape)}")
     return table.index
 
 

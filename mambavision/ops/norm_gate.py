@@ -1,9 +1,9 @@
-"""Layer normalisation and gate of a mixer's output, and their registration with torch."""
+"""Normalisation and gate of a mixer's output, and their registration with torch."""
 
 import functools
 import importlib
 import operator
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from mambavision.ops import dispatch
 from mambavision.ops.choice import Around, choose
 from mambavision.ops.depthwise_conv import Activation
 
+Norm = Literal["layer", "rms", "gated_rms"]
 WIDEST = 8192  # channels of a row, which a program holds in registers
 
 
@@ -23,16 +24,18 @@ def norm_gate(
     bias: Tensor | None = None,
     *,
     activation: Activation | None = "silu",
+    norm: Norm = "layer",
     eps: float = 1e-5,
     backend: Around | None = None,
 ) -> Tensor:
-    """Normalise a mixer's output over its channels where ``weight`` is given, and gate it: layer_norm(x) activation(z).
+    """Normalise a mixer's output over its channels where ``weight`` is given, and gate it: norm(x) activation(z).
 
     Args:
         x, z: (..., D); without z there is no gate.
         weight, bias: (D,), of the normalisation; they may be float32 where x is not.
         activation: of z.
-        eps: added to the variance.
+        norm: "layer" (mean 0, variance 1), "rms" (mean square 1), or "gated_rms": rms(x activation(z)).
+        eps: added to the variance or mean square.
         backend: "torch", or "triton" (up to 8192 channels, on a GPU; first derivatives only); by default as in
             :func:`depthwise_conv`.
 
@@ -51,7 +54,9 @@ def norm_gate(
         raise ValueError("bias belongs to the normalisation: give weight too")
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
-    arguments = (x, z, weight, bias, activation, eps)
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {norm!r}")
+    arguments = (x, z, weight, bias, activation, eps, norm)
     if choose("norm_gate", backend, x, operator.index(channels), WIDEST, "channels") == "torch":
         return _torch(*arguments)
     if dispatch._nothing_listens((x, z, weight, bias)):
@@ -60,16 +65,23 @@ def norm_gate(
 
 
 def _torch(
-    x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None, eps: float
-) -> Tensor:
-    y = x
-    if weight is not None:
-        dtype = torch.promote_types(x.dtype, weight.dtype)
-        bias = None if bias is None else bias.to(dtype)
-        y = F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias, eps).to(x.dtype)
+    x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None, eps: float,
+    norm: str,
+) -> Tensor:  # fmt: skip
+    def normalised(v: Tensor) -> Tensor:
+        if weight is None:
+            return v
+        dtype = torch.promote_types(v.dtype, weight.dtype)
+        shift = None if bias is None else bias.to(dtype)
+        if norm == "layer":
+            return F.layer_norm(v.to(dtype), v.shape[-1:], weight.to(dtype), shift, eps).to(v.dtype)
+        y = F.rms_norm(v.to(dtype), v.shape[-1:], weight.to(dtype), eps)
+        return (y if shift is None else y + shift).to(v.dtype)
+
     if z is None:
-        return y
-    return (y * (z if activation is None else F.silu(z) if activation == "silu" else F.gelu(z))).to(x.dtype)
+        return normalised(x)
+    gate = z if activation is None else F.silu(z) if activation == "silu" else F.gelu(z)
+    return (normalised((x * gate).to(x.dtype)) if norm == "gated_rms" else normalised(x) * gate).to(x.dtype)
 
 
 @functools.cache
@@ -79,27 +91,28 @@ def _kernel():
 
 @torch.library.custom_op("mambavision::norm_gate", mutates_args=())
 def _norm_gate(
-    x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None, eps: float
-) -> Tensor:
-    return _kernel().norm_gate(x, z, weight, bias, activation, eps)
+    x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None, eps: float,
+    norm: str,
+) -> Tensor:  # fmt: skip
+    return _kernel().norm_gate(x, z, weight, bias, activation, eps, norm)
 
 
 @_norm_gate.register_fake
-def _(x, z, weight, bias, activation, eps):
+def _(x, z, weight, bias, activation, eps, norm):
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("mambavision::norm_gate_backward", mutates_args=())
 def _norm_gate_backward(
     grad: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None,
-    eps: float,
+    eps: float, norm: str,
 ) -> list[Tensor]:  # fmt: skip
-    grads = _kernel().norm_gate_backward(grad, x, z, weight, bias, activation, eps)
+    grads = _kernel().norm_gate_backward(grad, x, z, weight, bias, activation, eps, norm)
     return [g.to(v.dtype) for g, v in zip(grads, (x, z, weight, bias), strict=True) if v is not None]
 
 
 @_norm_gate_backward.register_fake
-def _(grad, x, z, weight, bias, activation, eps):
+def _(grad, x, z, weight, bias, activation, eps, norm):
     return [v.new_empty(v.shape) for v in (x, z, weight, bias) if v is not None]
 
 
@@ -111,7 +124,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad):
     tensors = ctx.saved_tensors
     grads = iter(torch.ops.mambavision.norm_gate_backward(grad, *tensors, *ctx.options))
-    return *(None if v is None else next(grads) for v in tensors), None, None
+    return *(None if v is None else next(grads) for v in tensors), None, None, None
 
 
 _norm_gate.register_autograd(_autograd, setup_context=_setup_context)

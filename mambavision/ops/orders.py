@@ -13,7 +13,8 @@ from mambavision.ops.compile import constant_result
 
 ScanOrder = Literal[
     "row", "row_reverse", "col", "col_reverse", "serpentine", "serpentine_reverse",
-    "serpentine_col", "serpentine_col_reverse", "zigzag", "zigzag_reverse", "hilbert", "hilbert_reverse",
+    "serpentine_col", "serpentine_col_reverse", "serpentine_mirror", "serpentine_mirror_reverse",
+    "serpentine_col_mirror", "serpentine_col_mirror_reverse", "zigzag", "zigzag_reverse", "hilbert", "hilbert_reverse",
     "window", "window_reverse", "time", "time_reverse",
 ]  # fmt: skip
 Preset = Literal["unidirectional", "bidirectional", "cross"]
@@ -57,6 +58,14 @@ def _serpentine_col(tokens: NDArray) -> NDArray:
     return _serpentine(_col(tokens))
 
 
+def _serpentine_mirror(tokens: NDArray) -> NDArray:
+    return _serpentine(tokens[..., ::-1])
+
+
+def _serpentine_col_mirror(tokens: NDArray) -> NDArray:
+    return _serpentine_col(tokens[..., ::-1, :])
+
+
 def _by_key(key: Callable[[NDArray, NDArray], tuple[NDArray, ...]]) -> Callable[[NDArray], NDArray]:
     """Order each frame's tokens by keys of their (row, column), most significant key first."""
 
@@ -96,6 +105,8 @@ _VISITS: dict[str, Callable[[NDArray], NDArray]] = {
     "time": _time,
     "serpentine": _serpentine,
     "serpentine_col": _serpentine_col,
+    "serpentine_mirror": _serpentine_mirror,
+    "serpentine_col_mirror": _serpentine_col_mirror,
     "zigzag": _by_key(_zigzag_key),
     "hilbert": _by_key(_hilbert_key),
     "window": _by_key(_window_key),
@@ -110,7 +121,8 @@ def scan_order(name: ScanOrder, grid: Grid) -> Tensor:
     Tokens are numbered row-major over ``grid``, (H, W) or (T, H, W). Each name has a ``_reverse`` twin.
 
     - row, col: line by line, column by column (in a video, frame after frame)
-    - serpentine, serpentine_col: the same with every second line backwards, so that neighbours stay neighbours
+    - serpentine, serpentine_col: the same with every second line backwards, so that neighbours stay neighbours;
+      from the top left corner, with _mirror from the top right one (serpentine) and the bottom left one (_col)
     - zigzag: along anti-diagonals, as JPEG does
     - hilbert: the Hilbert curve of the smallest enclosing power-of-two square, tokens outside the grid left out
     - window: 8x8 windows in row order, row order inside

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mambavision.ops import dispatch
 from mambavision.ops.choice import autocasted
 from mambavision.ops.dispatch import Backend
-from mambavision.ops.multi_scan import checked, low_rank_delta, sizes
+from mambavision.ops.multi_scan import check_shapes, low_rank_delta, order_index, sizes
 from mambavision.ops.orders import Grid, OrderTable, Preset, ScanOrder
 
 PART = 2**26  # bytes of delta that are worth a part of the batch of their own
@@ -54,15 +55,16 @@ def projected_scan(
         RuntimeError: the backend asked for cannot run the call.
     """
     x = autocasted(x)
-    batch, length, channels, K, N = sizes(x, A)
+    _, _, channels, K, N = sizes(x.shape, A.shape)
     R = dt_weight.shape[-1]
-    expected = {
-        "x_proj": (x_proj, (K, R + 2 * N, channels)),
-        "dt_weight": (dt_weight, (K, channels, R)),
-        "D": (D, (K, channels)),
-        "delta_bias": (delta_bias, (K, channels)),
-    }
-    order = checked(orders, grid, x, K, expected)
+    order = order_index(orders, grid, x)
+    check_shapes(
+        orders=(order.shape, (K, x.shape[1])),
+        x_proj=(x_proj.shape, (K, R + 2 * N, channels)),
+        dt_weight=(dt_weight.shape, (K, channels, R)),
+        D=(None if D is None else D.shape, (K, channels)),
+        delta_bias=(None if delta_bias is None else delta_bias.shape, (K, channels)),
+    )
     backend = dispatch.choose(backend, x.device.type, x.dtype, operator.index(N))
     tensors = (x, x_proj, dt_weight, A, D, delta_bias)
     learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
@@ -72,6 +74,8 @@ def projected_scan(
         for name, v in zip(names, (*tensors[1:], order), strict=True):
             if v is not None and v.device != x.device:
                 raise ValueError(f"{name} is on {v.device}, x on {x.device}: move one of them")
+        if dispatch._untraced((*tensors, order)):
+            return _ProjectedScan.apply(backend, *tensors, order)
         return torch.ops.mambavision.projected_scan(*tensors, order, backend)[0]
     if plain:
         projected = F.linear(x, x_proj.flatten(0, 1).to(x.dtype)).unflatten(-1, (K, -1))
@@ -79,7 +83,7 @@ def projected_scan(
     else:
         projected, delta = _project(x, x_proj, dt_weight)
     B, C = projected[..., R : R + N], projected[..., R + N : R + 2 * N]
-    return dispatch.scan(x[:, :, None], delta, A, B, C, D, delta_bias, None, order, True, True, backend)[0]
+    return dispatch.scan(x, delta, A, B, C, D, delta_bias, None, order, True, True, backend)[0]
 
 
 def _joined(dt_weight: Tensor) -> bool:
@@ -129,8 +133,7 @@ def _empty_starts(x: Tensor, delta: Tensor, A: Tensor, projected: Tensor, backen
     return x.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("mambavision::projected_scan", mutates_args=())
-def _projected_scan(
+def _forward(
     x: Tensor,
     x_proj: Tensor,
     dt_weight: Tensor,
@@ -140,6 +143,7 @@ def _projected_scan(
     order: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and for the backward [dt, B, C] and states."""
     R, N = dt_weight.shape[-1], A.shape[-1]
     with torch.autocast(x.device.type, enabled=False):
         projected, delta = _project(x, x_proj, dt_weight)
@@ -150,6 +154,9 @@ def _projected_scan(
     return dispatch._kernel(backend).scan(*arguments, **kept)[0], projected, starts
 
 
+_projected_scan = torch.library.custom_op("mambavision::projected_scan", _forward, mutates_args=())
+
+
 @_projected_scan.register_fake
 def _(x, x_proj, dt_weight, A, D, delta_bias, order, backend):
     K, rows, channels = x_proj.shape
@@ -158,8 +165,7 @@ def _(x, x_proj, dt_weight, A, D, delta_bias, order, backend):
     return x.new_empty(x.shape), projected, _empty_starts(x, delta, A, projected, backend)
 
 
-@torch.library.custom_op("mambavision::projected_scan_backward", mutates_args=())
-def _projected_scan_backward(
+def _backward(
     grad: Tensor,
     x: Tensor,
     x_proj: Tensor,
@@ -208,7 +214,7 @@ def _gradients(
             _copy(dB, to, R)
             _copy(dC, to, R + N)
         new = (dweight, dA, dD, dbias)
-        sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
+        sums = new if sums is None else tuple(a if a is None else a + b for a, b in zip(sums, new, strict=True))
         own = dx[part].flatten(0, 1)
         if du.data_ptr() != own.data_ptr():
             own.copy_(du.flatten(0, 2))
@@ -259,6 +265,9 @@ def _copy(v: Tensor, to: Tensor, column: int) -> None:
     to.copy_(v)
 
 
+_projected_scan_backward = torch.library.custom_op("mambavision::projected_scan_backward", _backward, mutates_args=())
+
+
 @_projected_scan_backward.register_fake
 def _(grad, x, x_proj, dt_weight, A, D, delta_bias, order, projected, starts, backend):
     return [v.new_empty(v.shape) for v in (x, x_proj, dt_weight, A, D, delta_bias) if v is not None]
@@ -279,3 +288,21 @@ def _autograd(ctx, grad, *_):
 
 
 _projected_scan.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _ProjectedScan(torch.autograd.Function):
+    """What `mambavision::projected_scan` does, in a fraction of the dispatcher's time."""
+
+    @staticmethod
+    def forward(ctx, backend, *tensors):
+        y, *kept = _forward(*tensors, backend)
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        tensors = ctx.saved_tensors
+        grads = iter(_backward(grad, *tensors, ctx.backend))
+        return None, *(None if v is None else next(grads) for v in tensors[:6]), None

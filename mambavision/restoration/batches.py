@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,11 +13,10 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from torch import Tensor
-from torch.utils.data import IterableDataset
-from tqdm import tqdm
 
-from mambavision.engine.photos import DatasetError
-from mambavision.restoration.datasets import CleanFolder, Pair, PairedFolder, Photo, resolve
+from mambavision.engine.loops import BatchMaker, moved
+from mambavision.engine.photos import read_all
+from mambavision.restoration.datasets import CleanFolder, Pair, PairedFolder, resolve
 from mambavision.restoration.degradations import Degradation
 from mambavision.restoration.resize import mirror
 
@@ -74,7 +71,7 @@ class PhotoCache:
 
 
 @DATASETS.register_module()
-class CropLoader(IterableDataset):
+class CropLoader(BatchMaker):
     """Endless batches of dict(inputs=lq, gt=..., sigma=... of a noise), float32 (B, C, H, W) in [0, 1].
 
     Every photo is decoded once and kept on the device. A crop's photo (each equally often), place and one of 8 flips
@@ -129,8 +126,7 @@ class CropLoader(IterableDataset):
                     f"{self.world_size} processes, and all at least 1"
                 )
         self.iteration = 0
-        self.skipped: list[str] = []
-        items = self._read(photos)
+        items, self.skipped = read_all(photos)
         self.transparent = sum(item.had_alpha for item in items)
         if self.skipped or self.transparent:
             print_log(
@@ -150,26 +146,24 @@ class CropLoader(IterableDataset):
                 return stage
         return self.schedule[-1]
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        while True:
-            self.iteration += 1
-            yield self.batch(self.iteration - 1)
-
     def batch(self, iteration: int) -> dict[str, Tensor]:
         """The batch of an iteration: this process's slice of it."""
         _, patch, size = self.stage(iteration)
         generator = np.random.default_rng([self.seed, iteration])
         if self._lq is not None:
             places = self._draw(generator, self._lq, patch // self.scale, size)
-            lq = self._lq.crop(self._moved(places), patch // self.scale, "symmetric")
+            lq = self._lq.crop(moved(places, self.device), patch // self.scale, "symmetric")
             places[:, 1:3] *= self.scale
-            batch = {"inputs": lq, "gt": self._gt.crop(self._moved(places), patch, "symmetric")}
+            batch = {
+                "inputs": lq,
+                "gt": self._gt.crop(moved(places, self.device), patch, "symmetric"),
+            }
         else:
             # crops with all around that the degradation looks at: lq is a part of the whole degraded photo
             margin = self.degradation.margin
             places = self._draw(generator, self._gt, patch, size)
             places[:, 1:3] -= margin
-            gt = self._gt.crop(self._moved(places), patch + 2 * margin, self.degradation.border)
+            gt = self._gt.crop(moved(places, self.device), patch + 2 * margin, self.degradation.border)
             seed = int(generator.integers(2**63))
             degraded = self.degradation(gt, torch.Generator(self.device).manual_seed(seed))
             lq = _without_border(degraded.pop("lq"), margin // self.scale)
@@ -182,26 +176,6 @@ class CropLoader(IterableDataset):
         photo = generator.integers(len(cache.sizes), size=count)
         corner = generator.integers(np.maximum(cache.sizes[photo] - side, 0) + 1)
         return np.column_stack([photo, corner, generator.integers(2, size=(count, 3))])
-
-    def _moved(self, places: np.ndarray) -> Tensor:
-        on_host = torch.from_numpy(places)
-        if self.device.type == "cuda":
-            on_host = on_host.pin_memory()  # from other memory, a copy waits for the GPU
-        return on_host.to(self.device, non_blocking=True)
-
-    def _read(self, photos: CleanFolder | PairedFolder) -> list[Photo] | list[Pair]:
-        def read(i: int) -> Photo | Pair | str:
-            try:
-                return photos[i]
-            except DatasetError as error:
-                return str(error)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            items = list(tqdm(pool.map(read, range(len(photos))), "reading photos", len(photos), unit="photo"))
-        self.skipped = [item for item in items if isinstance(item, str)]
-        if len(self.skipped) == len(items):
-            raise DatasetError(f"none of {len(items)} photos can be used; {self.skipped[0]}")
-        return [item for item in items if not isinstance(item, str)]
 
 
 def _without_border(x: Tensor, width: int) -> Tensor:

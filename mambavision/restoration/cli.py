@@ -16,12 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mambavision.engine.files import check_folder
-from mambavision.engine.photos import DatasetError, find_photos
+from mambavision.engine.photos import PHOTO_SUFFIXES, DatasetError, find_photos
 from mambavision.engine.video import is_video, open_video, write_video
 from mambavision.restoration.images import (
     WRITABLE_SUFFIXES,
     PhotoFile,
     check_writable,
+    read_mask,
     read_photo_file,
     side_by_side,
     write_photo_file,
@@ -30,41 +31,54 @@ from mambavision.restoration.inferencer import RestorationInferencer, find_files
 
 
 class Job(NamedTuple):
-    """A photo or video to restore, and the file to write."""
+    """A photo or video to restore, the file to write, and the mask of what to fill, if any."""
 
     source: Path
     target: Path
+    mask: Path | None = None
 
 
-def plan(inputs: Sequence[str], out: str | os.PathLike) -> list[Job]:
+def plan(inputs: Sequence[str], out: str | os.PathLike, masks: str | os.PathLike | None = None) -> list[Job]:
     """Say which files are restored to which.
 
     Args:
         inputs: Photos, videos, folders of photos, glob patterns of photos and videos.
         out: File to write, for one photo or video; else a folder, in which names and subfolders are kept.
+        masks: A mask for all inputs, or a folder of masks of their names, whatever the suffix.
 
     Raises:
-        FileNotFoundError: If there is nothing at an input.
+        FileNotFoundError: If there is nothing at an input, or no masks.
         NotADirectoryError: If ``out`` must be a folder and is a file.
         ValueError: If two files would be written to one, or ``out`` names a kind of file that cannot be written.
     """
+    masks = None if masks is None else Path(masks)
+    if masks and not masks.exists():
+        raise FileNotFoundError(f"{masks}: no such mask or folder of masks")
     found = [pair for name in inputs for pair in _find(name, out)]
-    source, target = found[0][0], Path(out)
+    (source, relative), target = found[0], Path(out)
     one_file = len(found) == 1 and not Path(inputs[0]).is_dir()
     if one_file and target.suffix and not target.is_dir() and not str(out).endswith(("/", os.sep)):
         kind, suffixes = ("video", (".mp4",)) if is_video(source) else ("photo", WRITABLE_SUFFIXES)
         if target.suffix.lower() not in suffixes:
             raise ValueError(f"{out}: a {kind} is written as {', '.join(suffixes)}; for a folder, end it with /")
         check_folder(target.parent, "--out")
-        return [Job(source, target)]
+        return [Job(source, target, _mask(masks, relative))]
     check_folder(out, "--out")
-    sources: dict[Path, Path] = {}
+    jobs: dict[Path, Job] = {}
     for file, relative in found:
         target = Path(out, relative.with_suffix(".mp4") if is_video(file) else relative)
-        other = sources.setdefault(target, file)
+        other = jobs.setdefault(target, Job(file, target, _mask(masks, relative))).source
         if other != file:
             raise ValueError(f"{other} and {file} would both be written to {target}; restore them one by one")
-    return [Job(file, target) for target, file in sources.items()]
+    return list(jobs.values())
+
+
+def _mask(masks: Path | None, relative: Path) -> Path | None:
+    """The mask of an input, which need not be there; reading it says so."""
+    if masks is None or not masks.is_dir():
+        return masks
+    named = [masks / relative.with_suffix(suffix) for suffix in PHOTO_SUFFIXES]
+    return next((mask for mask in named if mask.is_file()), masks / relative)
 
 
 def _find(name: str, out: str | os.PathLike) -> list[tuple[Path, Path]]:
@@ -93,8 +107,11 @@ def restore_files(
         overwrite: Replace files that are there already; never the input itself.
 
     Raises:
+        ValueError: Before it begins, if there are masks and the weights are not for inpainting.
         DatasetError: At the end, if some file could not be restored.
     """
+    if any(job.mask for job in jobs):
+        inferencer.check_masks()
     failures: list[str] = []
     done = 0
     for job in tqdm(jobs, unit="file", disable=len(jobs) == 1):
@@ -102,7 +119,7 @@ def restore_files(
         try:
             _check_targets(job, targets, overwrite)
             restore = _restore_video if is_video(job.source) else _restore_photo
-            restore(inferencer, job.source, targets, nested=len(jobs) > 1)
+            restore(inferencer, job, targets, nested=len(jobs) > 1)
             done += 1
         except (ValueError, OSError, MemoryError) as error:
             message = _in_one_line(error)
@@ -139,30 +156,33 @@ def _check_targets(job: Job, targets: Sequence[Path], overwrite: bool) -> None:
             raise FileExistsError(f"{path} exists already; pass --overwrite to replace it")
 
 
-def _restore_photo(inferencer: RestorationInferencer, source: Path, targets: Sequence[Path], *, nested: bool) -> None:
-    photo = read_photo_file(source)
+def _restore_photo(inferencer: RestorationInferencer, job: Job, targets: Sequence[Path], *, nested: bool) -> None:
+    photo = read_photo_file(job.source)
+    mask = read_mask(job.mask, photo) if job.mask else None
     for target in targets:
         check_writable(target, photo, inferencer.scale)
     options = dict(position=1, leave=False) if nested else {}
-    with tqdm(unit="tile", desc=source.name, delay=1, **options) as bar:
+    with tqdm(unit="tile", desc=job.source.name, delay=1, **options) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)  # backwards where it begins anew with smaller tiles
 
-        restored = inferencer.restore(photo, progress)
+        restored = inferencer.restore(photo, progress, mask=mask)
     write_photo_file(targets[0], restored)
     for target in targets[1:]:
         write_photo_file(target, side_by_side(photo, restored))
 
 
-def _restore_video(inferencer: RestorationInferencer, source: Path, targets: Sequence[Path], *, nested: bool) -> None:
+def _restore_video(inferencer: RestorationInferencer, job: Job, targets: Sequence[Path], *, nested: bool) -> None:
     options = dict(position=1, leave=False) if nested else {}
-    with open_video(source) as video, ExitStack() as stack:
-        writers = []
-        for frame in tqdm(video.frames, total=video.announced or None, unit="frame", desc=source.name, **options):
+    with open_video(job.source) as video, ExitStack() as stack:
+        writers, mask = [], None
+        for frame in tqdm(video.frames, total=video.announced or None, unit="frame", desc=job.source.name, **options):
             before = PhotoFile(np.ascontiguousarray(frame[..., ::-1]))
-            after = inferencer.restore(before)
+            if job.mask and mask is None:
+                mask = read_mask(job.mask, before)  # of all frames
+            after = inferencer.restore(before, mask=mask)
             pictures = [after, side_by_side(before, after)][: len(targets)]
             if not writers:
                 targets[0].parent.mkdir(parents=True, exist_ok=True)

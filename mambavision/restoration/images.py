@@ -83,6 +83,19 @@ def read_photo_file(path: str | os.PathLike) -> PhotoFile:
     return PhotoFile(np.ascontiguousarray(colour), alpha, _fitting_icc(icc, colour.shape[2]), exif, dpi)
 
 
+def read_mask(path: str | os.PathLike, photo: PhotoFile) -> np.ndarray:
+    """Read the mask of a photo, white where it is to be filled: bool (H, W), true from half of white on.
+
+    Raises:
+        DatasetError: As :func:`read_photo_file`, and if it is not of the photo's size.
+    """
+    pixels = read_photo_file(path).pixels
+    (height, width), (expected, across) = pixels.shape[:2], photo.pixels.shape[:2]
+    if (height, width) != (expected, across):
+        raise DatasetError(f"{path}: a mask of {width}x{height} pixels for a photo of {across}x{expected}")
+    return pixels.mean(2) > np.iinfo(pixels.dtype).max / 2
+
+
 def write_photo_file(path: str | os.PathLike, photo: PhotoFile) -> None:
     """Write a photo in the format of the path's suffix, whole or not at all; makes the folder.
 
@@ -162,7 +175,7 @@ def from_pil(image: Image.Image) -> PhotoFile:
         image = image.convert(_CONVERTED[image.mode])
     if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
         raise ValueError(f"a Pillow image of mode {image.mode} cannot be restored; convert it to RGB, L or I;16")
-    photo = from_array(np.asarray(image))
+    photo = from_array(np.array(image))
     return replace(photo, icc=_fitting_icc(icc, photo.pixels.shape[2]))
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mambavision.backbones.serpent import pad_to_multiple
 from mambavision.engine.cli import choose_device
 from mambavision.engine.memory import free_memory, is_out_of_memory
 from mambavision.engine.photos import find_photos
@@ -32,8 +33,10 @@ from mambavision.restoration.weights import Task
 
 TASKS: tuple[Task, ...] = get_args(Task)
 Precision = Literal["fp32", "bf16", "fp16"]
+SIZES = ("l", "b", "s", "t")  # of Serpent, the largest first
 OVERLAP = 32
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
+_BLOCK = 16  # pixels, of JPEG with chroma at half size; a multiple of the 8 of others
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Progress = Callable[[int, int], None]
@@ -58,6 +61,7 @@ class RestorationInferencer:
     Attributes:
         network, metadata: As the weights file gives them.
         scale: Factor by which pictures are enlarged.
+        redone: How many tiles of half precision were done again in fp32 so far.
 
     Raises:
         FileNotFoundError: If there are no such weights.
@@ -96,11 +100,12 @@ class RestorationInferencer:
         self.scale: int = config["scale"]
         self.sigma = self._checked_sigma(sigma, takes=config["sigma_input"])
         self.tile, self.overlap, self.precision, self.self_ensemble = tile, overlap, precision, self_ensemble
+        self.redone = 0
         self._bytes_per_pixel: float | None = None
         self._largest: int | None = None  # of a tile, once memory ran out
         self._said: set[str] = set()
 
-    def __call__(self, picture, progress: Progress | None = None):
+    def __call__(self, picture, progress: Progress | None = None, *, mask: np.ndarray | None = None):
         """Restore one picture, or several.
 
         Args:
@@ -111,30 +116,47 @@ class RestorationInferencer:
                 - path of a photo: an array comes back;
                 - path of a folder, glob pattern, or a sequence of all these: a list comes back.
             progress: See ``Progress``.
+            mask: For inpainting: bool (H, W), true where the picture is to be filled; all else is kept as it is.
+                Without it, what is black is filled as the network sees fit.
 
         Raises:
-            ValueError: If a picture cannot be restored by these weights, or a file is no photo.
+            ValueError: If a picture cannot be restored by these weights, or a file is no photo, or a mask does not fit.
             FileNotFoundError: If there is nothing at a path.
             MemoryError: If memory does not even suffice for the smallest tiles.
         """
         if isinstance(picture, np.ndarray):
-            return to_array(self.restore(from_array(picture), progress))
+            return to_array(self.restore(from_array(picture), progress, mask=mask))
         if isinstance(picture, Image.Image):
-            return to_pil(self.restore(from_pil(picture), progress))
+            return to_pil(self.restore(from_pil(picture), progress, mask=mask))
         if isinstance(picture, str | os.PathLike):
             path = Path(picture)
             if has_magic(str(path)) and not path.exists():
-                return [self(file, progress) for file in find_files(str(path))]
+                return [self(file, progress, mask=mask) for file in find_files(str(path))]
             if path.is_dir():
-                return [self(file, progress) for file, _ in find_photos(path)]
-            return to_array(self.restore(read_photo_file(path), progress))
+                return [self(file, progress, mask=mask) for file, _ in find_photos(path)]
+            return to_array(self.restore(read_photo_file(path), progress, mask=mask))
         if isinstance(picture, Sequence):
-            return [self(one, progress) for one in picture]
+            return [self(one, progress, mask=mask) for one in picture]
         raise ValueError(f"a picture is an array, a Pillow image or a path, not a {type(picture).__name__}")
 
-    def restore(self, photo: PhotoFile, progress: Progress | None = None) -> PhotoFile:
+    def restore(
+        self, photo: PhotoFile, progress: Progress | None = None, *, mask: np.ndarray | None = None
+    ) -> PhotoFile:
         """Restore a photo with all that belongs to it; its transparency is kept, or enlarged. Raises as a call does."""
-        return photo.restored(self._restored(photo.pixels, progress))
+        if mask is None:
+            return photo.restored(self._restored(photo.pixels, progress))
+        self.check_masks()
+        height, width = photo.pixels.shape[:2]
+        if mask.dtype != bool or mask.shape != (height, width):
+            raise ValueError(f"the mask of a {width}x{height} picture is bool (H, W), not {mask.dtype} {mask.shape}")
+        masked = mask[..., None]
+        filled = self._restored(np.where(masked, 0, photo.pixels), progress)
+        return photo.restored(np.where(masked, filled, photo.pixels))
+
+    def check_masks(self) -> None:
+        """Check that these weights fill masks. Raises ValueError if not."""
+        if self.task != "inpaint":
+            raise ValueError(f"a mask is for the task inpaint, {self.weights.name} is for {self.task}")
 
     def _restored(self, pixels: np.ndarray, progress: Progress | None) -> np.ndarray:
         height, width, channels = pixels.shape
@@ -206,6 +228,7 @@ class RestorationInferencer:
         """Restore floats (1, C, H, W) in [0, 1] on the device in one piece; not clipped. In inference mode."""
         y = self._apply(x, _AUTOCAST[self.precision])
         if self.precision != "fp32" and not y.isfinite().all():
+            self.redone += 1
             self._say(f"{self.precision} gave values that are not finite: such tiles are done again in fp32")
             y = self._apply(x, None)
         if not y.isfinite().all():
@@ -217,13 +240,16 @@ class RestorationInferencer:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             if not self.self_ensemble:
                 return self.network(x, **options).float()
+            height, width = (side * self.scale for side in x.shape[2:])
+            # turned, the blocks of JPEG and of the network's strides stay where they were
+            x = pad_to_multiple(x, _BLOCK)
             total: Tensor | float = 0.0
             for transposed in (False, True):
                 for axes in ((), (2,), (3,), (2, 3)):
                     turned = (x.mT if transposed else x).flip(axes)
                     y = self.network(turned.contiguous(), **options).float().flip(axes)
                     total = total + (y.mT if transposed else y)
-            return total / 8
+            return total[..., :height, :width] / 8
 
     def _checked_sigma(self, sigma: float | None, *, takes: bool) -> float | None:
         if sigma is None:
@@ -242,14 +268,19 @@ class RestorationInferencer:
 
 
 def find_weights(task: Task) -> Path:
-    """The weights of a task that come with this project.
+    """The weights of a task that come with this project: of the largest Serpent, where there are several.
 
     Raises:
         FileNotFoundError: If there are none.
     """
-    found = sorted(WEIGHTS_FOLDER.glob(f"serpent_*_{task}.safetensors"))
+    named = [WEIGHTS_FOLDER / f"serpent_{size}_{task}.safetensors" for size in SIZES]
+    found = [path for path in named if path.is_file()]
     if not found:
-        raise FileNotFoundError(f"no weights for {task} in {WEIGHTS_FOLDER}: name a file, or train one")
+        there = [name for name in TASKS if any(WEIGHTS_FOLDER.glob(f"serpent_?_{name}.safetensors"))]
+        raise FileNotFoundError(
+            f"no weights for {task} in {WEIGHTS_FOLDER}, only for {', '.join(there) or 'nothing'}: name a file, or "
+            "train one"
+        )
     return found[0]
 
 

@@ -1,13 +1,12 @@
-"""PSNR, SSIM, PSNR-B, NMSE and LPIPS as the restoration literature computes them, and mmengine's metric of them."""
+"""PSNR, SSIM, PSNR-B and NMSE as the restoration literature computes them, and mmengine's metric of them and LPIPS."""
 
 from __future__ import annotations
 
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from mmengine.registry import METRICS
 from torch import Tensor
 
 from mambavision.engine.files import atomic_path
+from mambavision.restoration.lpips import load_lpips
 
 _BLOCK = 8  # of JPEG
 
@@ -89,28 +89,6 @@ def rgb_to_y(x: Tensor) -> Tensor:
     return ((x * weights).sum(-3, keepdim=True) + 16) / 255
 
 
-def load_lpips(net: Literal["alex", "vgg"]) -> Callable[[Tensor, Tensor], float]:
-    """LPIPS of Zhang et al., CVPR 2018, of pictures (3, H, W) in [0, 1], by the package `lpips` and its weights.
-
-    Raises:
-        ValueError: If the package or its weights are not here.
-    """
-    try:
-        import lpips
-
-        distance = lpips.LPIPS(net=net, verbose=False).eval()
-    except ImportError:
-        raise ValueError("LPIPS needs the package lpips, which is not installed: pip install lpips") from None
-    except OSError as error:  # no network for the weights
-        raise ValueError(f"LPIPS needs torchvision's {net} weights, which cannot be loaded: {error}") from error
-
-    @torch.inference_mode()
-    def measure(x: Tensor, gt: Tensor) -> float:
-        return distance.to(x.device)(x[None].float(), gt[None].float(), normalize=True).item()
-
-    return measure
-
-
 @METRICS.register_module()
 class RestorationMetric(BaseMetric):
     """PSNR, SSIM and NMSE of restored pictures, and on request PSNR-B and LPIPS: means over each test set.
@@ -122,7 +100,7 @@ class RestorationMetric(BaseMetric):
         crop_border: Pixels left out on each side; super-resolution leaves out its scale.
         y_only: Measure Y of BT.601 instead of RGB.
         psnr_b: Measure PSNR-B, for JPEG.
-        lpips: Network of LPIPS; it is measured in RGB, whole.
+        lpips: Arguments of :func:`~mambavision.restoration.lpips.load_lpips`; measured in RGB, whole.
         csv: File to write a line per picture to.
         collect_device: As in mmengine.
     """
@@ -135,13 +113,13 @@ class RestorationMetric(BaseMetric):
         crop_border: int = 0,
         y_only: bool = False,
         psnr_b: bool = False,
-        lpips: Literal["alex", "vgg"] | None = None,
+        lpips: dict | None = None,
         csv: str | Path | None = None,
         collect_device: str = "cpu",
     ) -> None:
         super().__init__(collect_device=collect_device)
         self.crop_border, self.y_only, self.psnr_b, self.csv = crop_border, y_only, psnr_b, csv
-        self.lpips = load_lpips(lpips) if lpips else None
+        self.lpips = load_lpips(**lpips) if lpips else None
 
     def process(self, data_batch: dict, data_samples: Sequence[Tensor]) -> None:
         """Measure restored pictures, (C, H, W) each, against data_batch["gt"]; "path" and "set" name them.
@@ -159,7 +137,7 @@ class RestorationMetric(BaseMetric):
     def measure(self, restored: Tensor, gt: Tensor) -> dict[str, float]:
         """The measures of one picture, (C, H, W) each."""
         x, gt = (picture.float().clamp(0, 1).mul(255).round() / 255 for picture in (restored, gt))
-        values = {"LPIPS": self.lpips(x.expand(3, -1, -1), gt.expand(3, -1, -1))} if self.lpips else {}
+        values = {"LPIPS": self._lpips(x, gt)} if self.lpips else {}
         if self.y_only and x.shape[0] == 3:
             x, gt = rgb_to_y(x.double()), rgb_to_y(gt.double())
         if self.crop_border:
@@ -167,6 +145,11 @@ class RestorationMetric(BaseMetric):
             x, gt = x[:, inner, inner], gt[:, inner, inner]
         values = {"PSNR": psnr(x, gt), "SSIM": ssim(x, gt), "NMSE": nmse(x, gt), **values}
         return {**values, "PSNR-B": psnr_b(x, gt)} if self.psnr_b else values
+
+    @torch.inference_mode()
+    def _lpips(self, x: Tensor, gt: Tensor) -> float:
+        pictures = (picture.expand(3, -1, -1)[None] for picture in (x, gt))
+        return self.lpips.to(x.device)(*pictures).item()
 
     def compute_metrics(self, results: list[tuple[str, str, dict[str, float]]]) -> dict[str, float]:
         """Means over each set; writes the CSV file."""

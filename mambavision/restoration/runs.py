@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -22,9 +22,7 @@ def load_config(args: argparse.Namespace) -> Config:
         FileNotFoundError, NotADirectoryError: If the config does not exist, or the work directory is a file.
         ValueError: If the config cannot be read, or arguments for detection are given.
     """
-    for name in ("train_json", "val_json", "train_images", "val_images"):
-        if getattr(args, name, None):
-            raise ValueError(f"--{name.replace('_', '-')} is for detection; restoration takes --data-root FOLDER")
+    runs.refuse_detection_arguments(args, "restoration")
     cfg = runs.load_config(args)
     for stage in ("val", "test"):
         if cfg.get(f"{stage}_evaluator"):
@@ -32,37 +30,9 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def train(
-    cfg: Config,
-    *,
-    resume: bool = False,
-    load_from: str | None = None,
-    amp: Literal["bf16", "fp16"] | None = None,
-    seed: int | None = None,
-    max_seconds: float | None = None,
-) -> Runner:
-    """Train a restoration network: :func:`mambavision.engine.runs.train`, for photos that fit it.
-
-    Args:
-        cfg, resume, load_from, amp, seed: As there.
-        max_seconds: Train so long, by :class:`~mambavision.engine.hooks.WallTimeHook`, in place of the config's
-            iterations and schedule of the learning rate.
-
-    Raises:
-        ValueError: Besides, if a part of the learning-rate schedule begins after the last iteration.
-    """
-    if max_seconds is not None:
-        cfg.param_scheduler = None
-        cfg.train_cfg.max_iters = 10**9
-        cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="WallTimeHook", seconds=max_seconds)]
-    for part in cfg.get("param_scheduler") or ():
-        begin, last = part.get("begin", 0), cfg.train_cfg.max_iters
-        if begin >= last:
-            raise ValueError(
-                f"{part.type} begins at iteration {begin}, the run has {last}: give the schedule in the config, or "
-                f"--cfg-options param_scheduler.0.end=N param_scheduler.1.begin=N with an N below {last}"
-            )
-    return runs.train(cfg, resume=resume, load_from=load_from, amp=amp, seed=seed, check=_check_pictures)
+def train(cfg: Config, **options: Any) -> Runner:
+    """Train a restoration network: :func:`mambavision.engine.runs.train_iterations`, for photos that fit it."""
+    return runs.train_iterations(cfg, **options, check=_check_pictures)
 
 
 def test(cfg: Config, checkpoint: str | Path) -> dict[str, float]:

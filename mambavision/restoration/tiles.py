@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
-import os
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mambavision.engine.memory import free_memory
+from mambavision.engine.memory import free_memory, measure_peak
 
 MIN_TILE = 64
 ALIGNMENT = 32  # pixels; tiles start at multiples of a U-Net's stride, or its patches fall elsewhere than in the whole
@@ -162,32 +158,8 @@ def measure_bytes_per_pixel(network: Network, channels: int, device: str | torch
     x = torch.rand(1, channels, side, side).to(device)
     if device.type == "cuda":
         network(x)  # workspaces of the libraries, made once
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        network(x)
-        torch.cuda.synchronize(device)
-        taken = torch.cuda.max_memory_allocated(device) - before
-    else:
-        try:
-            _give_free_memory_back()  # what the process holds and uses anew would not be seen
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-            before = _resident("VmRSS")
-            network(x)
-            taken = _resident("VmHWM") - before
-        except OSError:  # not Linux
-            return float(_ASSUMED)
-    return max(taken / side**2, 4.0 * channels)
-
-
-def _give_free_memory_back() -> None:
-    with contextlib.suppress(AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _resident(field: str) -> int:
-    lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    taken = measure_peak(lambda: network(x), device)
+    return float(_ASSUMED) if taken is None else max(taken / side**2, 4.0 * channels)
 
 
 def check_fits(height: int, width: int, bytes_per_pixel: float, device: str | torch.device) -> None:

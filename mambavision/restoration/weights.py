@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from mambavision.engine import weights
-from mambavision.engine.checkpoint import CheckpointError
 from mambavision.restoration.networks import CLASSES
 
 Task = Literal[
@@ -56,7 +55,8 @@ def save(
     if task not in get_args(Task):
         raise ValueError(f"task must be one of {', '.join(get_args(Task))}, got {task!r}")
     if type(net) not in CLASSES:
-        raise ValueError(f"{type(net).__name__} cannot be rebuilt from a file; it must be one of {_names()}")
+        names = ", ".join(network.__name__ for network in CLASSES)
+        raise ValueError(f"{type(net).__name__} cannot be rebuilt from a file; it must be one of {names}")
     fields = {**(metadata or {}), "task": task, "class": type(net).__name__, "config": net.config}
     text = {name: json.dumps(value) if name in _JSON_FIELDS else value for name, value in fields.items()}
     weights.save_published(net.state_dict(), path, text, precision=precision)
@@ -72,16 +72,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
         CheckpointError: If the file is not one of ours, or its tensors do not fit the network it names.
     """
     metadata = read_metadata(path)
-    try:
-        (network,) = (network for network in CLASSES if network.__name__ == metadata["class"])
-        net = network(**metadata["config"])
-    except (ValueError, TypeError) as error:  # another version's, or a damaged one
-        raise CheckpointError(
-            f"{path} is of a {metadata['class']} with arguments {metadata['config']}, which cannot be built here; the "
-            f"networks are {_names()}"
-        ) from error
-    weights.load_state(net, weights.read_published(path), path)
-    return net.to(device).eval(), metadata
+    return weights.rebuild(path, CLASSES, metadata, device), metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -93,7 +84,3 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     metadata = weights.read_metadata(path, _FIELDS, of="restoration network")
     return {name: json.loads(value) if name in _JSON_FIELDS else value for name, value in metadata.items()}
-
-
-def _names() -> str:
-    return ", ".join(network.__name__ for network in CLASSES)

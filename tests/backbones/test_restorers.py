@@ -67,9 +67,7 @@ def test_cost_is_linear_in_pixels(network):
     assert 3.9 < large / small_picture < 4.05  # shifted windows pay for a border
 
 
-@pytest.mark.parametrize(
-    ("build", "parameters"), [(dncnn, 0.56), (conv_unet, 1.0), (window_transformer, 0.97)]
-)
+@pytest.mark.parametrize(("build", "parameters"), [(dncnn, 0.56), (conv_unet, 1.0), (window_transformer, 0.97)])
 def test_baselines_have_about_the_parameters_of_serpent_s(build, parameters):
     assert sum(p.numel() for p in build(1).parameters()) / 1e6 == pytest.approx(parameters, rel=0.02)
 

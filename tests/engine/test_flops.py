@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mambavision.backbones.dncnn import DnCNN
@@ -12,6 +13,11 @@ def test_scan_is_counted_by_its_rule():
     x = torch.rand(2, 20, 6)
     projections = 2 * 2 * 20 * 4 * (6 * (2 + 2 * 3) + 2 * 6)
     assert count_flops(lambda: ssm(x, (4, 5))) == projections + 9 * 2 * 20 * 4 * 6 * 3
+
+
+def test_attention_is_two_products():
+    q, k = torch.rand(2, 3, 5, 8), torch.rand(2, 3, 7, 8)
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, k, k)) == 2 * 2 * 2 * 3 * 5 * 7 * 8
 
 
 def test_macs_of_convolutions():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mambavision.engine import memory
-from mambavision.engine.memory import free_memory, is_out_of_memory
+from mambavision.engine.memory import free_memory, is_out_of_memory, measure_peak
 
 
 def test_free_memory_is_within_a_containers_limit(monkeypatch):
@@ -34,3 +34,20 @@ def test_running_out_is_told_from_other_errors():
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_the_peak_of_a_call_is_measured():
+    def call(megabytes):
+        torch.ones(megabytes, 2**18).add_(1)  # freed at the end
+
+    for _ in range(2):  # the second time the process may hold what the first has freed
+        peak = measure_peak(lambda: call(300), "cpu")
+        assert peak is None or 300 * 2**20 <= peak + 2**22 and peak < 400 * 2**20
+    small = measure_peak(lambda: call(10), "cpu")
+    assert small is None or small < 100 * 2**20  # not the peaks before
+
+
+@pytest.mark.gpu
+def test_the_peak_of_a_call_on_a_gpu_is_measured():
+    kept = torch.ones(2**20, device="cuda")
+    assert measure_peak(lambda: (kept + 1).sum(), "cuda") == pytest.approx(4 * 2**20, rel=0.01)

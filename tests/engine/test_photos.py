@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mambavision.engine.photos import DatasetError, find_photos, imread_unchanged
+from mambavision.engine.photos import DatasetError, decode_unchanged, find_photos, imread_unchanged, read_all
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -57,3 +57,25 @@ def test_photos_of_a_folder(tmp_path):
         find_photos(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="no such photo"):
         find_photos(tmp_path / "gone")
+
+
+def test_all_photos_are_read_and_what_cannot_be_is_counted(tmp_path):
+    class Photos:
+        def __init__(self, data):
+            self.data = data
+
+        def __len__(self):
+            return len(self.data)
+
+        def __getitem__(self, i):
+            return decode_unchanged(self.data[i], f"{i}.png")
+
+    data = [cv2.imencode(".png", np.full((4, 4, 3), i, np.uint8))[1].tobytes() for i in range(5)]
+    data[1], data[3] = b"", data[3][:30]
+    items, skipped = read_all(Photos(data))
+    assert [int(item[0, 0, 0]) for item in items] == [0, 2, 4]
+    assert skipped[0] == "1.png: empty file" and skipped[1].startswith("3.png: truncated photo")
+    with pytest.raises(DatasetError, match="none of 1 clips can be used; 0.png: empty file"):
+        read_all(Photos([b""]), "clip")
+    with pytest.raises(DatasetError, match="there is none"):
+        read_all(Photos([]))

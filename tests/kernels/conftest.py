@@ -1,5 +1,7 @@
 """Fixtures that run the kernels in CUDA C++ on CPU tensors, and the same tests on a GPU."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from mambavision.kernels import cuda, nvrtc
@@ -8,7 +10,7 @@ from tests.kernels.emulated import Emulator, why_not
 
 
 @pytest.fixture
-def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Emulator:
+def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     """Host code of the CUDA kernels takes CPU tensors, and ``backend="cuda"`` too, as on a GPU of one processor.
 
     Compiled kernels are kept in pytest's cache folder, if it has one.
@@ -31,8 +33,15 @@ def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nvrtc, "processors", lambda device: emulator.processors)
     monkeypatch.setattr(nvrtc, "shared_memory", lambda device: emulator.shared)
     monkeypatch.setattr(dispatch, "unavailable", available)
-    cuda._layout.cache_clear()  # of a machine with other processors
-    return emulator
+    _forget()
+    yield emulator
+    _forget()
+
+
+def _forget() -> None:
+    """Plans that were made for a machine with other processors."""
+    for cached in (cuda.scans_of, dispatch._planned):
+        cached.cache_clear()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

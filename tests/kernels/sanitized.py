@@ -1,13 +1,20 @@
 """A small call of every kernel in CUDA C++, for compute-sanitizer: ``compute-sanitizer python sanitized.py``.
 
+With ``lockstep`` behind it, for racecheck: see :func:`in_lockstep`.
+
 Inputs are made on the CPU, and ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` gives each tensor an allocation of its own, so that
 an access outside of one is seen. Prints the names of the kernels that ran.
 """
 
+import re
+import sys
+import tempfile
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from mambavision.kernels import nvrtc
+from mambavision.kernels import cuda, nvrtc
 from mambavision.ops import multi_scan, selective_scan, ssd
 
 device = "cuda"
@@ -29,6 +36,29 @@ SSDS = [  # length, heads, P, N, groups, chunk, both directions, initial and las
     (520, 3, 64, 64, 1, None, True, False),
     (520, 3, 64, 64, 1, None, False, True),
 ]
+
+
+# warp w meets all others w times before it takes over and WARPS - w times once it has passed on: one after the other
+LOCKSTEP = {
+    "pass_on": "for (int n = threadIdx.x / 32; n < blockDim.x / 32; n++) __syncthreads();",
+    "take_over": "for (int n = 0; n < threadIdx.x / 32; n++) __syncthreads();",
+}
+
+
+def in_lockstep(folder: Path) -> None:
+    """Let warps hand on what they have by barriers of the whole block.
+
+    Racecheck does not follow bar.arrive: it reports two warps that do nothing but hand a number on through it
+    (kernels/README.md).
+    """
+    intrinsics, *others = cuda._MERGING
+    text = intrinsics.read_text()
+    for name, body in LOCKSTEP.items():
+        text, count = re.subn(rf"(INLINE void {name}\(int id\)) {{[^}}]*}}", rf"\1 {{ {body} }}", text)
+        assert count == 1, name
+    changed = folder / intrinsics.name
+    changed.write_text(text)
+    cuda._MERGING = (changed, *others)
 
 
 def normal(*shape: int, to: torch.dtype = FP32) -> Tensor:
@@ -101,7 +131,10 @@ def main() -> None:
         return make(sources, name, *rest)
 
     nvrtc.kernel = kernel
-    call_all()
+    with tempfile.TemporaryDirectory() as folder:
+        if "lockstep" in sys.argv[1:]:
+            in_lockstep(Path(folder))
+        call_all()
     torch.cuda.synchronize()
     print("ran", *sorted(names))
 

@@ -50,6 +50,7 @@ class Gate(NamedTuple):
     activation: str | None = "silu"
     dtype: str = "fp32"
     layout: str = "dense"
+    kind: str = "layer"
 
     def inputs(self) -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(0)
@@ -61,7 +62,7 @@ class Gate(NamedTuple):
         return found | ({"bias": torch.randn(channels, generator=g)} if self.norm and self.bias else {})
 
     def call(self, backend: str, **inputs: Tensor) -> Tensor:
-        return norm_gate(**inputs, activation=self.activation, backend=backend)
+        return norm_gate(**inputs, activation=self.activation, norm=self.kind, backend=backend)
 
 
 Case = Conv | Gate
@@ -78,6 +79,9 @@ TINY = [
     Conv((2, 3, 130), (4,), "past", bias=False),
     Conv((1, 2, 3), (4,), "future", "gelu"),
     Conv((1, 33, 4), (7,)),
+    Conv((2, 21, 10), (3,), "same", "silu", layout="slice"),
+    Conv((1, 5, 3), (5,), "same", "gelu", layout="channels_first"),
+    Conv((2, 1, 3), (3,), "same", "silu"),
     Conv((0, 4, 4, 3), (3, 3), activation="silu"),
     Gate((3, 5, 10)),
     Gate((2, 7, 40), bias=False, activation="gelu", layout="slice"),
@@ -87,7 +91,13 @@ TINY = [
     Gate((1, 1), norm=False),
     Gate((1, 3)),
     Gate((2, 1100), layout="expanded"),
+    Gate((3, 600), kind="gated_rms"),
     Gate((0, 5)),
+    Gate((3, 5, 10), kind="rms"),
+    Gate((2, 7, 40), bias=False, kind="rms", layout="slice"),
+    Gate((2, 7, 40), bias=False, kind="gated_rms", layout="slice"),
+    Gate((3, 5, 10), kind="gated_rms", activation="gelu", dtype="fp16"),
+    Gate((3, 5, 10), gate=False, kind="gated_rms"),
 ]
 FULL = [
     *(
@@ -106,7 +116,17 @@ FULL = [
         for padding in ("past", "future")
         for dtype, layout in (("bf16", "slice"), ("fp32", "dense"))
     ),
+    *(
+        Conv((3, length, 1152), (3,), "same", "silu", True, dtype, layout)
+        for length in (197, 1030)
+        for dtype, layout in (("bf16", "slice"), ("fp32", "dense"))
+    ),
     Conv((1, 40, 40, 64), (5, 5), activation="gelu", dtype="bf16"),
+    *(
+        Gate((500, channels), bias=False, dtype="bf16", layout="slice", kind=kind)
+        for channels in (96, 2304)
+        for kind in ("rms", "gated_rms")
+    ),
     *(
         Gate((500, channels), norm, True, gate, activation, dtype, layout)
         for channels in (7, 96, 257, 1536, 5000)
@@ -167,7 +187,7 @@ def opcheck(case: Case) -> None:
         one, other = torch.ops.mambavision.depthwise_conv, torch.ops.mambavision.depthwise_conv_backward
     else:
         x, z, weight, bias = leaves
-        arguments = (x, z, weight, bias, case.activation, 1e-5)
+        arguments = (x, z, weight, bias, case.activation, 1e-5, "gated_rms")
         one, other = torch.ops.mambavision.norm_gate, torch.ops.mambavision.norm_gate_backward
     torch.library.opcheck(one, arguments)
     detached = [v.detach().clone() if isinstance(v, Tensor) else v for v in arguments]
@@ -223,7 +243,8 @@ def main() -> None:
     empty = torch.empty
     torch.empty = lambda *a, **kw: empty(*a, **kw).fill_(torch.nan)
     jobs = {str(case): lambda case=case: check(case) for case in TINY}
-    jobs |= {"opcheck conv": lambda: opcheck(TINY[0]), "opcheck gate": lambda: opcheck(TINY[13])}
+    gate = next(case for case in TINY if isinstance(case, Gate))
+    jobs |= {"opcheck conv": lambda: opcheck(TINY[0]), "opcheck gate": lambda: opcheck(gate)}
     found = {}
     for name, job in jobs.items():
         try:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambavision.ops import multi_scan, selective_scan
+from mambavision.ops import dispatch, multi_scan, selective_scan
 
 ROOT = Path(__file__).resolve().parents[2]
 GRIDS = {
@@ -37,6 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORWARD_LIMIT = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
 GRADIENT_LIMIT = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 SLACK = {"fp32": 5e-7, "bf16": 1e-3, "fp16": 1e-4}
+KEPT = 2**-9  # for bfloat16 inputs the CUDA backward starts from states in bfloat16, which rounds them by up to this
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,17 @@ def run(case: Case, backend: str, *, fp64: bool = False, device: str = "cpu") ->
     return {k: v.detach().double().cpu() for k, v in results.items()}
 
 
+@contextmanager
+def gated_as(backend: str):
+    """Any backend gets the gate as this one does: inside, or by torch, on an output and a gradient of x's type."""
+    own = dispatch.GATING
+    dispatch.GATING = own if backend in own else ()
+    try:
+        yield
+    finally:
+        dispatch.GATING = own
+
+
 def relative(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-6))
@@ -166,14 +178,17 @@ def check(case: Case, backend: str, device: str = "cpu") -> None:
     if case.decay is not None:
         # One repeated decay is rounded the same way at every step: step by step in fp32 errs more than a chunk at once.
         paths.append(run(case, "reference", device=device))
+    kept = KEPT if backend == "cuda" and case.dtype == "bf16" else 0.0
     wrong = {}
     for name, value in expected.items():
         error = relative(actual[name], value)
         limit = (GRADIENT_LIMIT if name.startswith("grad") else FORWARD_LIMIT)[case.dtype]
         if backend != "chunked" and value.numel() >= 8:  # a few sums over all tokens may cancel more in one path
-            limit = min(limit, 2 * max(relative(path[name], value) for path in paths) + SLACK[case.dtype])
+            slack = SLACK[case.dtype] + kept * (name in ("grad_A", "grad_delta_bias"))
+            limit = min(limit, 2 * max(relative(path[name], value) for path in paths) + slack)
         if not error <= limit:  # a sum that cancels errs as much by the definition in the same precision
-            limit = 1.01 * relative(run(case, "reference", device=device)[name], value)
+            with gated_as(backend):
+                limit = 1.01 * relative(run(case, "reference", device=device)[name], value)
         if not error <= limit:
             wrong[name] = f"{error:.2e} > {limit:.2e}"
     assert not wrong, f"{backend} on {case}: {wrong}"

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -127,6 +128,37 @@ def test_a_kernel_runs_on_the_current_stream(op):
         assert all(torch.equal(a, b) for a, b in zip(results, step(function, values), strict=True))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_threads_launch_on_streams_of_their_own(op):
+    """They share what is worked out once for a layout, and a launch lets other threads go on."""
+    function, tensors = call(op)
+    values = [{k: v * (i + 1) if k == "x" else v for k, v in tensors.items()} for i in range(4)]
+    want = [step(function, of_thread) for of_thread in values]
+    torch.cuda.synchronize()
+
+    def work(of_thread):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [step(function, of_thread) for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    with ThreadPoolExecutor(len(values)) as pool:
+        for expected, found in zip(want, pool.map(work, values), strict=True):
+            assert all(torch.equal(a, b) for one in found for a, b in zip(one, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("op", OPS)
+def test_two_devices_at_once(op):
+    """A thread each, with the first device current in both."""
+    calls = [call(op, f"cuda:{i}") for i in (0, 1)]
+    want = [step(*one) for one in calls]
+    with ThreadPoolExecutor(2) as pool:
+        for expected, found in zip(want, pool.map(lambda one: [step(*one) for _ in range(20)], calls), strict=True):
+            assert all(torch.equal(a, b) for one in found for a, b in zip(one, expected, strict=True))
+    assert torch.cuda.current_device() == 0
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("op", OPS)
 def test_a_kernel_runs_on_the_device_of_its_tensors(op):
@@ -188,6 +220,7 @@ def sanitizer() -> str | None:
 def test_compute_sanitizer_finds_nothing(tool):
     command = [sanitizer(), "--tool", tool, "--error-exitcode", "9", "--print-limit", "5"]
     command += [sys.executable, str(Path(__file__).with_name("sanitized.py"))]
+    command += ["lockstep"] * (tool == "racecheck")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[:3000] + done.stderr[-1000:]

@@ -246,13 +246,13 @@ def test_plans_that_no_small_shape_is_given(case, options, emulator, monkeypatch
 @pytest.mark.parametrize("d_state", [1, 16])
 def test_architectures_without_such_products(d_state, emulator, monkeypatch):
     """sm_75 sums dB and dC by shuffles."""
-    for cached in (cuda._kernel, cuda._layout):
+    for cached in (cuda._kernel, cuda.scans_of):
         cached.cache_clear()
     emulator.architecture = 750
     try:
         direct(Case(40, d_state, "fp16", 9))
     finally:
-        for cached in (cuda._kernel, cuda._layout):
+        for cached in (cuda._kernel, cuda.scans_of):
             cached.cache_clear()
 
 

@@ -51,8 +51,9 @@ class Driver:
         self.asked.append((function.value, attribute, value))
         return 0
 
-    def cuLaunchKernel(self, function, *sizes):
-        self.launched.append((function.value, *sizes[:8]))
+    def cuLaunchKernelEx(self, configuration, function, arguments, more):
+        laid = nvrtc._Configuration.from_address(configuration)
+        self.launched.append((function.value, *(getattr(laid, name) for name, _ in laid._fields_[:8]), arguments[0]))
         return 0
 
     def cuGetErrorName(self, result, out):
@@ -122,12 +123,12 @@ def test_kernels_that_differ_in_shared_memory_are_loaded_once(driver, monkeypatc
     sizes = (0, 70_000, 60_000, 80_000)
     kernels = [nvrtc.kernel((source,), NAME, (), DEVICE, shared) for shared in sizes]
     assert len(used.images) == 1 and used.asked == [(5, 8, 70_000), (5, 8, 80_000)]
-    monkeypatch.setattr(nvrtc, "_launcher", lambda: used.cuLaunchKernel)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE)
+    monkeypatch.setattr(nvrtc, "_launcher", lambda: used.cuLaunchKernelEx)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: DEVICE)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 11 * device)
     for kernel in kernels:
         nvrtc.launch(kernel, 12, 64, b"argument", DEVICE)
-    assert used.launched == [(5, 12, 1, 1, 64, 1, 1, shared, 11 * DEVICE) for shared in sizes]
+    assert used.launched == [(5, 12, 1, 1, 64, 1, 1, shared, 11 * DEVICE, b"argument") for shared in sizes]
 
 
 def test_an_error_is_found_in_the_source_it_is_in(driver, monkeypatch, tmp_path):

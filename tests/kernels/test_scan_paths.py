@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mambavision.kernels import cuda, nvrtc, reference
-from mambavision.ops import projected_scan
+from mambavision.ops import dispatch, multi_scan, projected_scan
 from tests.kernels.test_backends import Case, relative
 from tests.kernels.test_emulated import ORDERS, by_token, direct, names
 
@@ -20,9 +20,11 @@ LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 @pytest.fixture(autouse=True)
 def _fresh_layouts():
     """Tests here change what plans depend on."""
-    cuda._layout.cache_clear()
+    for cached in (cuda.scans_of, dispatch._planned):
+        cached.cache_clear()
     yield
-    cuda._layout.cache_clear()
+    for cached in (cuda.scans_of, dispatch._planned):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -216,7 +218,33 @@ def test_gradients_in_memory_that_there_is(length, N, channels, kept, small_mach
     assert got[0].data_ptr() == memory.data_ptr() and got[1].data_ptr() == own.data_ptr()
     if N % 4 == 0:
         assert got[3].data_ptr() == both[..., 4:].data_ptr() and (both[..., [0, 3, -4, -1]] == 7).all()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got[:6], want[:6], strict=True))
+    assert got[6:] == want[6:] == (None, None), "of no bias and no initial state"
+
+
+@pytest.mark.parametrize("N", [1, 4])
+def test_one_layout_at_addresses_of_every_kind(N, small_machine):
+    """Of x, delta and dy, which a merging kernel copies 16 bytes at a time, and of parameters: the same numbers."""
+    g = torch.Generator().manual_seed(0)
+    batch, length, K, channels = 2, 70, 2, 16
+    shapes = {"x": (batch, length, channels), "delta": (batch, length, K, channels), "A": (K, channels, N)}
+    shapes |= {"B": (batch, length, K, N), "C": (batch, length, K, N), "D": (K, channels)}
+    tensors = {name: torch.randn(shape, generator=g).to(small_machine) for name, shape in shapes.items()}
+    tensors["A"] = -tensors["A"].abs()
+    dy = torch.randn(batch, length, channels, generator=g).to(small_machine)
+
+    def moved(v):
+        return torch.cat([v.new_zeros(1), v.flatten()])[1:].view(v.shape)
+
+    results = []
+    for which in ((), ("x",), ("delta",), ("A", "D"), (), ("dy",)):
+        values = {name: moved(v) if name in which else v for name, v in tensors.items()}
+        leaves = [v.detach().requires_grad_() for v in values.values()]
+        y = multi_scan(*leaves, orders=("row", "col"), grid=(7, 10), backend="cuda")
+        results.append([y, *torch.autograd.grad(y, leaves, moved(dy) if "dy" in which else dy)])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[4], strict=True))
 
 
 @pytest.mark.parametrize("processors, threads", [(4, 256), (3, 128)])

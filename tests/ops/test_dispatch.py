@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
-from mambavision.ops import multi_scan
+from mambavision.ops import dispatch, multi_scan, use_backend
 from mambavision.ops.orders import OrderTable
 
 
@@ -48,3 +49,78 @@ def test_meta_tensors_give_shapes(gradients):
     with torch.set_grad_enabled(gradients):
         y = multi_scan(*_small(device="meta"), orders="bidirectional", grid=(2, 3))
     assert y.device.type == "meta" and y.shape == (1, 6, 8)
+
+
+def _stepped(state=False):
+    """Outputs and gradients of all tensors; ``state``: of the last states alone."""
+    leaves = [v.requires_grad_() for v in (*_small(), torch.ones(2, 8), torch.ones(2, 8))]
+    *inputs, D, bias = leaves
+    y, last = multi_scan(
+        *inputs, D, delta_bias=bias, orders="bidirectional", grid=(2, 3), return_last_state=True, backend="cpu"
+    )
+    out = last if state else y
+    return y, last, *torch.autograd.grad(out.square().sum(), leaves, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["y", "state"])
+def test_the_operator_and_a_plain_call_give_the_same_bits(state, monkeypatch):
+    plain = _stepped(state)
+    assert "_Scan" in plain[0].grad_fn.name()
+    monkeypatch.setattr(dispatch, "_untraced", lambda tensors: False)
+    operator = _stepped(state)
+    assert "_Scan" not in operator[0].grad_fn.name()
+    assert all(torch.equal(a, b) for a, b in zip(plain, operator, strict=True))
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    x, *rest = _small()
+    y = multi_scan(x.requires_grad_(), *rest, orders="bidirectional", grid=(2, 3), backend="cpu")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        dx.sum().backward()
+
+
+def test_saved_tensors_may_be_packed():
+    x, *rest = _small()
+
+    def scan(x):
+        return multi_scan(x, *rest, orders="bidirectional", grid=(2, 3), backend="cpu")
+
+    (want,) = torch.autograd.grad(scan(x.requires_grad_()).square().sum(), x)
+    again = torch.utils.checkpoint.checkpoint(scan, x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again.square().sum(), x)[0], want)
+
+
+def test_a_call_that_is_wrong_is_refused_after_one_that_was_right():
+    """What a layout's first call has checked is remembered for that layout alone."""
+    x, delta, A, B, C = _small()
+
+    def scan(**changed):
+        values = {"x": x, "delta": delta, "A": A, "B": B, "C": C} | changed
+        return multi_scan(**values, orders="bidirectional", grid=(2, 3))
+
+    want = scan()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"B must be \(1, 6, 2, 4\), got \(1, 6, 2, 3\)"):
+            scan(B=B[..., :3])
+        with pytest.raises(ValueError, match="C must be float32"):
+            scan(C=C.double())
+        with pytest.raises(ValueError, match="A must be"):
+            scan(A=A[:, :7])
+        with pytest.raises(ValueError, match="grid"):
+            multi_scan(x, delta, A, B, C, orders="bidirectional", grid=(3, 3))
+    assert torch.equal(scan(), want)
+
+
+def test_use_backend_is_heard_at_every_call():
+    tensors = _small()
+
+    def scan():
+        return multi_scan(*tensors, orders="bidirectional", grid=(2, 3))
+
+    scan()
+    with use_backend("triton"), pytest.raises(RuntimeError, match="triton"):
+        scan()
+    with use_backend("reference"):
+        expected = scan()
+    assert torch.equal(multi_scan(*tensors, orders="bidirectional", grid=(2, 3), backend="reference"), expected)

@@ -30,7 +30,8 @@ def assert_bijection(order, length):
 
 
 def test_the_promised_names_are_there():
-    for base in ("row", "col", "serpentine", "serpentine_col", "zigzag", "hilbert", "window", "time"):
+    serpentines = ("serpentine", "serpentine_col", "serpentine_mirror", "serpentine_col_mirror")
+    for base in ("row", "col", *serpentines, "zigzag", "hilbert", "window", "time"):
         assert {base, f"{base}_reverse"} <= set(NAMES)
 
 
@@ -157,6 +158,8 @@ def test_zigma_calls_the_serpentine_zigzag(zigma, side):
     assert torch.equal(scan_order("serpentine", (side, side)), paths[0])
     assert torch.equal(scan_order("serpentine_col", (side, side)), paths[1])
     assert torch.equal(torch.argsort(scan_order("serpentine", (side, side))), zigma[f"zigzag_rev_{side}"][0])
+    ours = [scan_order(name, (side, side)) for name in NAMES if name.startswith("serpentine")]
+    assert {tuple(path.tolist()) for path in ours} == {tuple(path.tolist()) for path in paths}
 
 
 @pytest.mark.parametrize("side", [4, 8])

@@ -187,7 +187,7 @@ def test_products_and_parts_of_the_batch_do_not_matter(products, images, monkeyp
 def test_opcheck(options, products):
     args = arguments(options=options)
     y = projected_scan(**args, orders="cross", grid=GRID, backend="cpu")
-    assert "projected_scan" in y.grad_fn.name()
+    assert "ProjectedScan" in y.grad_fn.name()
     order = torch.stack([torch.randperm(LENGTH) for _ in range(4)]).int()
     inputs = (*args.values(), *(() if options else (None, None)), order, "cpu")
     torch.library.opcheck(torch.ops.mambavision.projected_scan, inputs)

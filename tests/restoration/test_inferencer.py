@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -107,7 +108,7 @@ def test_enlarging(make):
 
 def test_self_ensemble_is_the_average_of_eight(make):
     plain, ensemble = make(), make(self_ensemble=True)
-    picture = array(24, 40, 3) // 2 + 60  # nothing is clipped
+    picture = array(32, 48, 3) // 2 + 60  # nothing is clipped
     sums = np.zeros(picture.shape)
     for k in range(4):
         for flipped in (False, True):
@@ -115,6 +116,22 @@ def test_self_ensemble_is_the_average_of_eight(make):
             back = np.rot90(plain(np.ascontiguousarray(turned)).astype(float), -k)
             sums += back[:, ::-1] if flipped else back
     assert np.abs(ensemble(picture) - sums / 8).max() <= 1.5  # each of the eight was rounded
+
+
+def test_turned_pictures_keep_the_blocks_of_jpeg(make):
+    def block_means(x):
+        height, width = x.shape[2:]
+        padded = F.pad(x, (0, -width % 8, 0, -height % 8), mode="replicate")
+        return nearest(F.avg_pool2d(padded, 8))[..., :height, :width]
+
+    def nearest(x):
+        return x.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    picture = np.kron(array(9, 11, 3), np.ones((8, 8, 1), np.uint8))[:67, :81]  # of blocks, the last ones cut
+    for tile in (0, 64):  # tiles too begin where a block begins
+        for self_ensemble in (False, True):
+            restored = make(block_means, tile=tile, self_ensemble=self_ensemble)(picture)
+            assert np.array_equal(restored[:64, :80], picture[:64, :80])
 
 
 def test_noise_level(make, tmp_path):
@@ -158,8 +175,38 @@ def test_weights_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "WEIGHTS_FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match="no weights for sr_x8"):
         RestorationInferencer("sr_x8")
-    save(tmp_path / "serpent_debug_denoise_color.safetensors")
-    assert RestorationInferencer(device="cpu").task == "denoise_color"
+    for size in ("t", "l", "s"):
+        save(tmp_path / f"serpent_{size}_denoise_color.safetensors")
+    largest = RestorationInferencer(device="cpu")
+    assert largest.task == "denoise_color" and largest.weights.name == "serpent_l_denoise_color.safetensors"
+    save(tmp_path / "serpent_s_jpeg_gray.safetensors", task="jpeg_gray", in_channels=1)
+    with pytest.raises(FileNotFoundError, match=r"no weights for jpeg in .*, only for denoise_color, jpeg_gray:"):
+        RestorationInferencer("jpeg")
+
+
+@pytest.mark.parametrize("task", module.TASKS)
+def test_every_task_restores(make, task):
+    scale = int(task[-1]) if task.startswith("sr_x") else 1
+    gray = task.endswith("gray")
+    inferencer = make(of=dict(task=task, scale=scale, in_channels=1 if gray else 3), task=task, tile=64)
+    picture = array(20, 70) if gray else array(20, 70, 3)
+    assert inferencer.task == task and inferencer(picture).shape == (20 * scale, 70 * scale, *picture.shape[2:])
+
+
+def test_a_mask_is_filled_and_nothing_else_changes(make):
+    picture = array(40, 90, 4)
+    mask = np.zeros((40, 90), bool)
+    mask[5:9, 20:70] = True
+    inferencer = make(of=dict(task="inpaint"), tile=64)
+    filled = inferencer(picture, mask=mask)
+    assert np.array_equal(filled[~mask], picture[~mask]) and np.array_equal(filled[..., 3], picture[..., 3])
+    black = np.where(mask[..., None], 0, picture[..., :3])
+    assert np.array_equal(filled[mask][:, :3], inferencer(black)[mask])  # what was under it is not seen
+    for wrong in (mask[:, 1:], mask.astype(np.uint8), mask[..., None]):
+        with pytest.raises(ValueError, match=r"the mask of a 90x40 picture is bool \(H, W\), not"):
+            inferencer(picture, mask=wrong)
+    with pytest.raises(ValueError, match=r"a mask is for the task inpaint, w\.safetensors is for denoise_color"):
+        make()(picture, mask=mask)
 
 
 def test_tiles_are_halved_until_they_fit(make, capsys):
@@ -178,6 +225,23 @@ def test_tiles_are_halved_until_they_fit(make, capsys):
     sizes.clear()
     assert np.array_equal(inferencer(picture), picture) and max(sizes) <= 128  # remembered
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.gpu
+def test_tiles_are_halved_when_a_gpu_runs_out_of_memory(make, capsys):
+    picture = array(1024, 1024, 3)
+    inferencer = make(device="cuda", tile=1024)
+    expected = make(device="cuda", tile=256)(picture)
+    allowed = torch.cuda.memory_reserved() + 0.4 * picture.shape[0] ** 2 * inferencer._measured()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.mem_get_info()[1])
+    try:
+        restored = inferencer(picture)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory on cuda: going on with tiles of " in capsys.readouterr().err
+    assert inferencer._largest in (256, 512)
+    assert np.abs(restored.astype(int) - expected).mean() < 1
 
 
 @pytest.mark.parametrize(

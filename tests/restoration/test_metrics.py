@@ -2,7 +2,6 @@
 
 import csv
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.utils.data import default_collate
 
 from mambavision.restoration.datasets import CleanFolder, EvaluationSet, EvaluationSets
 from mambavision.restoration.degradations import JPEG, GaussianNoise
-from mambavision.restoration.metrics import RestorationMetric, load_lpips, nmse, psnr, psnr_b, rgb_to_y, ssim
+from mambavision.restoration.metrics import RestorationMetric, nmse, psnr, psnr_b, rgb_to_y, ssim
 from mambavision.restoration.resize import imresize
 from tests.restoration.conftest import fetched
 
@@ -142,12 +141,6 @@ def test_y_is_measured_in_bt601():
     assert values["PSNR"] > psnr(restored, gt) + 10
     x, y = (rgb_to_y(p.clamp(0, 1).mul(255).round().double() / 255) for p in (restored, gt))
     assert values["PSNR"] == pytest.approx(psnr(x, y))
-
-
-def test_lpips_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(ValueError, match="pip install lpips"):
-        load_lpips("alex")
 
 
 def test_noise_is_not_clipped(photo: Tensor):

@@ -1,7 +1,9 @@
 """Running the tools in tests: in this process, or with the environment of another."""
 
+import csv
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,26 @@ def start_tool(name: str, *args: object, **environment: object) -> subprocess.Po
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, args)]
     given = {key: str(value) for key, value in environment.items()}
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), **given})
+
+
+def start_ranks(name: str, *args: object) -> list[subprocess.Popen]:
+    """Start two processes of a tool as torchrun would."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    torchrun = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=2)
+    return [start_tool(name, *args, **torchrun, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(work: Path) -> list[float]:
+    """The training losses of a work directory."""
+    return [float(row["loss"]) for row in rows(work / "loss_curve.csv") if row["loss"]]
 
 
 def refusal(result: tuple[int, str, str]) -> str:

@@ -238,6 +238,19 @@ def test_ops_prints_the_table_and_writes_csv(benchmark, tmp_path):
     assert "triton: not timed" in err and text.rstrip().endswith("|")
 
 
+def test_some_implementations_alone(benchmark, tmp_path):
+    from bench import report
+
+    path = tmp_path / "ops.csv"
+    code, _, err = benchmark(
+        "ops", "--rows", "384x196", "--only", "chunked", "reference", "--budget", 0.01, "--csv", path
+    )
+    assert code == 0 and "not timed" not in err
+    assert {line.implementation for line in report.read(str(path))} == {"chunked", "reference"}
+    code, _, err = benchmark("ops", "--rows", "384x196", "--only", "nobody")
+    assert code == 1 and err.splitlines()[-1] == "benchmark: nothing was timed"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

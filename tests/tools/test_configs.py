@@ -123,3 +123,28 @@ def test_restorers_share_data_and_budget():
                      "param_scheduler", "custom_hooks"):  # fmt: skip
             assert other[part] == ours[part], part
         assert other.model.loss == ours.model.loss
+
+
+DIFFUSION = (
+    "dim/dim_s_2x", "dim/dim_s_2x_mamba", "dim/dim_s_mlp", "dim/dim_s", "dim/dim_t", "dim/dim_t_mlp", "dit/dit_s",
+    "dit/dit_t",
+)  # fmt: skip
+
+
+def test_diffusion_networks_share_data_and_budget():
+    ours, *others = (Config.fromfile(CONFIGS / f"{name}_cifar10.py") for name in DIFFUSION)
+    for other in others:
+        for part in set(ours) - {"model"}:
+            assert other[part] == ours[part], part
+        assert {**other.model, "network": None} == {**ours.model, "network": None}
+
+
+@pytest.mark.parametrize("size", ["s", "t"])
+def test_dim_and_its_twin_have_about_the_same_parameters(size):
+    found = {
+        name: sum(param.numel() for param in build(Config.fromfile(CONFIGS / f"{name}_cifar10.py")).parameters())
+        for name in DIFFUSION
+        if f"_{size}" in name and name != "dim/dim_s"  # half as deep as dim_s_2x
+    }
+    twin = found.pop(f"dit/dit_{size}")
+    assert len(found) > 1 and all(0.88 < count / twin < 1.13 for count in found.values()), (found, twin)

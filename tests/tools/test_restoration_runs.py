@@ -1,10 +1,8 @@
 """tools/train.py and tools/test.py on restoration configs: resume, processes, checkpoints, bad input."""
 
-import csv
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +14,9 @@ from mmengine.config import Config
 
 from mambavision.engine.checkpoint import load
 from mambavision.restoration import weights
-from tests.tools.running import ROOT, refusal, run_tool, start_tool
+from tests.tools.running import ROOT, losses, refusal, rows, start_ranks, start_tool
+
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 CONFIG = ROOT / "configs/serpent/serpent_debug.py"
 SEED = ("--seed", 3)
@@ -49,25 +49,6 @@ def small_config(folder: Path, *, interval: int = 4, imports: str = "", more: st
     path = folder / "small.py"
     path.write_text(SMALL.format(config=CONFIG, photos=photos, interval=interval, imports=imports) + more)
     return path
-
-
-@pytest.fixture
-def tool(monkeypatch, capfd):
-    return lambda name, *args: run_tool(monkeypatch, capfd, name, *args)
-
-
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)  # configs name photos relative to it
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def losses(work: Path) -> list[float]:
-    return [float(row["loss"]) for row in rows(work / "loss_curve.csv") if row["loss"]]
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +104,7 @@ def test_wall_time_ends_a_run_as_its_last_iteration_would(tmp_path, tool):
 
 def test_two_processes_train_like_one(whole, tmp_path):
     arguments = [small_config(tmp_path), "--launcher", "pytorch", "--work-dir", tmp_path / "work", *SEED]
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    torchrun = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=2)
-    ranks = [start_tool("train", *arguments, **torchrun, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)]
-    assert [rank.wait() for rank in ranks] == [0, 0]
+    assert [rank.wait() for rank in start_ranks("train", *arguments)] == [0, 0]
     ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
     for name, value in theirs["state_dict"].items():
         torch.testing.assert_close(ours["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -186,7 +162,7 @@ def test_training_refuses_bad_arguments(tool, tmp_path, options, message):
     if message is None:  # the task is the file's
         (tmp_path / "other.py").write_text(f'_base_ = "{CONFIG}"\ntask = "sculpting"\n')
         line = refusal(tool("train", tmp_path / "other.py", "--work-dir", tmp_path / "work"))
-        assert "task must be one of detection, restoration, got 'sculpting'" in line
+        assert "task must be one of detection, restoration, diffusion, got 'sculpting'" in line
     else:
         assert message in refusal(tool("train", CONFIG, "--work-dir", tmp_path / "work", *options))
     assert not (tmp_path / "work").exists()

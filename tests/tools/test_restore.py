@@ -1,11 +1,14 @@
 import errno
+import os
+import struct
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from mambavision.restoration import cli
+from mambavision.restoration import inferencer
 from mambavision.restoration.images import PhotoFile, read_photo_file, write_photo_file
 from tests.restoration.test_inferencer import save
 from tests.tools.running import refusal, run_tool
@@ -48,6 +51,14 @@ def photos(tmp_path):
     return folder
 
 
+def five_channels(path):
+    """A TIFF of one pixel with five channels, as satellites' photos have."""
+    tags = [(256, 1), (257, 1), (258, 138), (259, 1), (262, 1), (273, 148), (277, 5), (278, 1), (279, 5), (284, 1)]
+    entries = [struct.pack("<HHII", tag, 3, 5 if tag == 258 else 1, value) for tag, value in tags]
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(entries) + struct.pack("<I", 0)
+    path.write_bytes(head.ljust(138, b"\0") + struct.pack("<5H", *[8] * 5) + bytes(5))
+
+
 def written(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -60,6 +71,15 @@ def test_a_photo_to_a_file(restore, tmp_path):
     assert f"1 of 1 files restored, written to {out} (weights w.safetensors)" in text
     restored = read_photo_file(out)
     assert (restored.alpha == 77).all() and not np.array_equal(restored.pixels, read_photo_file(photo).pixels)
+
+
+def test_a_photo_alone_goes_to_a_folder_here(restore, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = write(tmp_path / "a.png")
+    code, text, err = restore(photo)
+    assert code == 0 and written(tmp_path / "restored") == ["a.png"], err
+    assert "written to restored/a.png" in text
+    assert "restored/a.png exists already" in refusal(restore(photo))
 
 
 def test_a_folder_leaves_out_what_cannot_be_read(restore, photos, tmp_path):
@@ -110,6 +130,31 @@ def test_enlarging(restore, photos, tmp_path):
     assert code == 0 and read_photo_file(tmp_path / "b.png").pixels.shape == (80, 112, 3), err
 
 
+def test_masks(restore, photos, tmp_path):
+    weights = save(tmp_path / "inpaint.safetensors", task="inpaint")
+    white = np.zeros((40, 56, 1), np.uint8)
+    white[10:20, 30:40] = 255
+    for name in ("one.png", "masks/b.png", "masks/deep/c.png", "masks/wide.jpg"):
+        write_photo_file(tmp_path / name, PhotoFile(white))
+    options = ["--task", "inpaint", "--weights", weights, "--mask"]
+    assert restore(photos / "b.png", "-o", tmp_path / "b.png", *options, tmp_path / "one.png")[0] == 0
+    before, after = (read_photo_file(path).pixels for path in (photos / "b.png", tmp_path / "b.png"))
+    changed = (before != after).any(2)
+    assert changed[10:20, 30:40].all() and changed.sum() == 100
+
+    code, _, err = restore(photos, "-o", tmp_path / "out", *options, tmp_path / "masks")
+    assert code == 2 and written(tmp_path / "out") == ["b.png", "deep/c.webp", "wide.tif"]
+    assert np.array_equal(read_photo_file(tmp_path / "out" / "b.png").pixels, after)
+    assert "masks/a.jpg: no such file" in err and "5 of 8 files could not be restored" in err
+    line = refusal(restore(photos / "tiny.png", "-o", tmp_path / "no", *options, tmp_path / "one.png"))
+    assert "one.png: a mask of 56x40 pixels for a photo of 1x1" in line
+    line = refusal(restore(photos / "b.png", "-o", tmp_path / "no", *options, tmp_path / "gone"))
+    assert "gone: no such mask or folder of masks" in line
+    line = refusal(restore(photos / "b.png", "-o", tmp_path / "no", "--mask", tmp_path / "one.png"))
+    assert "a mask is for the task inpaint, w.safetensors is for denoise_color" in line
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_video(restore, tmp_path):
     clip = make_video(tmp_path / "clip.mp4", frames=3)
     code, _, err = restore(clip, "-o", tmp_path / "out", "--side-by-side")
@@ -124,6 +169,7 @@ def test_bad_inputs_are_refused(restore, photos, tmp_path):
     (tmp_path / "text.mp4").write_text("this is no video")
     (tmp_path / "file").write_text("a file")
     cv2.imwrite(str(tmp_path / "float.tif"), np.zeros((4, 4, 3), np.float32))
+    five_channels(tmp_path / "five.tif")
     write(tmp_path / "wide.png", dtype=np.uint16)
     write(tmp_path / "glass.png", alpha=np.zeros((40, 56), np.uint8))
     out = tmp_path / "out"
@@ -137,6 +183,7 @@ def test_bad_inputs_are_refused(restore, photos, tmp_path):
         (photos / "notes.txt", out, "notes.txt: not a photo"),
         (tmp_path / "text.mp4", out, "text.mp4: not a video"),
         (tmp_path / "float.tif", out, "float32 pixels"),
+        (tmp_path / "five.tif", out, "five.tif: not a photo of 1 to 4 channels"),
         (tmp_path / "wide.png", out / "wide.jpg", "16 bits a channel"),
         (tmp_path / "glass.png", out / "glass.jpg", "JPEG holds no alpha"),
         (photos / "b.png", out / "b.gif", "a photo is written as .jpg"),
@@ -169,15 +216,16 @@ def test_bad_options_are_refused(restore, photos, tmp_path):
 
 
 def test_a_full_disk_ends_it_with_nothing_half_written(restore, photos, tmp_path, monkeypatch):
-    write_whole, count = cli.write_photo_file, []
+    write_whole, count = Path.write_bytes, []
 
-    def full(path, photo):
+    def full(path, data):
         count.append(path)
-        if len(count) > 1:
-            raise OSError(errno.ENOSPC, f"{path}: cannot be written (No space left on device)")
-        write_whole(path, photo)
+        if len(count) == 1:
+            return write_whole(path, data)
+        write_whole(path, data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cli, "write_photo_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     line = refusal(restore(photos, "-o", tmp_path / "out"))
     assert written(tmp_path / "out") == ["a.jpg"] and len(count) == 2
     assert "b.png: cannot be written (No space left on device); 6 more not tried" in line
@@ -189,21 +237,40 @@ def test_tiles_are_measured(monkeypatch, capfd, tmp_path, task, scale, degradati
     metadata = dict(degradation=dict(type=degradation, scale=scale)) if degradation else {}
     weights = save(tmp_path / "w.safetensors", task=task, scale=scale, **metadata)
     options = ["--sigma", 25] if task == "denoise_color" else []
-    arguments = [
-        tmp_path / "photos",
-        "--weights",
-        weights,
-        "--tile",
-        64,
-        "--overlap",
-        0,
-        32,
-        "--device",
-        "cpu",
-        *options,
-    ]
+    options += ["--tile", 64, "--overlap", 0, 32, "--precision", "bf16", "--device", "cpu"]
+    arguments = [tmp_path / "photos", "--weights", weights, *options]
     code, out, err = run_tool(monkeypatch, capfd, "benchmark_tiles", *arguments)
     assert code == 0, err
-    rows = [line.replace("│", " ").split() for line in out.splitlines() if "│" in line and "." in line][-2:]
-    assert [row[0] for row in rows] == ["0", "32"]
-    assert all(5 < float(row[1]) < 50 and abs(float(row[2])) <= float(row[3]) + 0.001 for row in rows)
+    rows = [line.replace("│", " ").split() for line in out.splitlines() if "│ fp32" in line or "│ bf16" in line]
+    assert [row[:3] for row in rows] == [
+        ["fp32", "whole", "0"],
+        ["bf16", "whole", "0"],
+        *(["fp32", "64", o] for o in ("0", "32")),
+    ]
+    numbers = [[float(cell) for cell in row[3:]] for row in rows]
+    assert numbers[0][1:] == [0, 0, 0] and all(5 < row[0] < 50 and row[3] == 0 for row in numbers)
+    assert all(0 < row[2] < 1 and abs(row[1]) <= row[2] for row in numbers[1:])
+    if task != "denoise_color":
+        assert "--sigma is for weights against noise" in refusal(
+            run_tool(monkeypatch, capfd, "benchmark_tiles", *arguments, "--sigma", 5)
+        )
+
+
+def test_before_and_after(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(inferencer, "WEIGHTS_FOLDER", tmp_path)
+    save(tmp_path / "serpent_s_jpeg.safetensors", task="jpeg")
+    save(tmp_path / "serpent_s_sr_x4.safetensors", task="sr_x4", scale=4)
+    photo, out = write(tmp_path / "a.png", 80, 100), tmp_path / "out.png"
+    options = ["--tasks", "jpeg", "sr_x4", "--corner", 8, 20, "--side", 60, "--device", "cpu"]
+    code, text, err = run_tool(monkeypatch, capfd, "before_after", photo, out, *options)
+    assert code == 0 and "sr_x4" in text, err
+    picture = read_photo_file(out).pixels
+    assert picture.shape == (2 * 64, 3 * 64, 3)
+    for row in (2, 66):
+        assert np.array_equal(picture[row : row + 60, 130:190], read_photo_file(photo).pixels[8:68, 20:80])
+    for options, message in (
+        (["--side", 100], "a crop of 100 pixels at 0 0 is not within the 96x72"),
+        (["--tasks", "deblur", "--side", 60], "no weights for deblur"),
+    ):
+        assert message in refusal(run_tool(monkeypatch, capfd, "before_after", photo, tmp_path / "no.png", *options))
+        assert not (tmp_path / "no.png").exists()

@@ -1,3 +1,6 @@
+import hashlib
+import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +28,9 @@ def test_readme_is_in_step_with_the_metafile(folder):
 def test_what_a_metafile_names_is_there(folder):
     for model in yaml.safe_load((folder / "metafile.yml").read_text())["Models"]:
         assert (ROOT / model["Config"]).is_file() and Path(model["Config"]).stem == model["Name"]
-        assert not model["Weights"] or (ROOT / model["Weights"]).is_file()
+        if model["Weights"]:
+            digest = hashlib.sha256((ROOT / model["Weights"]).read_bytes()).hexdigest()
+            assert digest == model["Weights sha256"], model["Name"]
         measured = [value for value in model["Metrics"].values() if value is not None]
         assert not measured or (model["Source"] and model["Hardware"] and model["Seeds"]), model["Name"]
 
@@ -38,7 +43,60 @@ def test_tables_are_written_and_missing_ones_named(tmp_path):
     assert "is not in step with metafile.yml: run python tools/tables.py" in tables(tmp_path, "--check").stderr
     assert tables(tmp_path).returncode == 0 and tables(tmp_path, "--check").returncode == 0
     text = readme.read_text()
-    assert "| a | 0.87 | 30.5 | — | — | here |\n<!-- end -->\nafter" in text and "old" not in text
+    assert "| a | 0.87 | 30.50 | — | — | here |\n<!-- end -->\nafter" in text and "old" not in text
     readme.write_text("# A\n")
     done = tables(tmp_path)
     assert done.returncode == 2 and "tables for nothing, metafile.yml models of noise" in done.stderr
+
+
+META = """# a comment
+Models:
+  - Name: a
+    Table: noise
+    Parameters: 870000
+    Metrics: {Set12 15: 32.50, Set12 25: null, CBSD68: null, LIVE1 colour q10: null}
+    Source: null
+    Hardware: null
+    Seeds: null
+    Weights: null
+    Weights sha256: null
+  - Name: a_b
+    Table: noise
+    Parameters: 870000
+    Metrics: {Set12 15: null}
+"""
+
+
+def test_measures_are_recorded(tmp_path):
+    (tmp_path / "metafile.yml").write_text(META)
+    (tmp_path / "README.md").write_text("<!-- tables: noise -->\n<!-- end -->\n")
+    (tmp_path / "w.safetensors").write_bytes(b"weights")
+    found = {"set12_s25/PSNR": 30.456, "set12_s25/SSIM": 0.9, "cbsd68/PSNR": 31.4, "live1_q10/PSNR": 27.5}
+    (tmp_path / "test.json").write_text(json.dumps(found))
+    record = ["--record", "a", str(tmp_path / "test.json"), "--hardware", "one H100, 9 min", "--seeds", "seed 0"]
+    done = tables(tmp_path, *record, "--weights", str(tmp_path / "w.safetensors"))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "metafile.yml").read_text()
+    before, after = META.partition("  - Name: a_b")[::2]
+    assert text.startswith("# a comment") and text.endswith(after) and before not in text
+    model = yaml.safe_load(text)["Models"][0]
+    assert model["Metrics"] == {"Set12 15": 32.5, "Set12 25": 30.46, "CBSD68": 31.4, "LIVE1 colour q10": 27.5}
+    assert model["Hardware"] == "one H100, 9 min" and model["Weights sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert "| a | 0.87 | 32.50 | 30.46 | 31.40 | 27.50 | [w](" in (tmp_path / "README.md").read_text()
+
+    done = tables(tmp_path, *record[:3])
+    assert done.returncode == 2 and "--record needs --hardware and --seeds" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "message"),
+    [
+        ("a", {"set14/PSNR": 28.0}, "a has 0 metrics for set14, one is wanted: Set12 15"),
+        ("a", {"set12/PSNR": 28.0}, "a has 0 metrics for set12"),
+        ("b", {}, "the metafile has no model b"),
+        ("a_b", {}, "a_b has no Source in the metafile"),
+    ],
+)
+def test_measures_without_a_place_are_refused(name, found, message):
+    with pytest.raises(ValueError, match=message):
+        runpy.run_path(str(ROOT / "tools/tables.py"))["recorded"](META, name, found, {"Source": "here"})

@@ -17,15 +17,9 @@ from mambavision.detection import cli as detection_cli
 from mambavision.detection.weights import from_checkpoint, save_weights
 from mambavision.engine import cli
 from mambavision.engine.photos import DatasetError
-from tests.tools.running import ENVIRONMENT, ROOT, refusal, run_tool
+from tests.tools.running import ENVIRONMENT, ROOT, refusal
 from tests.tools.torchrun_training import CONFIG, train
 from tests.tools.toy_data import CLASSES, make_coco, make_video, make_voc
-
-
-@pytest.fixture
-def tool(monkeypatch, capfd):
-    """Run a tool as `python tools/NAME.py ARGS` would, in this process; returns exit code, stdout and stderr."""
-    return lambda name, *args: run_tool(monkeypatch, capfd, name, *args)
 
 
 @pytest.fixture(scope="module")

@@ -162,8 +162,8 @@ def measure(row: Row, name: str, host: Host, entrants: dict[str, Entrant]) -> li
     return lines
 
 
-def run(rows: dict[str, Row], first_calls: list[str], host: Host) -> Iterator[list[Line]]:
-    """Lines of one row after the other. A row that fails is reported and left out."""
+def run(rows: dict[str, Row], first_calls: list[str], host: Host, only: set[str] | None = None) -> Iterator[list[Line]]:
+    """Lines of one row after the other, of contenders named in ``only``. A row that fails is reported and left out."""
     for op in first_calls:
         try:
             seconds = cold.measure(op, host.device)
@@ -182,7 +182,7 @@ def run(rows: dict[str, Row], first_calls: list[str], host: Host) -> Iterator[li
         try:
             if (row.op, small) not in right:
                 check_yardstick(small, host.device)
-                passed = gate(small.problems(host.device, host.dtype, sliced=False), f"{row.op} {small}", None)
+                passed = gate(small.problems(host.device, host.dtype, sliced=False), f"{row.op} {small}", only)
                 right[row.op, small] = set(passed)
             names = right[row.op, small]
             entrants = gate(row.problems(host.device, host.dtype, sliced=True), name, names)

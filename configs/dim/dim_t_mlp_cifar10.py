@@ -1,0 +1,19 @@
+_base_ = [
+    "../_base_/diffusion/cifar10.py",
+    "../_base_/diffusion/flow_10k.py",
+    "../_base_/diffusion/default_runtime.py",
+]
+
+model = dict(
+    network=dict(
+        type="DiM",
+        orders="cross",
+        d_model=192,
+        depth=5,
+        mlp_ratio=4.0,
+        input_size=(32, 32),
+        in_channels=3,
+        num_classes=10,
+    ),
+    compile=True,
+)

@@ -1,0 +1,10 @@
+_base_ = [
+    "../_base_/diffusion/cifar10.py",
+    "../_base_/diffusion/flow_10k.py",
+    "../_base_/diffusion/default_runtime.py",
+]
+
+model = dict(
+    network=dict(type="DiT", d_model=192, depth=6, nheads=3, input_size=(32, 32), in_channels=3, num_classes=10),
+    compile=True,
+)

@@ -1,0 +1,14 @@
+_base_ = [
+    "../_base_/diffusion/evaluation.py",
+    "../_base_/diffusion/flow_10k.py",
+    "../_base_/diffusion/default_runtime.py",
+]
+
+# drawn when the run begins
+clips = (32, 32, 32)
+model = dict(network=dict(type="video_unet_t", in_channels=1, input_size=clips))
+train_dataloader = dict(dataset=dict(type="MovingDigits", num=4000, size=clips), batch_size=8)
+held_out = dict(type="MovingDigits", num=128, size=clips, seed=1)
+val_dataloader = dict(dataset=dict(dataset=held_out, batch_size=8))
+test_dataloader = dict(dataset=dict(dataset=held_out, batch_size=8))
+optim_wrapper = dict(optimizer=dict(lr=6e-4))

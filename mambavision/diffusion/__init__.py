@@ -1,0 +1,1 @@
+"""Diffusion: images and videos from noise."""

@@ -1,0 +1,47 @@
+"""Training and test runs of denoising networks from configs."""
+
+import argparse
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from mambavision.diffusion.batches import HeldOutBatches, NoisyBatches
+from mambavision.diffusion.diffusion import Diffusion
+from mambavision.engine import runs
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read a config, with the arguments of :func:`mambavision.engine.runs.add_config_arguments` in it.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: If the config does not exist, or the work directory is a file.
+        ValueError: If the config cannot be read, or arguments for detection are given.
+    """
+    runs.refuse_detection_arguments(args, "diffusion")
+    return runs.load_config(args)
+
+
+def train(cfg: Config, **options: Any) -> Runner:
+    """Train a denoising network: :func:`mambavision.engine.runs.train_iterations`, for items that fit it."""
+    return runs.train_iterations(cfg, **options, check=_check_items)
+
+
+def test(cfg: Config, checkpoint: str) -> dict[str, float]:
+    """The loss on a config's test set: :func:`mambavision.engine.runs.test`, for items that fit the network."""
+    return runs.test(cfg, checkpoint, check=_check_items)
+
+
+def _check_items(model: Diffusion, batches: NoisyBatches | HeldOutBatches) -> None:
+    network, dataset = model.network, batches.dataset
+    found, expected = (dataset.channels, *dataset.size), (network.in_channels, *network.input_size)
+    if found != expected:
+        raise ValueError(
+            f"the data set has items of {found} (channels, size), the network takes {expected}: change the data set's "
+            "size, or model.network.in_channels and input_size"
+        )
+    if network.num_classes not in (0, len(dataset.class_names)):
+        raise ValueError(
+            f"the data set has {len(dataset.class_names)} classes, the network {network.num_classes}: change "
+            "model.network.num_classes; 0 trains without classes"
+        )

@@ -1,0 +1,107 @@
+"""Latents in place of pixels: encoded once, in shards, the same after an interruption."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from mambavision.diffusion import latents
+from mambavision.diffusion.batches import NoisyBatches
+from mambavision.diffusion.latents import LatentShards, cache_latents, decode, encode, load_autoencoder
+from mambavision.engine.photos import DatasetError
+from tests.diffusion.drawn import Drawn
+from tests.diffusion.test_batches import Broken
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.5,
+        shift_factor=0.25,
+    ).eval()  # fmt: skip
+
+
+def test_latents_are_scaled_modes_and_come_back(autoencoder):
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    z = encode(autoencoder, x)
+    mode = autoencoder.encode(x).latent_dist.mode()
+    assert z.shape == (2, 2, 4, 4) and not z.requires_grad
+    torch.testing.assert_close(z, (mode - 0.25) * 0.5)
+    torch.testing.assert_close(decode(autoencoder, z), autoencoder.decode(mode).sample)
+    video = torch.stack([x, -x, x], 2)
+    of_video = encode(autoencoder, video)
+    assert of_video.shape == (2, 2, 3, 4, 4)
+    torch.testing.assert_close(of_video[:, :, 0], z)
+    assert decode(autoencoder, of_video).shape == video.shape
+
+
+def test_shards_hold_every_item_and_its_mirror_image(autoencoder, tmp_path):
+    dataset = Drawn(10, flip=True)
+    assert cache_latents(dataset, autoencoder, tmp_path, batch_size=3, shard_items=4) == []
+    found = LatentShards(tmp_path)
+    assert (found.size, found.channels, found.class_names) == ((4, 4), 2, dataset.class_names) and not found.flip
+    assert len(found) == 20 and len(list(tmp_path.glob("shard_*.safetensors"))) == 3
+    pixels = dataset.x_0(torch.from_numpy(dataset[7].frames))
+    for i, x in ((14, pixels), (15, pixels.flip(-1))):
+        assert found[i].label == 1 and found[i].frames.dtype == np.float16
+        np.testing.assert_allclose(found[i].frames, encode(autoencoder, x).numpy(), atol=2e-3)
+    batch = NoisyBatches(found, 4, device="cpu").batch(0)
+    assert batch["inputs"].shape == (4, 2, 4, 4) and batch["inputs"].dtype == torch.float32
+
+
+def test_clips_of_latents(autoencoder, tmp_path):
+    cache_latents(Drawn(3, (2, 8, 8), frames=5), autoencoder, tmp_path)
+    found = LatentShards(tmp_path)
+    assert found.size == (2, 4, 4) and found[0].frames.shape == (5, 2, 4, 4)
+    assert NoisyBatches(found, 3, device="cpu").batch(0)["inputs"].shape == (3, 2, 2, 4, 4)
+
+
+def test_an_interrupted_run_goes_on(autoencoder, tmp_path, monkeypatch):
+    cache_latents(Broken(12), autoencoder, tmp_path / "whole", shard_items=4)
+    calls = []
+
+    def dies(*args):
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(latents, "encode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(Broken(12), autoencoder, tmp_path / "cut", shard_items=4)
+    with pytest.raises(DatasetError, match="no whole set of latents, make it with tools/cache_latents.py"):
+        LatentShards(tmp_path / "cut")
+    skipped = cache_latents(Broken(12), autoencoder, tmp_path / "cut", shard_items=4)
+    assert len(calls) == 4 and skipped == [f"{i}.png: truncated photo" for i in (0, 3, 6, 9)]
+    whole, cut = LatentShards(tmp_path / "whole"), LatentShards(tmp_path / "cut")
+    assert len(whole) == len(cut) == 8
+    assert all(np.array_equal(whole[i].frames, cut[i].frames) and whole[i].label == cut[i].label for i in range(8))
+    assert not list(tmp_path.glob("*/.*"))
+    with pytest.raises(ValueError, match="holds latents of another data set"):
+        cache_latents(Broken(11), autoencoder, tmp_path / "cut")
+
+
+def test_what_does_not_fit_is_refused(autoencoder, tmp_path):
+    autoencoder.save_pretrained(tmp_path / "ae")
+    again = load_autoencoder(tmp_path / "ae")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), autoencoder.parameters(), strict=True))
+    colour = Drawn()
+    colour.channels = 3
+    with pytest.raises(ValueError, match="the data set has 3 channels, the autoencoder takes 1"):
+        cache_latents(colour, autoencoder, tmp_path / "x")
+    with pytest.raises(DatasetError, match="none of 1 items can be used; 0.png"):
+        cache_latents(Broken(1), autoencoder, tmp_path / "y")
+    with pytest.raises(FileNotFoundError, match="no folder of an autoencoder"):
+        load_autoencoder(tmp_path / "gone")
+    weights = next((tmp_path / "ae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="not an AutoencoderKL with safetensors weights"):
+        load_autoencoder(tmp_path / "ae")
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z/index.json").write_text(json.dumps({"size": [4, 4]}))
+    with pytest.raises(DatasetError, match="no whole set of latents"):
+        LatentShards(tmp_path / "z")

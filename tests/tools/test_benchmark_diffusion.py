@@ -1,0 +1,47 @@
+import csv
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = runpy.run_path(str(ROOT / "tools/benchmark_diffusion.py"), run_name="benchmark_diffusion")
+NETWORKS = "--networks dit_s dim_s --device cpu --seconds 0".split()
+
+
+def run(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["benchmark_diffusion", *NETWORKS, *options])
+    TOOL["main"]()
+
+
+def test_figures_of_networks_that_take_turns(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "figures.csv"
+    run(monkeypatch, "--tokens", "16", "--batch", "2", "--blocks", "1", "--orders", "cross", "--csv", str(path))
+    rows = list(csv.DictReader(path.open()))
+    assert [(r["network"], r["mixer"], r["what"]) for r in rows] == [
+        (network, mixer, what)
+        for what in ("forward", "training step")
+        for network, mixer in (("dit_s", "attention"), ("dim_s", "ssd"))
+    ]
+    for row in rows:
+        assert float(row["images/s"]) == pytest.approx(2e3 / float(row["ms"])) and row["blocks"] == "1"
+    assert "1.00" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_a_row(tmp_path, monkeypatch, capsys):
+    def calls_of(net, batch, phase):
+        raise TOOL["torch"].OutOfMemoryError
+
+    monkeypatch.setitem(TOOL["main"].__globals__, "calls_of", calls_of)
+    path = tmp_path / "figures.csv"
+    run(monkeypatch, "--tokens", "16", "--what", "forward", "--csv", str(path))
+    assert "out of memory" in capsys.readouterr().out
+    assert [float(row["ms"]) for row in csv.DictReader(path.open())] == [math.inf] * 2
+
+
+@pytest.mark.parametrize("options, message", [(("--tokens", "15"), "no square"), (("--profile",), "NVIDIA GPU")])
+def test_wrong_input(options, message, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, *options)

@@ -1,0 +1,192 @@
+"""tools/train.py and tools/test.py on diffusion configs: resume, processes, checkpoints, bad input."""
+
+import json
+import os
+import signal
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mambavision.diffusion import weights
+from mambavision.diffusion.diffusion import Diffusion
+from mambavision.diffusion.objectives import RectifiedFlow
+from mambavision.engine.checkpoint import load
+from tests.tools.running import ROOT, losses, refusal, rows, start_ranks, start_tool
+
+pytestmark = pytest.mark.usefixtures("in_the_repository")
+
+CONFIG = ROOT / "configs/dim/dim_debug.py"
+SEED = ("--seed", 3)
+SMALL = """
+_base_ = "{config}"
+{imports}
+model = dict(network=dict(input_size=(8, 8), num_classes=2))
+train_dataloader = dict(dataset=dict(type="ClassFolder", root="{photos}", size=(8, 8)), batch_size=4)
+held_out = dict(type="ClassFolder", root="{photos}", size=(8, 8))
+val_dataloader = dict(dataset=dict(dataset=held_out))
+test_dataloader = dict(dataset=dict(dataset=held_out))
+train_cfg = dict(max_iters=12, val_interval=6)
+default_hooks = dict(runtime_info=dict(interval={interval}), checkpoint=dict(interval=4))
+"""
+
+
+def small_config(folder, *, interval=4, imports="", more=""):
+    """The debug config on eight small photos of two classes, one of them broken."""
+    photos = folder / "photos"
+    if not photos.exists():
+        rng = np.random.default_rng(0)
+        for i in range(8):
+            path = photos / ("dark" if i % 2 else "light") / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), rng.integers(0, 60, (9, 9, 3), dtype=np.uint8) + np.uint8(0 if i % 2 else 190))
+        path.write_bytes(path.read_bytes()[:50])
+    path = folder / "small.py"
+    path.write_text(SMALL.format(config=CONFIG, photos=photos, interval=interval, imports=imports) + more)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder of a config, and the work directory of its whole run."""
+    os.chdir(ROOT)
+    folder = tmp_path_factory.mktemp("whole")
+    assert start_tool("train", small_config(folder, interval=1), "--work-dir", folder / "work", *SEED).wait() == 0
+    return folder
+
+
+def compare(ours, theirs, **tolerances):
+    for part in ("state_dict", "ema_state_dict"):
+        for name, value in theirs[part].items():
+            torch.testing.assert_close(ours[part][name], value, msg=name, **tolerances)
+
+
+def test_a_run_leaves_curves_and_averaged_weights(whole):
+    work = whole / "work"
+    assert len(losses(work)) == 12 and np.isfinite(losses(work)).all()
+    measured = [row for row in rows(work / "loss_curve.csv") if row["held_out/loss"]]
+    assert [row["iter"] for row in measured] == ["6", "12"]
+    checkpoint = load(work / "iter_12.pth")
+    averaged, raw = checkpoint["state_dict"], checkpoint["ema_state_dict"]
+    assert raw["steps"] == 12 and not torch.equal(averaged["network.embed.weight"], raw["module.network.embed.weight"])
+    assert checkpoint["meta"]["dataset_meta"] == {"classes": ["dark", "light"]}
+    assert len(list(work.glob("best_held_out_loss_iter_*.pth"))) == 1
+    log = next(work.glob("*/*.log")).read_text()
+    assert "7 of 8 items are used; 1 cannot be read, first " in log and "7.png: truncated photo" in log
+
+
+def killed_run(folder):
+    """The config of a run that was killed after its checkpoint of iteration 8."""
+    killing = 'custom_imports = dict(imports=["mambavision.diffusion.register", "tests.tools.kill_hook"])'
+    hook = 'custom_hooks = [*_base_.custom_hooks, dict(type="KillHook", iteration=9)]\n'
+    config = small_config(folder, imports=killing, more=hook)
+    assert start_tool("train", config, "--work-dir", folder / "work", *SEED).wait() == -signal.SIGKILL
+    assert (folder / "work/last_checkpoint").read_text().endswith("iter_8.pth")
+    return small_config(folder)
+
+
+def test_killed_run_resumes_with_the_same_losses(whole, tmp_path, tool):
+    # without --seed: it is the checkpoint's
+    code, _, err = tool("train", killed_run(tmp_path), "--work-dir", tmp_path / "work", "--resume")
+    assert code == 0, err
+    ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
+    found, expected = (run["message_hub"]["log_scalars"]["train/loss"].data[0] for run in (ours, theirs))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    compare(ours, theirs)
+
+
+def test_two_processes_train_like_one(whole, tmp_path):
+    arguments = [small_config(tmp_path), "--launcher", "pytorch", "--work-dir", tmp_path / "work", *SEED]
+    assert [rank.wait() for rank in start_ranks("train", *arguments)] == [0, 0]
+    ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
+    compare(ours, theirs, rtol=1e-3, atol=1e-4)
+    found, expected = (rows(folder / "work/loss_curve.csv")[-1]["held_out/loss"] for folder in (tmp_path, whole))
+    assert float(found) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_weights_spread_over_two_processes_train_as_one_and_go_on_with_its_checkpoint(whole, tmp_path):
+    arguments = [killed_run(tmp_path), "--launcher", "pytorch", "--work-dir", tmp_path / "work", "--resume", "--fsdp"]
+    assert [rank.wait() for rank in start_ranks("train", *arguments)] == [0, 0]
+    ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
+    compare(ours, theirs, rtol=1e-3, atol=1e-4)
+    for found, expected in zip(*(run["optimizer"]["state"].values() for run in (ours, theirs)), strict=True):
+        torch.testing.assert_close(found["exp_avg"], expected["exp_avg"], rtol=1e-3, atol=1e-5)
+
+
+def test_evaluation_of_checkpoint_and_published_weights(whole, tmp_path, tool):
+    config, checkpoint = whole / "small.py", whole / "work/iter_12.pth"
+    code, text, err = tool("test", config, checkpoint, "--work-dir", tmp_path / "work", "--out", tmp_path / "a.json")
+    assert code == 0, err
+    measured = json.loads((tmp_path / "a.json").read_text())
+    last = [row for row in rows(whole / "work/loss_curve.csv") if row["held_out/loss"]][-1]
+    assert measured["held_out/loss"] == pytest.approx(float(last["held_out/loss"]), rel=1e-5)
+    assert "held_out/loss" in text
+
+    published = tmp_path / "w.safetensors"
+    arguments = ["--config", config, "--metrics", tmp_path / "a.json", "--data", "noise", "--cannot", "fly"]
+    code, _, err = tool("publish", checkpoint, published, *arguments)
+    assert code == 0, err
+    net, objective, metadata = weights.load(published)
+    averaged = load(checkpoint)["state_dict"]["network.embed.weight"]
+    assert torch.equal(net.state_dict()["embed.weight"], averaged.half().float())
+    assert isinstance(objective, RectifiedFlow) and objective.config()["times"] == "logit_normal"
+    assert metadata["class_names"] == ["dark", "light"] and metadata["training_data"] == "noise"
+    card = (tmp_path / "w.md").read_text()
+    assert "3x8x8, 2 classes; RectifiedFlow (times logit_normal" in card and "iteration 12, seed 3" in card
+    code, _, err = tool("test", config, published, "--work-dir", tmp_path / "work", "--out", tmp_path / "b.json")
+    assert code == 0, err
+    again = json.loads((tmp_path / "b.json").read_text())
+    assert again["held_out/loss"] == pytest.approx(measured["held_out/loss"], rel=1e-2)
+
+
+def test_wall_time_ends_a_run(tmp_path, tool):
+    work = tmp_path / "work"
+    code, _, err = tool("train", small_config(tmp_path, interval=1), "--work-dir", work, *SEED, "--max-seconds", 1.0)
+    assert code == 0, err
+    last = load((work / "last_checkpoint").read_text())
+    assert last["meta"]["iter"] == len(losses(work)) and last["message_hub"]["runtime_info"]["train_seconds"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train-json", "x.json"], "--train-json is for detection; diffusion takes --data-root"),
+        (["--data-root", "nowhere"], "nowhere/train"),
+        (
+            ["--cfg-options", "model.network.in_channels=1"],
+            "has items of (3, 16, 16) (channels, size), the network takes",
+        ),
+        (["--cfg-options", "model.network.num_classes=7"], "has 0 classes, the network 7: change model.network.num_cl"),
+        (["--cfg-options", "model.network.patch_size=3"], "16"),
+        (["--cfg-options", "model.objective.times=late"], "times must be uniform or logit_normal, got 'late'"),
+        (["--cfg-options", "model.class_dropout=2"], "class_dropout=2 must be in [0, 1]"),
+        (["--cfg-options", "train_dataloader.batch_size=0"], "batch_size=0 must be a multiple of the 1 processes"),
+        (["--cfg-options", "train_dataloader.keep=cloud"], "keep must be one of device, host, disk, got 'cloud'"),
+        (["--cfg-options", "train_cfg.max_iters=4"], "CosineAnnealingLR begins at iteration 4, the run has 4"),
+        (["--load-from", "gone.pth"], "no weights at gone.pth"),
+        (["--fsdp"], "weights are spread over several processes: start with torchrun and --launcher pytorch"),
+    ],
+)
+def test_training_refuses_bad_arguments(tool, tmp_path, options, message):
+    assert message in refusal(tool("train", CONFIG, "--work-dir", tmp_path / "work", *options))
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_empty_folder_and_another_networks_checkpoint_are_refused(whole, tool, tmp_path):
+    (tmp_path / "photos").mkdir()
+    found = refusal(tool("train", small_config(tmp_path), "--work-dir", tmp_path / "work"))
+    assert f"{tmp_path / 'photos'}: no photos in this folder" in found and not (tmp_path / "work").exists()
+    options = ["--work-dir", tmp_path / "work", "--cfg-options", "model.network.d_model=48"]
+    assert "does not fit this network" in refusal(
+        tool("test", whole / "small.py", whole / "work/iter_12.pth", *options)
+    )
+
+
+def test_memory_that_runs_out_is_said_in_a_line(monkeypatch, tool, tmp_path):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(Diffusion, "forward", full)
+    line = refusal(tool("train", CONFIG, "--work-dir", tmp_path / "work"))
+    assert "memory ran out in training" in line and "take smaller batches" in line

@@ -1,0 +1,246 @@
+#!/usr/bin/env python
+"""Images per second and peak memory of DiM and its twin DiT by number of tokens, and what a block launches.
+
+    python tools/benchmark_diffusion.py --device cuda --csv diffusion.csv            # DiM-XL against DiT-XL
+    python tools/benchmark_diffusion.py --device cuda --profile --tokens 256 4096    # kernels of a block, with times
+
+Class-conditional networks on latents of 4 channels in patches of 2 x 2. "forward" is a prediction without gradients,
+weights in bfloat16; "training step" is forward, mean squared error, backward and AdamW, weights in float32 under
+bfloat16 autocast; both in float32 on a CPU. Every block is compiled (torch.compile, whole) on a GPU. Networks take
+turns at every number of tokens; medians. Memory is the most that is allocated beyond weights and inputs, for a training
+step beyond weights, gradients and moments too. What does not fit is a row "out of memory".
+"""
+
+import argparse
+import csv
+import gc
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from mambavision.backbones import dim, dit
+from mambavision.engine import cli
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    f.__name__: f
+    for f in (
+        dit.dit_xl, dim.dim_xl_2x, dim.dim_xl_mlp, dim.dim_xl, dit.dit_l, dim.dim_l_2x, dim.dim_l_mlp, dim.dim_l,
+        dit.dit_b, dim.dim_b_2x, dim.dim_b_mlp, dim.dim_b, dit.dit_s, dim.dim_s_2x, dim.dim_s_mlp, dim.dim_s,
+        dit.dit_debug, dim.dim_debug,
+    )
+}  # fmt: skip
+TOKENS = {256: 64, 1024: 16, 4096: 4, 16384: 1}  # and the batch: as many tokens in all
+PHASES = ("forward", "training step")
+COLUMNS = ("network", "mixer", "blocks", "parameters", "what", "tokens", "batch", "ms", "images/s", "MB", "device")
+WARM_UP, FEWEST, ROUNDS = 3, 3, 3
+
+
+def build(name: str, tokens: int, device: torch.device, args: argparse.Namespace) -> nn.Module:
+    """A network for so many tokens, blocks compiled on a GPU; no layer is zero, so that no work can be left out."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"--tokens {tokens} is no square")
+    options = {"mixer": args.mixer, "orders": args.orders} if name.startswith("dim") else {}
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = NETWORKS[name]((2 * side, 2 * side), num_classes=1000, **options)
+        net.blocks = net.blocks[: args.blocks]
+        for parameter in net.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+    if device.type == "cuda" and not args.eager:
+        for block in net.blocks:
+            block.compile(fullgraph=True)
+    return net
+
+
+def calls_of(net: nn.Module, batch: int, phase: str) -> Callable[[], None]:
+    """One call of a phase, its memory for weights, gradients and moments taken beforehand."""
+    device = next(net.parameters()).device
+    x = torch.randn(batch, net.in_channels, *net.input_size, device=device)
+    t, labels = torch.rand(batch, device=device) * 1000, torch.randint(1000, (batch,), device=device)
+    if phase == "forward":
+        net.eval()
+        if device.type == "cuda":
+            net.bfloat16()
+            x = x.bfloat16()
+
+        def forward() -> None:
+            with torch.no_grad():
+                net(x, t, labels)
+
+        return forward
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=device.type == "cuda")
+    target = torch.randn_like(x)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = (net(x, t, labels).float() - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    return step
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mb(call: Callable[[], None], device: torch.device) -> float:
+    """The most MB that a call holds beyond what was there; NaN on a CPU."""
+    if device.type != "cuda":
+        return math.nan
+    wait(device)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    wait(device)
+    return (torch.cuda.max_memory_allocated() - held) / 1e6
+
+
+def median_ms(calls: dict[str, Callable[[], None]], device: torch.device, seconds: float) -> dict[str, float]:
+    """Median milliseconds of a call among calls in a row; contenders take turns."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            call()
+            wait(device)
+            begin = time.perf_counter()
+            count = 0
+            while count < FEWEST or time.perf_counter() - begin < seconds / ROUNDS:
+                for _ in range(FEWEST):
+                    call()
+                wait(device)
+                count += FEWEST
+                samples[name].append((time.perf_counter() - begin) / count)
+    return {name: 1e3 * statistics.median(values) for name, values in samples.items()}
+
+
+def kernels_of(call: Callable[[], None]) -> list[tuple[str, int, float]]:
+    """Kernels and copies that one call launches, longest first: name, how many, microseconds in all."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    return sorted(((name, len(us), sum(us)) for name, us in found.items()), key=lambda row: -row[2])
+
+
+def measure(phase: str, tokens: int, batch: int, device: torch.device, args: argparse.Namespace) -> list[tuple]:
+    """A row of COLUMNS for each network; with --profile, its kernels printed instead of other networks' turns."""
+    calls, about, memory = {}, {}, {}
+    for name in args.networks:
+        try:
+            net = build(name, tokens, device, args)
+            about[name] = (len(net.blocks), sum(p.numel() for p in net.parameters()))
+            call = calls_of(net, batch, phase)
+            for _ in range(WARM_UP):
+                call()
+            memory[name] = peak_mb(call, device)
+            calls[name] = call
+            if args.profile:
+                report_kernels(f"{name}, {phase}, {batch} x {tokens} tokens", kernels_of(call), len(net.blocks))
+        except torch.OutOfMemoryError:
+            memory[name] = math.inf
+            net = None
+            gc.collect()
+            torch.cuda.empty_cache()
+    times = median_ms(calls, device, args.seconds)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    rows = []
+    for name in args.networks:
+        ms = times.get(name, math.inf)
+        mixer = args.mixer if name.startswith("dim") else "attention"
+        blocks, parameters = about.get(name, (0, 0))
+        rows.append(
+            (name, mixer, blocks, parameters, phase, tokens, batch, ms, 1e3 * batch / ms, memory[name], hardware)
+        )
+    return rows
+
+
+def report_kernels(title: str, rows: Sequence[tuple[str, int, float]], blocks: int) -> None:
+    total, launches = sum(us for *_, us in rows), sum(count for _, count, _ in rows)
+    print(f"\n{title}: {launches / blocks:.1f} launches and {total / blocks:.0f} us a block (all kernels over blocks)")
+    for name, count, us in rows:
+        if us > 0.003 * total:
+            print(f"  {us / blocks:8.1f} us  {count / blocks:5.2f} x  {name[:110]}", flush=True)
+
+
+def report(rows: Sequence[tuple], device: torch.device) -> None:
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    headers = (
+        "what",
+        "tokens",
+        "batch",
+        "network",
+        "mixer",
+        "blocks",
+        "params M",
+        "ms",
+        "images/s",
+        "peak MB",
+        "ratio",
+    )
+    table = Table(*headers, title=hardware)
+    first: dict[tuple, float] = {}
+    for name, mixer, blocks, parameters, phase, tokens, batch, ms, rate, memory, _ in rows:
+        base = first.setdefault((phase, tokens), rate)  # of the first network
+        figures = ("out of memory", "", "", "")
+        if ms < math.inf:
+            peak = "-" if math.isnan(memory) else f"{memory:.0f}"
+            figures = (f"{ms:.2f}", f"{rate:.1f}", peak, f"{rate / base:.2f}" if base else "-")
+        table.add_row(phase, str(tokens), str(batch), name, mixer, str(blocks), f"{parameters / 1e6:.0f}", *figures)
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["dit_xl", "dim_xl_2x", "dim_xl_mlp"])
+    parser.add_argument("--mixer", choices=["mamba", "ssd"], default="ssd", help="of DiM")
+    parser.add_argument("--orders", choices=list(dim.CYCLES), default="raster", help="of DiM")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--batch", type=int, help="images; by default as many as make 16384 tokens, at least 1")
+    parser.add_argument("--what", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--blocks", type=int, help="the first so many blocks alone, to try things out")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--profile", action="store_true", help="also list the kernels of every network")
+    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N; by default cuda where there is one")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each figure")
+    parser.add_argument("--csv", help="also write the figures to this file")
+    args = parser.parse_args()
+    device = cli.choose_device(args.device)
+    if args.profile and device.type != "cuda":
+        raise ValueError("--profile lists kernels of an NVIDIA GPU: pass --device cuda")
+    rows = []
+    for tokens in args.tokens:
+        for phase in args.what:
+            found = measure(phase, tokens, args.batch or max(1, 16384 // tokens), device, args)
+            for name, *_, ms, rate, memory, _ in found:
+                figures = f"{ms:.2f} ms, {rate:.1f} images/s, {memory:.0f} MB"
+                print(f"{phase}, {tokens} tokens, {name}: {figures}", file=sys.stderr, flush=True)
+            rows += found
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch._dynamo.reset()
+    report(rows, device)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+
+
+if __name__ == "__main__":
+    cli.run(main)
