@@ -20,7 +20,7 @@
 
 typedef unsigned short bits16;
 
-constexpr int OPERAND = 1;  // bfloat16
+constexpr int OPERAND = 1, KEPT = 2;  // bfloat16; float16, of products of B and C
 constexpr int WARPS = THREADS / 32, KINDS = BOTH ? 4 : 2, STATE = N * P;
 
 struct View { i64 batch, head, token; };  // strides in bytes; a tile of tokens stays below 2^31
@@ -276,6 +276,8 @@ template <int COUNT> INLINE void scan_of_warp(float *v, bool from_last) {
 #pragma unroll
     for (int j = 0; j < COUNT; j++) v[j] += outside;
 }
+
+INLINE float power_of_2(float n) { return __uint_as_float((unsigned)((int)n + 127) << 23); }  // n from -126 to 127
 
 constexpr int EACH = TILE / 32;  // tokens a lane where a warp holds a tile's
 
@@ -600,16 +602,34 @@ INLINE void gradients(const Call &c) {
     const int four = warp / 4 * 4;
     unsigned left_B[N / 16][4];
     Rows<N>::left(left_B, shared.B, own);
+    // kept in float16, whose mantissa is 3 bits longer than bfloat16's, times 2^lift of the sender's row, below 2^15
+    float lift[2] = {}, most[2] = {};
+#pragma unroll 1
+    for (int pass = 0; pass < 2; pass++) {
+        const float scale[2] = {power_of_2(lift[0]), power_of_2(lift[1])};
 #pragma unroll
-    for (int k = 0; k < BLOCKS; k++) {
-        float S[2][2][4];
-        set_columns<N, 32, N / 16>(S, left_B, shared.C, (four + 2 * k) % (TILE / 16) * 16);
-        finish_products<2>(S);
+        for (int k = 0; k < BLOCKS; k++) {
+            float S[2][2][4];
+            set_columns<N, 32, N / 16>(S, left_B, shared.C, (four + 2 * k) % (TILE / 16) * 16);
+            finish_products<2>(S);
 #pragma unroll
-        for (int u = 0; u < 2; u++)
-            shared.products[2 * k + u][threadIdx.x] =
-                make_uint4(pack2<OPERAND>(S[u][0][0], S[u][0][1]), pack2<OPERAND>(S[u][0][2], S[u][0][3]),
-                           pack2<OPERAND>(S[u][1][0], S[u][1][1]), pack2<OPERAND>(S[u][1][2], S[u][1][3]));
+            for (int u = 0; u < 2; u++) {
+                unsigned packed[4];
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float *const pair = S[u][e / 2] + e % 2 * 2;
+                    if (!pass) most[e % 2] = fmaxf(most[e % 2], fmaxf(fabsf(pair[0]), fabsf(pair[1])));
+                    packed[e] = pack2<KEPT>(pair[0] * scale[e % 2], pair[1] * scale[e % 2]);
+                }
+                if (pass)
+                    shared.products[2 * k + u][threadIdx.x] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            for (int mask = 1; mask < 4; mask *= 2) most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], mask));
+            lift[r] = (float)max(-114, min(100, 141 - (int)(__float_as_uint(most[r]) >> 23)));
+        }
     }
 
     bits16 *const dx_tile = (bits16 *)c.dx + (b * c.length + token0) * c.H * c.p;
@@ -632,6 +652,7 @@ INLINE void gradients(const Call &c) {
         const bool upper = lane & 16, odd = lane & 8, last = lane & 4;
         float *const pairs = paths.pairs[warp] + odd * 8 + 2 * q + last;
         const float step[2] = {at.planes[STEP][own + g], at.planes[STEP][own + 8 + g]};
+        const float lifted[2] = {step[0] * power_of_2(lift[0]), step[1] * power_of_2(lift[1])};
         const auto to_border = [&](int kind, int r) {  // decay from or to a token
             const int t = own + r * 8 + g;
             if (kind == STATE_RIGHT) return exp2_fast(left[t]);
@@ -679,25 +700,25 @@ INLINE void gradients(const Call &c) {
                     const float *border = i[u] > warp ? left : right;
                     const float is_forward = i[u] > warp ? 1.f : 0.f;
                     float row[2] = {};
-                    const float from[2] = {border[own + g], border[own + 8 + g]};
+                    const float from[2] = {border[own + g] + lift[0], border[own + 8 + g] + lift[1]};
                     float kept[2][4];
                     if (k0 + u == LAST) load_kept(kept, shared.dS);
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const int block = e / 2, r = e % 2;
                         const float2 to = *(const float2 *)(border + i[u] * 16 + block * 8 + 2 * q);
-                        const float2 s = unpack2<OPERAND>(S[e]);
+                        const float2 s = unpack2<KEPT>(S[e]);
                         float m[2] = {exp2_fast(to.x - from[r]), exp2_fast(to.y - from[r])};
                         const float pair[2] = {s.x, s.y};
                         float w[2];
 #pragma unroll
                         for (int f = 0; f < 2; f++) {
                             if (!BOTH) m[f] *= is_forward;
-                            const float mG = m[f] * G[u][block][r * 2 + f], d = step[r] * mG;
+                            const float mG = m[f] * G[u][block][r * 2 + f], product = mG * pair[f];
                             w[f] = m[f] * pair[f];
-                            row[r] += mG * pair[f];
-                            (k0 + u == LAST ? kept : dS[min(k0 + u, LAST - 1)])[block][r * 2 + f] += d;
-                            column[u * 4 + block * 2 + f] += d * pair[f];
+                            row[r] += product;
+                            (k0 + u == LAST ? kept : dS[min(k0 + u, LAST - 1)])[block][r * 2 + f] += lifted[r] * mG;
+                            column[u * 4 + block * 2 + f] += step[r] * product;
                         }
                         W[u][e] = pack2<OPERAND>(w[0], w[1]);
                     }
@@ -710,7 +731,7 @@ INLINE void gradients(const Call &c) {
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const int block = e / 2, r = e % 2;
-                        const float2 s = unpack2<OPERAND>(S[e]);
+                        const float2 s = unpack2<KEPT>(S[e]);
                         const float pair[2] = {s.x, s.y};
                         float w[2];
 #pragma unroll
@@ -718,9 +739,10 @@ INLINE void gradients(const Call &c) {
                             const int from = own + r * 8 + g, to = own + block * 8 + 2 * q + f;
                             const float *border = to > from ? left : right;
                             const float product = G[u][block][r * 2 + f];
-                            const float decay = BOTH || to > from ? exp2_fast(border[to] - border[from]) : 0.f;
-                            const float m = to == from ? DIAGONAL : decay;
-                            const float mG = m * product, d = step[r] * mG, path = d * pair[f];
+                            const float path_decay = to == from ? 0.f : border[to] - border[from];
+                            const float decay = BOTH || to >= from ? exp2_fast(path_decay - lift[r]) : 0.f;
+                            const float m = to == from ? DIAGONAL * decay : decay;
+                            const float mG = m * product, d = lifted[r] * mG, path = step[r] * (mG * pair[f]);
                             w[f] = m * pair[f];
                             if (BLOCKS > 2) dS[min(k0 + u, LAST - 1)][block][r * 2 + f] += d;
                             else (k0 + u == LAST ? kept : dS[min(k0 + u, LAST - 1)])[block][r * 2 + f] += d;

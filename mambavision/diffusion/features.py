@@ -159,6 +159,16 @@ class FeatureExtractor:
         return y.float().cpu()
 
 
+def over_frames(extractor: FeatureExtractor) -> FeatureExtractor:
+    """Features of clips: the mean over the frames of the features of pictures. They see content, and no motion."""
+
+    def network(batch: Tensor) -> Tensor:
+        frames = extractor.network(batch.transpose(1, 2).flatten(0, 1))
+        return frames.unflatten(0, (len(batch), -1)).mean(1)
+
+    return FeatureExtractor(f"{extractor.name}, mean over frames", "video", extractor.device, network)
+
+
 def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Tensor:
     """Features float32 (N, D) of all batches, on the CPU.
 

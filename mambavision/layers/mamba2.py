@@ -60,8 +60,8 @@ class Mamba2Mixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, L, d_model); same shape."""
         weight = self.in_proj.weight
-        if x.device.type == "cuda" and len(weight) % 16:  # tokens at multiples of 32 bytes are multiplied and read fast
-            weight = F.pad(weight, (0, 0, 0, -len(weight) % 16))
+        if x.device.type == "cuda" and len(weight) % 64:  # tokens at multiples of 128 bytes, as torch.compile lays them
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))
         y = conv_ssd(
             F.linear(x, weight),
             self.conv1d.weight,

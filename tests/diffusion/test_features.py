@@ -16,6 +16,7 @@ from mambavision.diffusion.features import (
     load_features,
     save,
 )
+from mambavision.diffusion.metrics import FeatureSet
 from mambavision.engine.checkpoint import CheckpointError
 
 BATCH = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -131,6 +132,13 @@ def test_own_features_are_found_by_what_they_compare(tmp_path, monkeypatch):
     assert find_features("image").name == "b.safetensors" and find_features("video").name == "c.safetensors"
 
 
+def test_pictures_features_of_clips_are_means_over_frames():
+    pictures = FeatureExtractor("e", "image", torch.device("cpu"), lambda x: x.float().amax((2, 3)))
+    clips = torch.stack([BATCH, BATCH.flip(0)], 2)
+    want = (pictures(BATCH) + pictures(BATCH.flip(0))) / 2
+    torch.testing.assert_close(features.over_frames(pictures)(clips), want)
+
+
 def test_batches_of_another_kind_are_refused():
     extractor = FeatureExtractor("e", "image", torch.device("cpu"), lambda x: x.float().mean((2, 3)))
     assert extract(extractor, [BATCH, BATCH[:1]]).shape == (4, 3)
@@ -142,3 +150,10 @@ def test_batches_of_another_kind_are_refused():
     broken = FeatureExtractor("e", "image", torch.device("cpu"), lambda x: torch.full((len(x), 2), torch.nan))
     with pytest.raises(ValueError, match="not finite"):
         extract(broken, [BATCH])
+
+
+def test_what_ships_belongs_together():
+    pictures, clips = load_features(find_features("image")), load_features(find_features("video"))
+    assert pictures(BATCH).shape == (3, 128) and clips(CLIPS).shape == (3, 64)
+    reference = FeatureSet.load(features.WEIGHTS_FOLDER / "features_cifar10_train.npz")
+    assert reference.extractor == pictures.name and reference.count == 50_000 and len(reference.mean) == 128

@@ -1,5 +1,6 @@
 """The backward pass of ssd in CUDA C++ against the fp64 reference: on a GPU, and through the emulator on a CPU."""
 
+import sys
 from itertools import pairwise, product
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from mambavision.kernels import ssd_chunked, ssd_cuda_backward, ssd_reference
 from mambavision.kernels.ssd_cuda_backward import Plan, _shared, plan, ssd_backward
 from mambavision.ops import ssd
+from tests.kernels import test_ssd
 from tests.kernels.emulated import DESCENDING, RANDOM
 from tests.kernels.test_ssd import EXTREME, FULL, GRADIENT_LIMIT, LARGE, Case, make, relative, strided
 from tests.kernels.test_ssd import check as check_operator
@@ -113,6 +115,30 @@ def test_sm_90_through_the_emulator(case, chosen, emulator, asynchronous):
 )
 def test_the_operator_with_gradients(case, emulator):
     check_operator(case, "cuda")
+
+
+def test_sums_over_paths_outlast_cancellation(emulator):
+    """dA adds products of B and C of either sign, here to a tenth of what they come to in the mean square."""
+    case = test_ssd.CUDA[6]
+    actual, right = test_ssd.run(case, "cuda")["grad_A"], test_ssd.expected_of(case)["grad_A"]
+    assert relative(actual, right) < 5e-3
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_tokens_of_another_size_than_the_rest(size, emulator, monkeypatch):
+    """Their products with the others keep their mantissa: the gradient of x of one token is as good as any."""
+    one = Case(70, "sum", 2, 16, 16, dtype="bf16", options=False)
+    others = make
+
+    def made(case: Case) -> dict[str, Tensor]:
+        args = others(case)
+        args["B"][:, 33] *= size
+        return args
+
+    monkeypatch.setattr(sys.modules[__name__], "make", made)
+    for actual, right in zip(run(one, None)[:2], expected(one)[:2], strict=True):
+        for token in (slice(33, 34), slice(0, 33), slice(34, 70)):
+            assert relative(actual[:, token].double(), right[:, token]) < GRADIENT_LIMIT["bf16"]
 
 
 def test_other_types_are_refused():

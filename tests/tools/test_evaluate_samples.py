@@ -72,7 +72,7 @@ def test_features_of_a_reference_are_kept(evaluate, tmp_path):
     assert "compute both by one" in line
 
 
-def test_clips(evaluate, tmp_path):
+def test_clips(evaluate, own_features, tmp_path):
     clips = np.stack([noise(6) for _ in range(8)])
     np.savez(tmp_path / "a.npz", arr_0=clips)
     (tmp_path / "real").mkdir()
@@ -80,6 +80,9 @@ def test_clips(evaluate, tmp_path):
         write_mp4(tmp_path / "real" / f"{i}.mp4", noise(9, size=(32, 32)))
     code, text, err = evaluate(tmp_path / "a.npz", "--reference", tmp_path / "real", "--num", 7)
     assert code == 0 and "7 samples against 5 of" in text and "SmallVideoClassifier" in text, err
+    frames = ("--features", own_features / "SmallClassifier.safetensors")
+    code, text, err = evaluate(tmp_path / "a.npz", "--reference", tmp_path / "a.npz", *frames)
+    assert code == 0 and "mean over frames" in text and "distance   0.0000" in text, err
 
 
 def test_training_set_of_a_config_is_a_reference(evaluate, tmp_path):
