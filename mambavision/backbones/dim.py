@@ -3,8 +3,9 @@
 After Mo and Tian, "Scaling Diffusion Mamba with Bidirectional SSMs for Efficient Image and Video Generation", arXiv
 2405.15881: patches with positions, bidirectional state-space blocks, conditioning on noise level and class. Its tables
 and sizes were not available to us. Choices made here: the mixer is Vim's (arXiv 2401.09417) or a bidirectional Mamba-2,
-under adaLN-zero; the class enters there too, not as a token; no variance is predicted; layers may take tokens in
-different orders (ZigMa, arXiv 2403.13802). ``dit.py`` is its twin with attention. Sizes are DiT's (arXiv 2212.09748):
+under adaLN-zero; the class enters there too, not as a token; no variance is predicted; layers take rows and columns in
+turn, or other orders (ZigMa, arXiv 2403.13802), for rows alone mix neighbours above each other badly (numbers are in
+configs/dim/README.md). ``dit.py`` is its twin with attention. Sizes are DiT's (arXiv 2212.09748):
 
 - ``dim_s`` to ``dim_xl``: its widths and depths, blocks of a mixer alone (iso-depth; about half of its parameters)
 - ``dim_s_2x`` to ``dim_xl_2x``: the same blocks, twice the depth (iso-parameter)
@@ -155,7 +156,7 @@ class DiM(nn.Module):
         d_model: int,
         depth: int,
         mixer: Mixer = "ssd",
-        orders: Cycle | Sequence[LayerOrder] = "raster",
+        orders: Cycle | Sequence[LayerOrder] = "cross",
         positions: Positions = "sincos",
         d_state: int | None = None,
         expand: float = 2.0,
