@@ -72,22 +72,19 @@ def layer_sequences(order: LayerOrder, grid: Size) -> tuple[Tensor, int]:
 
 
 class _Reorder(torch.autograd.Function):
-    """Tokens x (B, L, D) in another order; index (2, L) is the order and its inverse, by which gradients go back.
+    """Tokens x (B, L, D) in another order (L,); its inverse (L,) brings gradients back.
 
     The gradient of ``x[:, order]`` would be added up by atomics.
     """
 
     @staticmethod
-    def forward(x: Tensor, index: Tensor) -> Tensor:
-        return x.index_select(1, index[0])
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(1, order)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(1, ctx.saved_tensors[0][1]), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(1, ctx.saved_tensors[0]), None, None
 
 
 class DiMBlock(nn.Module):
@@ -109,11 +106,23 @@ class DiMBlock(nn.Module):
         self.fc1 = nn.Linear(d_model, hidden) if hidden else None
         self.fc2 = nn.Linear(hidden, d_model) if hidden else None
 
-    def forward(self, x: Tensor, c: Tensor, sequences: int = 1) -> Tensor:
-        """x (B, L, D), tokens of so many sequences one after the other; c (B, D)."""
+    def forward(self, x: Tensor, c: Tensor, orders: Tensor | None = None, sequences: int = 1) -> Tensor:
+        """Tokens x (B, L, D), c (B, D); same shape.
+
+        Args:
+            x: tokens.
+            c: condition.
+            orders: (2, L) int64, the order in which the mixer takes the tokens, and its inverse; None is x's. Inside
+                the block, torch.compile makes them part of the loads of the norm and of the residual.
+            sequences: into how many sequences, one after the other, the mixer's tokens fall.
+        """
         shift, scale, gate, *of_mlp = self.modulation(c)
         y = modulated_norm(x, shift, scale)
+        if orders is not None:
+            y = _Reorder.apply(y, orders[0], orders[1])
         y = self.mixer(y.unflatten(1, (sequences, -1)).flatten(0, 1)).view_as(x)
+        if orders is not None:
+            y = _Reorder.apply(y, orders[1], orders[0])
         x = x + gate * y
         if self.fc1 is None:
             return x
@@ -204,27 +213,19 @@ class DiM(nn.Module):
         self._lay_out([cycle[i % len(cycle)] for i in range(depth)], grid)
 
     def _lay_out(self, orders: Sequence[LayerOrder], grid: Size) -> None:
-        """Make the index tables that bring tokens from one layer's order into the next one's: one for each change.
-
-        Tokens stay in a layer's order until another one is wanted: a network of one order moves none between layers.
-        """
-        self.sequences, self.changes = [], []  # of each layer; the last change is to the image's order
-        names: dict[tuple[LayerOrder, LayerOrder], str] = {}
-        before, at = "row", torch.arange(len(self.positions), device="cpu")
-        for order in (*orders, "row"):
+        """Make the index tables of the layers' orders, one for each order that is not the picture's own."""
+        self.sequences, self.tables = [], []  # of each layer
+        names: dict[LayerOrder, str | None] = {}
+        own = torch.arange(len(self.positions), device="cpu")
+        for order in orders:
             index, sequences = layer_sequences(order, grid)
-            name = None
-            if not torch.equal(index, at):
-                name = names.setdefault((before, order), f"change_{len(names)}")
-                change = torch.argsort(at)[index]
-                table = torch.stack([change, torch.argsort(change)]).to(self.positions.device)
-                self.register_buffer(name, table, persistent=False)
+            if order not in names:
+                names[order] = None if torch.equal(index, own) else f"order_{len(names)}"
+                if names[order] is not None:
+                    table = torch.stack([index, torch.argsort(index)]).to(self.positions.device)
+                    self.register_buffer(names[order], table, persistent=False)
             self.sequences.append(sequences)
-            self.changes.append(name)
-            before, at = order, index
-
-    def _reordered(self, x: Tensor, change: str | None) -> Tensor:
-        return x if change is None else _Reorder.apply(x, getattr(self, change))
+            self.tables.append(names[order])
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predict from x (B, C, H, W) or (B, C, T, H, W); same shape and dtype.
@@ -242,14 +243,13 @@ class DiM(nn.Module):
         c = self.condition(t, labels)
         h = self.embed(patchify(x, self.patch_size).to(self.embed.weight.dtype))
         h = h + self.positions.to(h.dtype)
-        for block, change, sequences in zip(self.blocks, self.changes, self.sequences, strict=False):
-            h = self._reordered(h, change)
+        for block, table, sequences in zip(self.blocks, self.tables, self.sequences, strict=False):
+            orders = None if table is None else getattr(self, table)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, sequences, use_reentrant=False)
+                h = checkpoint(block, h, c, orders, sequences, use_reentrant=False)
             else:
-                h = block(h, c, sequences)
-        h = self.final(self._reordered(h, self.changes[-1]), c)
-        return unpatchify(h, self.patch_size, self.input_size).to(x.dtype)
+                h = block(h, c, orders, sequences)
+        return unpatchify(self.final(h, c), self.patch_size, self.input_size).to(x.dtype)
 
 
 def dim_s(input_size: Sequence[int], **options: Any) -> DiM:
