@@ -2,13 +2,15 @@
 """Images per second and peak memory of DiM and its twin DiT by number of tokens, and what a block launches.
 
     python tools/benchmark_diffusion.py --device cuda --csv diffusion.csv            # DiM-XL against DiT-XL
+    python tools/benchmark_diffusion.py --device cuda --orders raster cross          # and what another order costs
     python tools/benchmark_diffusion.py --device cuda --profile --tokens 256 4096    # kernels of a block, with times
 
 Class-conditional networks on latents of 4 channels in patches of 2 x 2. "forward" is a prediction without gradients,
 weights in bfloat16; "training step" is forward, mean squared error, backward and AdamW, weights in float32 under
 bfloat16 autocast; both in float32 on a CPU. Every block is compiled (torch.compile, whole) on a GPU. Networks take
-turns at every number of tokens; medians. Memory is the most that is allocated beyond weights and inputs, for a training
-step beyond weights, gradients and moments too. What does not fit is a row "out of memory".
+turns at every number of tokens, DiM once for each of its orders; medians. Memory is the most that is allocated beyond
+weights and inputs, for a training step beyond weights, gradients and moments too. What does not fit is a row "out of
+memory".
 """
 
 import argparse
@@ -38,16 +40,23 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }  # fmt: skip
 TOKENS = {256: 64, 1024: 16, 4096: 4, 16384: 1}  # and the batch: as many tokens in all
 PHASES = ("forward", "training step")
-COLUMNS = ("network", "mixer", "blocks", "parameters", "what", "tokens", "batch", "ms", "images/s", "MB", "device")
+COLUMNS = (
+    "network", "mixer", "orders", "blocks", "parameters", "what", "tokens", "batch", "ms", "images/s", "MB", "device",
+)  # fmt: skip
 WARM_UP, FEWEST, ROUNDS = 3, 3, 3
 
 
-def build(name: str, tokens: int, device: torch.device, args: argparse.Namespace) -> nn.Module:
+def contenders(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Networks and their orders; attention has none, ""."""
+    return [(name, orders) for name in args.networks for orders in (args.orders if name.startswith("dim") else [""])]
+
+
+def build(name: str, orders: str, tokens: int, device: torch.device, args: argparse.Namespace) -> nn.Module:
     """A network for so many tokens, blocks compiled on a GPU; no layer is zero, so that no work can be left out."""
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(f"--tokens {tokens} is no square")
-    options = {"mixer": args.mixer, "orders": args.orders} if name.startswith("dim") else {}
+    options = {"mixer": args.mixer, "orders": orders} if orders else {}
     torch.manual_seed(0)
     with torch.device(device):
         net = NETWORKS[name]((2 * side, 2 * side), num_classes=1000, **options)
@@ -107,11 +116,13 @@ def peak_mb(call: Callable[[], None], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated() - held) / 1e6
 
 
-def median_ms(calls: dict[str, Callable[[], None]], device: torch.device, seconds: float) -> dict[str, float]:
+def median_ms(
+    calls: dict[tuple[str, str], Callable[[], None]], device: torch.device, seconds: float
+) -> dict[tuple[str, str], float]:
     """Median milliseconds of a call among calls in a row; contenders take turns."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[tuple[str, str], list[float]] = {contender: [] for contender in calls}
     for _ in range(ROUNDS):
-        for name, call in calls.items():
+        for contender, call in calls.items():
             call()
             wait(device)
             begin = time.perf_counter()
@@ -121,8 +132,8 @@ def median_ms(calls: dict[str, Callable[[], None]], device: torch.device, second
                     call()
                 wait(device)
                 count += FEWEST
-                samples[name].append((time.perf_counter() - begin) / count)
-    return {name: 1e3 * statistics.median(values) for name, values in samples.items()}
+                samples[contender].append((time.perf_counter() - begin) / count)
+    return {contender: 1e3 * statistics.median(values) for contender, values in samples.items()}
 
 
 def kernels_of(call: Callable[[], None]) -> list[tuple[str, int, float]]:
@@ -140,32 +151,32 @@ def kernels_of(call: Callable[[], None]) -> list[tuple[str, int, float]]:
 def measure(phase: str, tokens: int, batch: int, device: torch.device, args: argparse.Namespace) -> list[tuple]:
     """A row of COLUMNS for each network; with --profile, its kernels printed instead of other networks' turns."""
     calls, about, memory = {}, {}, {}
-    for name in args.networks:
+    for contender in contenders(args):
         try:
-            net = build(name, tokens, device, args)
-            about[name] = (len(net.blocks), sum(p.numel() for p in net.parameters()))
+            net = build(*contender, tokens, device, args)
+            about[contender] = (len(net.blocks), sum(p.numel() for p in net.parameters()))
             call = calls_of(net, batch, phase)
             for _ in range(WARM_UP):
                 call()
-            memory[name] = peak_mb(call, device)
-            calls[name] = call
+            memory[contender] = peak_mb(call, device)
+            calls[contender] = call
             if args.profile:
-                report_kernels(f"{name}, {phase}, {batch} x {tokens} tokens", kernels_of(call), len(net.blocks))
+                title = f"{' '.join(contender)}, {phase}, {batch} x {tokens} tokens"
+                report_kernels(title, kernels_of(call), len(net.blocks))
         except torch.OutOfMemoryError:
-            memory[name] = math.inf
+            memory[contender] = math.inf
             net = None
             gc.collect()
             torch.cuda.empty_cache()
     times = median_ms(calls, device, args.seconds)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows = []
-    for name in args.networks:
-        ms = times.get(name, math.inf)
-        mixer = args.mixer if name.startswith("dim") else "attention"
-        blocks, parameters = about.get(name, (0, 0))
-        rows.append(
-            (name, mixer, blocks, parameters, phase, tokens, batch, ms, 1e3 * batch / ms, memory[name], hardware)
-        )
+    for contender in contenders(args):
+        name, orders = contender
+        ms = times.get(contender, math.inf)
+        mixer = args.mixer if orders else "attention"
+        figures = (phase, tokens, batch, ms, 1e3 * batch / ms, memory[contender], hardware)
+        rows.append((name, mixer, orders, *about.get(contender, (0, 0)), *figures))
     return rows
 
 
@@ -180,27 +191,18 @@ def report_kernels(title: str, rows: Sequence[tuple[str, int, float]], blocks: i
 def report(rows: Sequence[tuple], device: torch.device) -> None:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     headers = (
-        "what",
-        "tokens",
-        "batch",
-        "network",
-        "mixer",
-        "blocks",
-        "params M",
-        "ms",
-        "images/s",
-        "peak MB",
+        "what", "tokens", "batch", "network", "mixer", "orders", "blocks", "params M", "ms", "images/s", "peak MB",
         "ratio",
-    )
+    )  # fmt: skip
     table = Table(*headers, title=hardware)
     first: dict[tuple, float] = {}
-    for name, mixer, blocks, parameters, phase, tokens, batch, ms, rate, memory, _ in rows:
+    for *about, blocks, parameters, phase, tokens, batch, ms, rate, memory, _ in rows:
         base = first.setdefault((phase, tokens), rate)  # of the first network
         figures = ("out of memory", "", "", "")
         if ms < math.inf:
             peak = "-" if math.isnan(memory) else f"{memory:.0f}"
             figures = (f"{ms:.2f}", f"{rate:.1f}", peak, f"{rate / base:.2f}" if base else "-")
-        table.add_row(phase, str(tokens), str(batch), name, mixer, str(blocks), f"{parameters / 1e6:.0f}", *figures)
+        table.add_row(phase, str(tokens), str(batch), *about, str(blocks), f"{parameters / 1e6:.0f}", *figures)
     Console(width=140).print(table)
 
 
@@ -210,7 +212,7 @@ def main() -> None:
     )
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["dit_xl", "dim_xl_2x", "dim_xl_mlp"])
     parser.add_argument("--mixer", choices=["mamba", "ssd"], default="ssd", help="of DiM")
-    parser.add_argument("--orders", choices=list(dim.CYCLES), default="raster", help="of DiM")
+    parser.add_argument("--orders", nargs="+", choices=list(dim.CYCLES), default=["cross"], help="of DiM")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--batch", type=int, help="images; by default as many as make 16384 tokens, at least 1")
     parser.add_argument("--what", nargs="+", choices=PHASES, default=list(PHASES))
@@ -228,9 +230,9 @@ def main() -> None:
     for tokens in args.tokens:
         for phase in args.what:
             found = measure(phase, tokens, args.batch or max(1, 16384 // tokens), device, args)
-            for name, *_, ms, rate, memory, _ in found:
+            for name, _, orders, *_, ms, rate, memory, _ in found:
                 figures = f"{ms:.2f} ms, {rate:.1f} images/s, {memory:.0f} MB"
-                print(f"{phase}, {tokens} tokens, {name}: {figures}", file=sys.stderr, flush=True)
+                print(f"{phase}, {tokens} tokens, {name} {orders}: {figures}", file=sys.stderr, flush=True)
             rows += found
             gc.collect()
             if device.type == "cuda":

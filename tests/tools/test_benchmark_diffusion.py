@@ -18,12 +18,13 @@ def run(monkeypatch, *options):
 
 def test_figures_of_networks_that_take_turns(tmp_path, monkeypatch, capsys):
     path = tmp_path / "figures.csv"
-    run(monkeypatch, "--tokens", "16", "--batch", "2", "--blocks", "1", "--orders", "cross", "--csv", str(path))
+    options = "--tokens 16 --batch 2 --blocks 1 --orders raster cross --csv".split()
+    run(monkeypatch, *options, str(path))
     rows = list(csv.DictReader(path.open()))
-    assert [(r["network"], r["mixer"], r["what"]) for r in rows] == [
-        (network, mixer, what)
+    assert [(r["network"], r["mixer"], r["orders"], r["what"]) for r in rows] == [
+        (*contender, what)
         for what in ("forward", "training step")
-        for network, mixer in (("dit_s", "attention"), ("dim_s", "ssd"))
+        for contender in (("dit_s", "attention", ""), ("dim_s", "ssd", "raster"), ("dim_s", "ssd", "cross"))
     ]
     for row in rows:
         assert float(row["images/s"]) == pytest.approx(2e3 / float(row["ms"])) and row["blocks"] == "1"
