@@ -60,7 +60,7 @@ def run(config: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
         best = sorted(folder.glob("best_*.pth"))
         if not best:
             raise ValueError(f"{folder} holds no best checkpoint: the config needs save_best and a validation set")
-        test = [TOOLS / "test.py", config, best[-1], "--work-dir", folder / "test", "--out", metrics, *shared]
+        test = [TOOLS / "test.py", config, best[-1], "--work-dir", folder / "test", "--out", metrics, *shared, *changes]
         call(folder / "test.out", *test)
     return json.loads(metrics.read_text())
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--out", default="work_dirs/compare", help="folder for all runs")
     parser.add_argument("--data-root", help="passed to train.py and test.py")
     parser.add_argument("--amp", choices=["bf16", "fp16"])
-    parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="passed to train.py")
+    parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="passed to train.py and test.py")
     args = parser.parse_args()
     for config in args.configs:
         if not Path(config).is_file():
