@@ -51,8 +51,8 @@ def _number(value: float | None, unit: float, form: str) -> str:
 
 
 def _metric(value: float | None) -> str:
-    """Decibels have two places."""
-    return "—" if value is None else f"{value:.2f}" if value >= 10 else str(value)
+    """Decibels have two places, counts none."""
+    return "—" if value is None else f"{value:.2f}" if isinstance(value, float) and value >= 10 else str(value)
 
 
 def recorded(text: str, name: str, found: dict[str, float], fields: dict[str, str]) -> str:

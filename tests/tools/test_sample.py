@@ -99,6 +99,18 @@ def test_default_weights_are_those_of_the_modality(sample, tmp_path, monkeypatch
     assert cli.find_weights(video=False).name == "d.safetensors"
 
 
+def test_pictures_come_right_after_installation(monkeypatch, capfd, tmp_path):
+    code, text, err = run_tool(
+        monkeypatch, capfd, "sample", "--num", 2, "--steps", 2, "--out-dir", tmp_path, "--device", "cpu"
+    )
+    assert code == 0, err
+    assert "2 samples of dim_t_mlp_cifar10.safetensors" in text
+    assert written(tmp_path) == ["00000.png", "00001.png", "grid.png", "samples.json"]
+    assert [p.shape for p in pictures(tmp_path)] == [(32, 32, 3)] * 2
+    said = json.loads((tmp_path / "samples.json").read_text())["samples"]
+    assert said == [{"seed": 0, "class": "airplane"}, {"seed": 1, "class": "automobile"}]
+
+
 def test_a_training_checkpoint_with_its_config(sample, tmp_path):
     config, path = tmp_path / "c.py", tmp_path / "iter_2.pth"
     config.write_text(
