@@ -218,10 +218,11 @@ class SpatialAttention(nn.Module):
 class Level(nn.ModuleList):
     """Two ResNet blocks, spatial attention and the temporal layer of a level; the fifth entry resamples its output."""
 
-    def forward(self, x: Tensor, time: Tensor, *bias: Tensor) -> Tensor:
-        """x (B, T, H, W, C), time (B, time_dim); returns (B, T, H, W, dim_out), not resampled."""
-        block1, block2, spatial, over_frames, _ = self
-        return over_frames(spatial(block2(block1(x, time), time)), *bias)
+    def forward(self, x: Tensor, time: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, H, W, C), time (B, time_dim); returns (B, T, H, W, dim_out), and the same resampled."""
+        block1, block2, spatial, over_frames, resample = self
+        y = over_frames(spatial(block2(block1(x, time), time)), *bias)
+        return y, resample(y)
 
 
 class TimeEmbedding(nn.Module):
@@ -354,12 +355,12 @@ class VideoUNet(nn.Module):
         x = first = self.init_temporal_layer(self.init_conv(x_t.permute(0, 2, 3, 4, 1)), *bias)
         skips = []
         for level in self.downs:
-            skips.append(self._run(level, x, time, *bias))
-            x = level[-1](skips[-1])
+            skip, x = self._run(level, x, time, *bias)
+            skips.append(skip)
         x = self.mid_temporal_layer(self.mid_spatial_attn(self.mid_block1(x, time)), *bias)
         x = self.mid_block2(x, time)
         for level in self.ups:
-            x = level[-1](self._run(level, torch.cat([x, skips.pop()], -1), time, *bias))
+            x = self._run(level, torch.cat([x, skips.pop()], -1), time, *bias)[1]
         return self.final_conv(torch.cat([x, first], -1)).permute(0, 4, 1, 2, 3).to(x_t.dtype)
 
     @property
@@ -367,7 +368,7 @@ class VideoUNet(nn.Module):
         """The levels, on the way down and up."""
         return [*self.downs, *self.ups]
 
-    def _run(self, level: Level, *arguments: Tensor) -> Tensor:
+    def _run(self, level: Level, *arguments: Tensor) -> tuple[Tensor, Tensor]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(level, *arguments, use_reentrant=False)
         return level(*arguments)
