@@ -215,7 +215,7 @@ class SpatialAttention(nn.Module):
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Level(nn.ModuleList):
+class Level(nn.Sequential):
     """Two ResNet blocks, spatial attention and the temporal layer of a level; the fifth entry resamples its output."""
 
     def forward(self, x: Tensor, time: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,13 +302,13 @@ class VideoUNet(nn.Module):
             return Residual(PreNorm(channels, OverFrames(layer)))
 
         def level(channels: int, channels_out: int, resample: nn.Module) -> Level:
-            return Level([
+            return Level(
                 ResnetBlock(channels, channels_out, time_dim=time_dim, groups=groups),
                 ResnetBlock(channels_out, channels_out, time_dim=time_dim, groups=groups),
                 Residual(PreNorm(channels_out, SpatialLinearAttention(channels_out, heads=heads))),
                 over_frames(channels_out),
                 resample,
-            ])  # fmt: skip
+            )
 
         dims = [dim, *(dim * m for m in dim_mults)]
         pairs = list(zip(dims[:-1], dims[1:], strict=True))

@@ -2,6 +2,7 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from mambavision.backbones.video_unet import (
     Temporal,
@@ -55,6 +56,22 @@ def test_every_parameter_of_every_form_learns(temporal):
 def test_the_arguments_alone_rebuild_it(temporal):
     net = video_unet_debug((4, 16, 16), temporal=temporal, num_classes=2)
     VideoUNet(**net.config).load_state_dict(net.state_dict())
+
+
+def test_weights_can_be_spread_block_by_block():
+    """FSDP gathers a block's weights for its forward alone, and refuses torch's containers."""
+    net = video_unet_debug((4, 8, 8), in_channels=1)
+    used_inside = []
+    for block in net.blocks:
+        assert not isinstance(block, nn.ModuleList | nn.ModuleDict)
+        for module in block.modules():
+            if list(module.parameters(recurse=False)):
+                module.register_forward_pre_hook(lambda module, args, block=block: used_inside.append(inside[block]))
+        block.register_forward_pre_hook(lambda module, args: inside.update({module: True}))
+        block.register_forward_hook(lambda module, args, y: inside.update({module: False}))
+    inside = dict.fromkeys(net.blocks, False)
+    net(torch.randn(1, 1, 4, 8, 8), torch.tensor([500.0]))
+    assert used_inside and all(used_inside)
 
 
 def test_checkpointing_changes_no_gradient():
