@@ -58,6 +58,24 @@ def test_the_arguments_alone_rebuild_it(temporal):
     VideoUNet(**net.config).load_state_dict(net.state_dict())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("temporal", get_args(Temporal))
+def test_the_gpu_computes_what_the_cpu_does(temporal):
+    torch.manual_seed(0)
+    net = video_unet_t((20, 16, 16), in_channels=1, temporal=temporal)
+    x, t = torch.randn(2, 1, 20, 16, 16), torch.tensor([100.0, 800.0])
+    out_gradient = torch.randn_like(x)
+    results = []
+    for device in ("cpu", "cuda"):
+        net.to(device).zero_grad()
+        y = net(x.to(device), t.to(device))
+        y.backward(out_gradient.to(device))
+        results.append({"y": y.detach().cpu()} | {name: p.grad.cpu() for name, p in net.named_parameters()})
+    for name, expected in results[0].items():
+        error = (results[1][name] - expected).norm() / expected.norm()
+        assert error < 1e-3, (name, float(error))
+
+
 def test_weights_can_be_spread_block_by_block():
     """FSDP gathers a block's weights for its forward alone, and refuses torch's containers."""
     net = video_unet_debug((4, 8, 8), in_channels=1)
