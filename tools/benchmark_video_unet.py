@@ -3,16 +3,16 @@
     python tools/benchmark_video_unet.py --out-dir runs/video_unet
 
 Times a forward pass and a training step (forward, backward) of the U-Net, and of one temporal layer alone at its first
-level, under bfloat16 autocast; on a GPU short calls as CUDA graphs, without the host's time. Prints tables, and for
-each layer two fits to the longest three lengths: the exponent p of time or memory ~ frames^p, and the share of the
-squared term of a frames + b frames^2 at the longest; writes frames.csv and frames.png. What is in frames.csv already is
-not measured again.
+level, under bfloat16 autocast; on a GPU as CUDA graphs, without the host's time, where these fit the memory. Prints
+tables, and for each layer two fits to the longest three lengths: the exponent p of time or memory ~ frames^p, and the
+share of the squared term of a frames + b frames^2 at the longest; writes frames.csv and frames.png. Calls that were
+launched one by one, by a host that may be slower than the GPU, are marked by a star, in the picture by a hollow point.
+What is in frames.csv already is not measured again.
 """
 
 import argparse
 import csv
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,18 +26,21 @@ from mambavision.backbones import video_unet
 from mambavision.backbones.video_unet import OverFrames, Temporal
 from mambavision.engine.cli import choose_device, run
 from mambavision.engine.files import atomic_path
-from mambavision.engine.memory import is_out_of_memory
+from mambavision.engine.memory import free_memory, is_out_of_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # tools/bench, from whatever folder this is run
 from bench.timing import Graph, allocated_mb, in_turn, sample
 
 SIZES = {size: getattr(video_unet, f"video_unet_{size}") for size in ("t", "s", "b", "l", "debug")}
 PARTS = ("U-Net", "layer")
-SLOW_S = 0.1  # calls that take longer are timed without a CUDA graph, which would need its own memory
+ROOM = 1.2  # a CUDA graph keeps memory of its own: so much more than a call must be free
 
 
 class Line(NamedTuple):
-    """One measurement: of a forward pass or training step of the U-Net or the layer; memory beyond the inputs."""
+    """One measurement: of a forward pass or training step of the U-Net or the layer; memory beyond the inputs.
+
+    ``how`` is "graph" or "eager": launched one by one, by a host that may be slower than the GPU.
+    """
 
     device: str
     part: str
@@ -48,6 +51,7 @@ class Line(NamedTuple):
     ms: float
     clips_per_s: float
     memory_mb: float | None
+    how: str
 
 
 def forward(net: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
@@ -61,20 +65,22 @@ def training_step(net: nn.Module, arguments: tuple[Tensor, ...]) -> list[Tensor]
     return list(torch.autograd.grad(loss, list(net.parameters())))
 
 
-def milliseconds(call: Callable[[], object], device: torch.device, budget_s: float) -> float:
+def milliseconds(
+    call: Callable[[], object], device: torch.device, budget_s: float, memory_mb: float | None
+) -> tuple[float, str]:
+    """Of a call, and how it was timed, as in :class:`Line`."""
     if device.type == "cpu":
-        return in_turn({"": call}, "cpu", budget_s)[""].median
-    started = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    if time.perf_counter() - started > SLOW_S:
-        return sample(call, "cuda", 3)
+        return in_turn({"": call}, "cpu", budget_s)[""].median, "eager"
+    torch.cuda.empty_cache()
+    if free_memory(device) < ROOM * memory_mb * 1e6:
+        return sample(call, "cuda", 3), "eager"
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
     torch.cuda.current_stream().wait_stream(stream)
-    return in_turn({"": Graph(call, stream)}, "cuda", budget_s)[""].median
+    torch.cuda.empty_cache()
+    return in_turn({"": Graph(call, stream)}, "cuda", budget_s)[""].median, "graph"
 
 
 class Biased(nn.Module):
@@ -91,7 +97,8 @@ class Biased(nn.Module):
 def measure(args: argparse.Namespace, temporal: str, frames: int, part: str, device: torch.device) -> list[Line]:
     torch.manual_seed(0)
     clip = (frames, args.side, args.side)
-    net = SIZES[args.size](clip, in_channels=args.channels, temporal=temporal).to(device)
+    with device:
+        net = SIZES[args.size](clip, in_channels=args.channels, temporal=temporal)
     if part == "layer":
         dim = net.config["dim"]
         net = Biased(net.init_temporal_layer.fn.fn, net.time_rel_pos_bias)
@@ -105,8 +112,8 @@ def measure(args: argparse.Namespace, temporal: str, frames: int, part: str, dev
         once = partial(do, net, arguments)
         once()  # compiles what is compiled at first use
         memory = allocated_mb(once) if device.type == "cuda" else None
-        ms = milliseconds(once, device, args.budget)
-        lines.append(Line(name, part, temporal, frames, args.batch, call, ms, args.batch / ms * 1e3, memory))
+        ms, how = milliseconds(once, device, args.budget, memory)
+        lines.append(Line(name, part, temporal, frames, args.batch, call, ms, args.batch / ms * 1e3, memory, how))
     return lines
 
 
@@ -130,11 +137,14 @@ def read(path: Path) -> list[Line]:
         rows = csv.reader(file)
         if tuple(next(rows, ())) != Line._fields:
             raise ValueError(f"{path} is no CSV of this tool: its first line is not {','.join(Line._fields)}")
-        return [Line(*r[:3], *map(int, r[3:5]), r[5], *map(float, r[6:8]), float(r[8]) if r[8] else None) for r in rows]
+        return [
+            Line(*r[:3], *map(int, r[3:5]), r[5], *map(float, r[6:8]), float(r[8]) if r[8] else None, r[9])
+            for r in rows
+        ]
 
 
 def table(lines: list[Line], part: str, call: str, figure: str) -> list[str]:
-    """Rows of layers, columns of frames, and the two fits of time (for clips/s) or memory."""
+    """Rows of layers, columns of frames, and the two fits of time (for clips/s) or memory; "*": launched eagerly."""
     chosen = [line for line in lines if (line.part, line.call) == (part, call) and getattr(line, figure) is not None]
     if not chosen:
         return []
@@ -144,7 +154,8 @@ def table(lines: list[Line], part: str, call: str, figure: str) -> list[str]:
     rows.append("|---" * (len(lengths) + 3) + "|")
     for temporal in dict.fromkeys(line.temporal for line in chosen):
         own = {line.frames: line for line in chosen if line.temporal == temporal}
-        cells = [f"{getattr(own[n], figure):.4g}" if n in own else "-" for n in lengths]
+        slow = {n for n, v in own.items() if figure == "clips_per_s" and v.device != "cpu" and v.how == "eager"}
+        cells = [f"{getattr(own[n], figure):.4g}{'*' * (n in slow)}" if n in own else "-" for n in lengths]
         costs = [own[n].memory_mb if figure == "memory_mb" else own[n].ms for n in sorted(own)]
         fits = ["-", "-"]
         if len(own) > 2:
@@ -173,6 +184,12 @@ def plot(lines: list[Line], path: Path) -> None:
             }
             for temporal, points in curves.items():
                 axis.plot(*zip(*points, strict=True), marker="o", color=colours[temporal], label=temporal)
+                slow = [v for v in chosen if (v.temporal, v.how) == (temporal, "eager") and v.device != "cpu"]
+                if what == "ms" and slow:
+                    axis.plot(
+                        [v.frames for v in slow], [v.ms / v.batch for v in slow], "o", color=colours[temporal],
+                        markerfacecolor="white", zorder=3,
+                    )  # fmt: skip
             lengths = np.array(sorted({v.frames for v in chosen}))
             low = min((points[0][1] for points in curves.values()), default=0) / 2
             for p, style in ((1, ":"), (2, "--")) if curves else ():

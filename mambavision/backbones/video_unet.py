@@ -215,13 +215,14 @@ class SpatialAttention(nn.Module):
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Level(nn.ModuleList):
+class Level(nn.Sequential):
     """Two ResNet blocks, spatial attention and the temporal layer of a level; the fifth entry resamples its output."""
 
-    def forward(self, x: Tensor, time: Tensor, *bias: Tensor) -> Tensor:
-        """x (B, T, H, W, C), time (B, time_dim); returns (B, T, H, W, dim_out), not resampled."""
-        block1, block2, spatial, over_frames, _ = self
-        return over_frames(spatial(block2(block1(x, time), time)), *bias)
+    def forward(self, x: Tensor, time: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, H, W, C), time (B, time_dim); returns (B, T, H, W, dim_out), and the same resampled."""
+        block1, block2, spatial, over_frames, resample = self
+        y = over_frames(spatial(block2(block1(x, time), time)), *bias)
+        return y, resample(y)
 
 
 class TimeEmbedding(nn.Module):
@@ -301,13 +302,13 @@ class VideoUNet(nn.Module):
             return Residual(PreNorm(channels, OverFrames(layer)))
 
         def level(channels: int, channels_out: int, resample: nn.Module) -> Level:
-            return Level([
+            return Level(
                 ResnetBlock(channels, channels_out, time_dim=time_dim, groups=groups),
                 ResnetBlock(channels_out, channels_out, time_dim=time_dim, groups=groups),
                 Residual(PreNorm(channels_out, SpatialLinearAttention(channels_out, heads=heads))),
                 over_frames(channels_out),
                 resample,
-            ])  # fmt: skip
+            )
 
         dims = [dim, *(dim * m for m in dim_mults)]
         pairs = list(zip(dims[:-1], dims[1:], strict=True))
@@ -354,12 +355,12 @@ class VideoUNet(nn.Module):
         x = first = self.init_temporal_layer(self.init_conv(x_t.permute(0, 2, 3, 4, 1)), *bias)
         skips = []
         for level in self.downs:
-            skips.append(self._run(level, x, time, *bias))
-            x = level[-1](skips[-1])
+            skip, x = self._run(level, x, time, *bias)
+            skips.append(skip)
         x = self.mid_temporal_layer(self.mid_spatial_attn(self.mid_block1(x, time)), *bias)
         x = self.mid_block2(x, time)
         for level in self.ups:
-            x = level[-1](self._run(level, torch.cat([x, skips.pop()], -1), time, *bias))
+            x = self._run(level, torch.cat([x, skips.pop()], -1), time, *bias)[1]
         return self.final_conv(torch.cat([x, first], -1)).permute(0, 4, 1, 2, 3).to(x_t.dtype)
 
     @property
@@ -367,7 +368,7 @@ class VideoUNet(nn.Module):
         """The levels, on the way down and up."""
         return [*self.downs, *self.ups]
 
-    def _run(self, level: Level, *arguments: Tensor) -> Tensor:
+    def _run(self, level: Level, *arguments: Tensor) -> tuple[Tensor, Tensor]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(level, *arguments, use_reentrant=False)
         return level(*arguments)

@@ -2,6 +2,7 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from mambavision.backbones.video_unet import (
     Temporal,
@@ -55,6 +56,41 @@ def test_every_parameter_of_every_form_learns(temporal):
 def test_the_arguments_alone_rebuild_it(temporal):
     net = video_unet_debug((4, 16, 16), temporal=temporal, num_classes=2)
     VideoUNet(**net.config).load_state_dict(net.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temporal", get_args(Temporal))
+def test_the_gpu_computes_what_the_cpu_does(temporal, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    net = video_unet_t((20, 16, 16), in_channels=1, temporal=temporal)
+    x, t = torch.randn(2, 1, 20, 16, 16), torch.tensor([100.0, 800.0])
+    out_gradient = torch.randn_like(x)
+    results = []
+    for device in ("cpu", "cuda"):
+        net.to(device).zero_grad()
+        y = net(x.to(device), t.to(device))
+        y.backward(out_gradient.to(device))
+        results.append({"y": y.detach().cpu()} | {name: p.grad.cpu() for name, p in net.named_parameters()})
+    for name, expected in results[0].items():
+        error = (results[1][name] - expected).norm() / expected.norm()
+        assert error < 1e-3, (name, float(error))
+
+
+def test_weights_can_be_spread_block_by_block():
+    """FSDP gathers a block's weights for its forward alone, and refuses torch's containers."""
+    net = video_unet_debug((4, 8, 8), in_channels=1)
+    used_inside = []
+    for block in net.blocks:
+        assert not isinstance(block, nn.ModuleList | nn.ModuleDict)
+        for module in block.modules():
+            if list(module.parameters(recurse=False)):
+                module.register_forward_pre_hook(lambda module, args, block=block: used_inside.append(inside[block]))
+        block.register_forward_pre_hook(lambda module, args: inside.update({module: True}))
+        block.register_forward_hook(lambda module, args, y: inside.update({module: False}))
+    inside = dict.fromkeys(net.blocks, False)
+    net(torch.randn(1, 1, 4, 8, 8), torch.tensor([500.0]))
+    assert used_inside and all(used_inside)
 
 
 def test_checkpointing_changes_no_gradient():

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.tools.toy_data import forget_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +27,21 @@ def run_tool(monkeypatch, capfd, name: str, *args: object) -> tuple[int, str, st
     except SystemExit as stop:
         code = stop.code
     return code, *capfd.readouterr()
+
+
+def run_here(name: str, *args: object) -> None:
+    """Run a tool in this process, for fixtures of modules: what it prints is not looked at.
+
+    Raises:
+        AssertionError: If it fails.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        forget_runs()
+        try:
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+        except SystemExit as stop:
+            assert not stop.code, f"{name} ended with {stop.code}"
 
 
 def start_tool(name: str, *args: object, **environment: object) -> subprocess.Popen:

@@ -1,6 +1,4 @@
 import importlib.util
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -8,6 +6,7 @@ import torch
 
 from mambavision.ops import selective_scan
 from tests.conftest import REPOSITORY
+from tests.tools.running import run_tool
 
 TOOL = REPOSITORY / "tools" / "benchmark_mixer.py"
 
@@ -35,7 +34,6 @@ def test_both_pipelines_agree_and_a_wrong_one_is_seen(tool):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so():
-    done = subprocess.run([sys.executable, TOOL, "core"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "needs an NVIDIA GPU" in done.stderr
+def test_without_a_gpu_it_says_so(monkeypatch, capfd):
+    code, _, err = run_tool(monkeypatch, capfd, "benchmark_mixer", "core")
+    assert code == 2 and "needs an NVIDIA GPU" in err

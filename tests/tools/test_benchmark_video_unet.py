@@ -1,12 +1,11 @@
 import csv
 import importlib.util
-import subprocess
-import sys
 
 import cv2
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.tools.running import refusal, run_tool
 
 TOOL = REPOSITORY / "tools" / "benchmark_video_unet.py"
 
@@ -32,24 +31,23 @@ def test_the_share_of_a_squared_term(tool):
     assert share == pytest.approx(0.03 * 128 / (2 + 0.03 * 128))
 
 
-def test_a_run_on_a_cpu(tmp_path):
-    command = [sys.executable, TOOL, "--out-dir", tmp_path, "--size", "debug", "--side", "4", "--frames", "4", "2"]
-    command += ["--temporal", "bi_s6", "attention", "--batch", "1", "--budget", "0.01", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+def test_a_run_on_a_cpu(tmp_path, monkeypatch, capfd):
+    options = ["--out-dir", tmp_path, "--size", "debug", "--side", 4, "--frames", 4, 2]
+    options += ["--temporal", "bi_s6", "attention", "--batch", 1, "--budget", 0.01, "--device", "cpu"]
+    code, out, err = run_tool(monkeypatch, capfd, "benchmark_video_unet", *options)
+    assert code == 0, err
     with open(tmp_path / "frames.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 2 * 2 * 2 and {row["frames"] for row in rows} == {"2", "4"}
     for row in rows:
         assert float(row["clips_per_s"]) == pytest.approx(1e3 / float(row["ms"]), rel=1e-3)
-    assert "| U-Net, training step: clips/s | 2 | 4 | exponent | squared |" in done.stdout
+    assert "| U-Net, training step: clips/s | 2 | 4 | exponent | squared |" in out
     assert cv2.imread(str(tmp_path / "frames.png")).std() > 10
     before = (tmp_path / "frames.csv").read_text()
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert again.returncode == 0 and (tmp_path / "frames.csv").read_text() == before  # not measured again
+    assert run_tool(monkeypatch, capfd, "benchmark_video_unet", *options)[0] == 0
+    assert (tmp_path / "frames.csv").read_text() == before  # not measured again
 
 
-def test_no_frames_is_refused(tmp_path):
-    command = [sys.executable, TOOL, "--out-dir", tmp_path, "--frames", "0", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2 and "must be at least 1" in done.stderr
+def test_no_frames_is_refused(tmp_path, monkeypatch, capfd):
+    options = ["--out-dir", tmp_path, "--frames", 0, "--device", "cpu"]
+    assert "must be at least 1" in refusal(run_tool(monkeypatch, capfd, "benchmark_video_unet", *options))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import cv2
@@ -13,7 +14,7 @@ from mambavision.diffusion import weights
 from mambavision.diffusion.diffusion import Diffusion
 from mambavision.diffusion.objectives import RectifiedFlow
 from mambavision.engine.checkpoint import load
-from tests.tools.running import ROOT, losses, refusal, rows, start_ranks, start_tool
+from tests.tools.running import ROOT, losses, refusal, rows, run_here, start_ranks, start_tool
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -52,7 +53,7 @@ def whole(tmp_path_factory):
     """Folder of a config, and the work directory of its whole run."""
     os.chdir(ROOT)
     folder = tmp_path_factory.mktemp("whole")
-    assert start_tool("train", small_config(folder, interval=1), "--work-dir", folder / "work", *SEED).wait() == 0
+    run_here("train", small_config(folder, interval=1), "--work-dir", folder / "work", *SEED)
     return folder
 
 
@@ -76,19 +77,24 @@ def test_a_run_leaves_curves_and_averaged_weights(whole):
     assert "7 of 8 items are used; 1 cannot be read, first " in log and "7.png: truncated photo" in log
 
 
-def killed_run(folder):
-    """The config of a run that was killed after its checkpoint of iteration 8."""
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folder of a config, and the work directory of a run that was killed after its checkpoint of iteration 8."""
+    os.chdir(ROOT)
+    folder = tmp_path_factory.mktemp("killed")
     killing = 'custom_imports = dict(imports=["mambavision.diffusion.register", "tests.tools.kill_hook"])'
     hook = 'custom_hooks = [*_base_.custom_hooks, dict(type="KillHook", iteration=9)]\n'
     config = small_config(folder, imports=killing, more=hook)
     assert start_tool("train", config, "--work-dir", folder / "work", *SEED).wait() == -signal.SIGKILL
     assert (folder / "work/last_checkpoint").read_text().endswith("iter_8.pth")
-    return small_config(folder)
+    small_config(folder)
+    return folder
 
 
-def test_killed_run_resumes_with_the_same_losses(whole, tmp_path, tool):
+def test_killed_run_resumes_with_the_same_losses(whole, killed, tmp_path, tool):
+    shutil.copytree(killed / "work", tmp_path / "work")
     # without --seed: it is the checkpoint's
-    code, _, err = tool("train", killed_run(tmp_path), "--work-dir", tmp_path / "work", "--resume")
+    code, _, err = tool("train", killed / "small.py", "--work-dir", tmp_path / "work", "--resume")
     assert code == 0, err
     ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
     found, expected = (run["message_hub"]["log_scalars"]["train/loss"].data[0] for run in (ours, theirs))
@@ -105,9 +111,10 @@ def test_two_processes_train_like_one(whole, tmp_path):
     assert float(found) == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_weights_spread_over_two_processes_train_as_one_and_go_on_with_its_checkpoint(whole, tmp_path):
-    arguments = [killed_run(tmp_path), "--launcher", "pytorch", "--work-dir", tmp_path / "work", "--resume", "--fsdp"]
-    assert [rank.wait() for rank in start_ranks("train", *arguments)] == [0, 0]
+def test_weights_spread_over_two_processes_train_as_one_and_go_on_with_its_checkpoint(whole, killed, tmp_path):
+    shutil.copytree(killed / "work", tmp_path / "work")
+    arguments = ["--launcher", "pytorch", "--work-dir", tmp_path / "work", "--resume", "--fsdp"]
+    assert [rank.wait() for rank in start_ranks("train", killed / "small.py", *arguments)] == [0, 0]
     ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
     compare(ours, theirs, rtol=1e-3, atol=1e-4)
     for found, expected in zip(*(run["optimizer"]["state"].values() for run in (ours, theirs)), strict=True):

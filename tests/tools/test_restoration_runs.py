@@ -14,7 +14,7 @@ from mmengine.config import Config
 
 from mambavision.engine.checkpoint import load
 from mambavision.restoration import weights
-from tests.tools.running import ROOT, losses, refusal, rows, start_ranks, start_tool
+from tests.tools.running import ROOT, losses, refusal, rows, run_here, start_ranks, start_tool
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -56,7 +56,7 @@ def whole(tmp_path_factory):
     """Folder of a config, and the work directory of its whole run."""
     os.chdir(ROOT)
     folder = tmp_path_factory.mktemp("whole")
-    assert start_tool("train", small_config(folder, interval=1), "--work-dir", folder / "work", *SEED).wait() == 0
+    run_here("train", small_config(folder, interval=1), "--work-dir", folder / "work", *SEED)
     return folder
 
 

@@ -6,21 +6,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tools.running import ROOT, refusal, run_tool
+from tests.tools.running import ROOT, refusal
+
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 FOLDERS = [path.parent for path in ROOT.glob("configs/*/metafile.yml") if "Table:" in path.read_text()]
 
 
-@pytest.fixture
-def tables(monkeypatch, capfd):
-    """Run tools/tables.py in the repository; returns exit code, stdout and stderr."""
-    monkeypatch.chdir(ROOT)
-    return lambda folder, *options: run_tool(monkeypatch, capfd, "tables", folder, *options)
-
-
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_readme_is_in_step_with_the_metafile(folder, tables):
-    code, _, err = tables(folder, "--check")
+def test_readme_is_in_step_with_the_metafile(folder, tool):
+    code, _, err = tool("tables", folder, "--check")
     assert code == 0, err
 
 
@@ -35,17 +30,19 @@ def test_what_a_metafile_names_is_there(folder):
         assert not measured or (model["Source"] and model["Hardware"] and model["Seeds"]), model["Name"]
 
 
-def test_tables_are_written_and_missing_ones_named(tmp_path, tables):
+def test_tables_are_written_and_missing_ones_named(tmp_path, tool):
     model = dict(Name="a", Table="noise", Metrics={"Set12": 30.5, "BSD68": None}, Parameters=870_000, Source="here")
     (tmp_path / "metafile.yml").write_text(yaml.safe_dump({"Models": [model]}, sort_keys=False))
     readme = tmp_path / "README.md"
     readme.write_text("# A\n<!-- tables: noise -->\nold\n<!-- end -->\nafter\n")
-    assert "is not in step with metafile.yml: run python tools/tables.py" in refusal(tables(tmp_path, "--check"))
-    assert tables(tmp_path)[0] == 0 and tables(tmp_path, "--check")[0] == 0
+    assert "is not in step with metafile.yml: run python tools/tables.py" in refusal(
+        tool("tables", tmp_path, "--check")
+    )
+    assert tool("tables", tmp_path)[0] == 0 and tool("tables", tmp_path, "--check")[0] == 0
     text = readme.read_text()
     assert "| a | 0.87 | 30.50 | — | — | here |\n<!-- end -->\nafter" in text and "old" not in text
     readme.write_text("# A\n")
-    assert "tables for nothing, metafile.yml models of noise" in refusal(tables(tmp_path))
+    assert "tables for nothing, metafile.yml models of noise" in refusal(tool("tables", tmp_path))
 
 
 META = """# a comment
@@ -66,14 +63,14 @@ Models:
 """
 
 
-def test_measures_are_recorded(tmp_path, tables):
+def test_measures_are_recorded(tmp_path, tool):
     (tmp_path / "metafile.yml").write_text(META)
     (tmp_path / "README.md").write_text("<!-- tables: noise -->\n<!-- end -->\n")
     (tmp_path / "w.safetensors").write_bytes(b"weights")
     found = {"set12_s25/PSNR": 30.456, "set12_s25/SSIM": 0.9, "cbsd68/PSNR": 31.4, "live1_q10/PSNR": 27.5}
     (tmp_path / "test.json").write_text(json.dumps(found))
-    record = ["--record", "a", str(tmp_path / "test.json"), "--hardware", "one H100, 9 min", "--seeds", "seed 0"]
-    code, _, err = tables(tmp_path, *record, "--weights", str(tmp_path / "w.safetensors"))
+    record = ["--record", "a", tmp_path / "test.json", "--hardware", "one H100, 9 min", "--seeds", "seed 0"]
+    code, _, err = tool("tables", tmp_path, *record, "--weights", tmp_path / "w.safetensors")
     assert code == 0, err
     text = (tmp_path / "metafile.yml").read_text()
     before, after = META.partition("  - Name: a_b")[::2]
@@ -83,7 +80,7 @@ def test_measures_are_recorded(tmp_path, tables):
     assert model["Hardware"] == "one H100, 9 min" and model["Weights sha256"] == hashlib.sha256(b"weights").hexdigest()
     assert "| a | 0.87 | 32.50 | 30.46 | 31.40 | 27.50 | [w](" in (tmp_path / "README.md").read_text()
 
-    assert "--record needs --hardware and --seeds" in refusal(tables(tmp_path, *record[:3]))
+    assert "--record needs --hardware and --seeds" in refusal(tool("tables", tmp_path, *record[:3]))
 
 
 @pytest.mark.parametrize(
