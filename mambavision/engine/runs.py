@@ -55,9 +55,9 @@ def read_config(path: str | Path) -> Config:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config at {path}")
     try:
-        found = Config.fromfile(path)
-        # unformatted: where a path in it is long, mmengine formats the text for a second, for every checkpoint
-        cfg = Config(found._cfg_dict, found.text, found.filename, found.env_variables, format_python_code=False)
+        cfg = Config.fromfile(path)  # which ignores its format_python_code
+        # where a path in it is long, mmengine would format the text for a second, for every checkpoint
+        object.__setattr__(cfg, "_format_python_code", False)
     except Exception as error:  # a config is a program: anything can go wrong in it
         raise ValueError(f"cannot read the config {path}: {type(error).__name__}: {error}") from error
     missing = [part for part in ("model", "train_dataloader", "test_dataloader", "optim_wrapper") if part not in cfg]

@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,19 +5,12 @@ from mambavision.detection import build_mamba_yolo
 from mambavision.detection.convert import from_official, identify, to_official
 from mambavision.detection.weights import load_detector
 from tests.parity import load
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tools.running import refusal, run_tool
 
 
 def official(size="debug", variant="released", classes=3, seed=0):
     torch.manual_seed(seed)
     return to_official(build_mamba_yolo(size, variant=variant, classes=[f"c{i}" for i in range(classes)]))
-
-
-def convert(*args):
-    command = [sys.executable, ROOT / "tools" / "convert.py", *args]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_names_and_shapes_of_t_are_the_official_ones():
@@ -89,23 +77,22 @@ def test_other_checkpoints_are_refused(checkpoint, message):
         from_official(checkpoint)
 
 
-def test_tool_writes_a_file_that_rebuilds_the_detector(tmp_path):
+def test_tool_writes_a_file_that_rebuilds_the_detector(tmp_path, monkeypatch, capfd):
     source, target, classes = tmp_path / "t.pth", tmp_path / "t.safetensors", tmp_path / "names.txt"
     state = official()
     torch.save({"model": state}, source)
     classes.write_text("cell\nplatelet\ndust\n\n")
-    done = convert(source, target, "--classes", classes, "--input-size", "320")
-    assert done.returncode == 0, done.stderr
+    options = ["--classes", classes, "--input-size", 320]
+    code, _, err = run_tool(monkeypatch, capfd, "convert", source, target, *options)
+    assert code == 0, err
     detector = load_detector(target)
     assert detector.dataset_meta["classes"] == ("cell", "platelet", "dust")
     assert detector.input_size == 320
     torch.testing.assert_close(to_official(detector), state, rtol=1e-3, atol=1e-3)
 
 
-def test_tool_refuses_in_one_line_and_writes_nothing(tmp_path):
+def test_tool_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypatch, capfd):
     source, target = tmp_path / "t.pth", tmp_path / "t.safetensors"
     torch.save({"state": torch.zeros(3)}, source)
-    done = convert(source, target)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert refusal(run_tool(monkeypatch, capfd, "convert", source, target))
     assert not target.exists()

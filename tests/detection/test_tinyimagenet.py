@@ -1,9 +1,6 @@
 import mambavision.detection  # noqa: F401  makes mmdet importable
 
 # isort: split
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +18,7 @@ from mambavision.detection import cli
 from mambavision.detection.tinyimagenet import TinyImageNetMosaic, _partition
 from mambavision.detection.tinyimagenet_pack import class_names, pack, read_entries, shard, unpack
 from mambavision.engine.photos import DatasetError
+from tests.tools.running import refusal, run_tool
 from tests.tools.toy_data import forget_runs
 
 CLASSES = {"n03": "crane, heavy lifter", "n01": "gold fish, Carassius", "n02": "crane, bird"}
@@ -92,14 +90,12 @@ def test_shards_are_small_and_lossless(source, packed, tmp_path):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
-def test_tool(source, packed, tmp_path):
-    command = [sys.executable, REPOSITORY / "tools" / "tinyimagenet.py"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    subprocess.run([*command, "pack", source, tmp_path / "out"], check=True, env=environment)
+def test_tool(source, packed, tmp_path, monkeypatch, capfd):
+    code, _, err = run_tool(monkeypatch, capfd, "tinyimagenet", "pack", source, tmp_path / "out")
+    assert code == 0, err
     assert (tmp_path / "out" / "train_photos.npy").read_bytes() == (packed / "train_photos.npy").read_bytes()
-    command += ["pack", tmp_path / "nowhere", tmp_path / "b"]
-    wrong = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "no such file" in wrong.stderr
+    wrong = run_tool(monkeypatch, capfd, "tinyimagenet", "pack", tmp_path / "nowhere", tmp_path / "b")
+    assert "no such file" in refusal(wrong)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
