@@ -141,9 +141,14 @@ template <bool PAIRS> struct Fetched {
     }
 };
 
+template <bool ONCE> INLINE void copy(void *shared, const void *global, bool inside) {
+    if constexpr (ONCE) copy_async_16_once(shared, global, inside);
+    else copy_async_16(shared, global, inside);
+}
+
 // Rows of 128 bytes whose 16-byte pieces are exchanged, so that those of 8 rows in one place lie in different banks.
 // COLUMNS elements a row are filled, with zeros where `from` has no such row or column; it has them all if it is WHOLE
-template <int ROWS, int COLUMNS, bool WHOLE>
+template <int ROWS, int COLUMNS, bool WHOLE, bool ONCE = false>
 INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int columns) {
     constexpr int PIECES = COLUMNS / 8, EACH = ROUND_UP(ROWS * PIECES, THREADS), STEP = THREADS / PIECES;
     if constexpr (THREADS % (8 * PIECES) == 0) {
@@ -154,7 +159,7 @@ INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int co
         for (int i = 0; i < EACH; i++) {
             if (ROWS % STEP && row + i * STEP >= ROWS) break;
             const bool inside = WHOLE || (row + i * STEP < rows && piece * 8 < columns);
-            copy_async_16(to + i * STEP * ROW, inside ? at + i * STEP * stride : from, inside);
+            copy<ONCE>(to + i * STEP * ROW, inside ? at + i * STEP * stride : from, inside);
         }
     } else {
 #pragma unroll
@@ -162,7 +167,7 @@ INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int co
             const int at = threadIdx.x + i * THREADS, row = at / PIECES, piece = at % PIECES;
             if (ROWS * PIECES % THREADS && at >= ROWS * PIECES) break;
             const bool inside = WHOLE || (row < rows && piece * 8 < columns);
-            copy_async_16(
+            copy<ONCE>(
                 tile + row * ROW + ((piece ^ row % 8) << 4), from + (inside ? row * stride + piece * 16 : 0), inside
             );
         }
@@ -324,7 +329,7 @@ INLINE void outputs(const Call &call) {
 
     const auto load = [&](int job, int slot) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
-        load_tile<TOKENS, WIDTH, ALL>(
+        load_tile<TOKENS, WIDTH, ALL, (HINTS & 2) != 0>(
             tiles + slot * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
             place.tokens, call.p - p
         );
@@ -336,9 +341,47 @@ INLINE void outputs(const Call &call) {
             const int c = DIRECT ? s + (s >= place.c) : place.c, d = DIRECT ? s >= place.c : s;
             if (d >= DIRECTIONS) continue;
             const i64 at = ((place.b * call.chunks + c) * jobs + job) * DIRECTIONS + d;
-            load_tile<N, WIDTH, true>(
+            load_tile<N, WIDTH, true, (HINTS & 4) != 0>(
                 entering + (job % 2 * STATES + s) * STATE_BYTES, call.states + at * (N * WIDTH * 2), WIDTH * 2, N, WIDTH
             );
+        }
+    };
+
+    // Other chunks' own states to the one that enters from the left, in the first place, and from the right, in the last:
+    // a thread joins the pieces that it has copied, before others look at them
+    const auto combine = [&](int job, float totals) {
+        constexpr int PIECES = WIDTH / 8, ALL_PIECES = N * PIECES, EACH = ROUND_UP(ALL_PIECES, THREADS);
+        char *const states = entering + job % 2 * STATES * STATE_BYTES;
+#pragma unroll
+        for (int d = 0; d < DIRECTIONS; d++) {
+            if ((d ? STATES - place.c : place.c) < 2) continue;
+            float kept[STATES];
+#pragma unroll
+            for (int s = 0; s < STATES; s++) kept[s] = exp2_fast(__shfl_sync(~0u, totals, s + d));
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int at = threadIdx.x + i * THREADS, row = at / PIECES;
+                if (ALL_PIECES % THREADS && at >= ALL_PIECES) break;
+                char *const own = states + row * ROW + ((at % PIECES ^ row % 8) << 4);
+                float sum[8] = {};
+#pragma unroll
+                for (int k = 0; k < STATES; k++) {
+                    const int s = d ? STATES - 1 - k : k;
+                    if (d ? s < place.c : s >= place.c) continue;
+                    const uint4 v = *(const uint4 *)(own + s * STATE_BYTES);
+                    const unsigned pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const float2 pair = unpack2<X_TYPE>(pairs[j]);
+                        sum[2 * j] = sum[2 * j] * kept[s] + pair.x;
+                        sum[2 * j + 1] = sum[2 * j + 1] * kept[s] + pair.y;
+                    }
+                }
+                *(uint4 *)(own + (d ? STATES - 1 : 0) * STATE_BYTES) = make_uint4(
+                    pack2<X_TYPE>(sum[0], sum[1]), pack2<X_TYPE>(sum[2], sum[3]), pack2<X_TYPE>(sum[4], sum[5]),
+                    pack2<X_TYPE>(sum[6], sum[7])
+                );
+            }
         }
     };
 
@@ -426,6 +469,8 @@ INLINE void outputs(const Call &call) {
     int slot = 0, free_slot = AHEAD;
     for (int job = last; job >= place.begin; job--) {
         const auto meet = [&] {
+            copy_async_wait<0>();
+            if (DIRECT && STATES > 1) combine(job, chunk_total);
             meet_copies();
             if (job > place.begin) load_states(job - 1);
             if (job - AHEAD >= place.begin) load(job - AHEAD, free_slot);
@@ -541,22 +586,15 @@ INLINE void outputs(const Call &call) {
         if (STATES) {
             const char *const state = entering + job % 2 * STATES * STATE_BYTES;
             const float outside[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
-#pragma unroll(DIRECT ? 1 : DIRECTIONS)
-            for (int s = 0; s < STATES; s++) {
-                const int c = s + (s >= place.c);
-                const bool right = DIRECT ? s >= place.c : s;
-                if (right && !BOTH) continue;
-                float gap = 0;
 #pragma unroll
-                for (int k = 0; DIRECT && k <= STATES; k++) {
-                    const float total = __shfl_sync(~0u, chunk_total, k);
-                    gap += k > min(c, place.c) && k < max(c, place.c) ? total : 0;
-                }
-                const float between = outside[right] * exp2_fast(gap);
+            for (int d = 0; d < DIRECTIONS; d++) {
+                if (DIRECT && place.c == (d ? STATES : 0)) continue;
+                const int s = DIRECT ? d * (STATES - 1) : d;
+                const float between = outside[d];
                 unsigned received[2 * BLOCKS];
 #pragma unroll
                 for (int k = 0; k < 2 * BLOCKS; k++) {
-                    const float decay = (right ? from_right[k] : from_left[k]) * between;
+                    const float decay = (d ? from_right[k] : from_left[k]) * between;
                     received[k] = pack2<X_TYPE>(decay, decay);
                 }
 #pragma unroll
@@ -605,7 +643,7 @@ INLINE void sums(const Call &call) {
 
     const auto load = [&](int job, int buffer) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
-        load_tile<TOKENS, WIDTH, ALL>(
+        load_tile<TOKENS, WIDTH, ALL, (HINTS & 1) != 0>(
             tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
             place.tokens, call.p - p
         );
