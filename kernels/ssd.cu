@@ -355,7 +355,7 @@ INLINE void outputs(const Call &call) {
 #pragma unroll
         for (int d = 0; d < DIRECTIONS; d++) {
             if ((d ? STATES - place.c : place.c) < 2) continue;
-            float kept[STATES];
+            float kept[STATES ? STATES : 1];
 #pragma unroll
             for (int s = 0; s < STATES; s++) kept[s] = exp2_fast(__shfl_sync(~0u, totals, s + d));
 #pragma unroll
