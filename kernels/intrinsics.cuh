@@ -132,15 +132,6 @@ INLINE void copy_async_16(void *shared, const void *global, bool inside) {
                  : "memory");
 }
 
-// The same, of what nobody will read again soon: the first to leave the L2 cache
-INLINE void copy_async_16_once(void *shared, const void *global, bool inside) {
-    asm volatile("{\n\t.reg .b64 once;\n\tcreatepolicy.fractional.L2::evict_first.b64 once, 1.0;\n\t"
-                 "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, once;\n\t}"
-                 :
-                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(inside ? 16 : 0)
-                 : "memory");
-}
-
 // The same, of a line of 128 bytes whose rest others will soon copy
 INLINE void copy_async_16_of_line(void *shared, const void *global) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"

@@ -141,14 +141,9 @@ template <bool PAIRS> struct Fetched {
     }
 };
 
-template <bool ONCE> INLINE void copy(void *shared, const void *global, bool inside) {
-    if constexpr (ONCE) copy_async_16_once(shared, global, inside);
-    else copy_async_16(shared, global, inside);
-}
-
 // Rows of 128 bytes whose 16-byte pieces are exchanged, so that those of 8 rows in one place lie in different banks.
 // COLUMNS elements a row are filled, with zeros where `from` has no such row or column; it has them all if it is WHOLE
-template <int ROWS, int COLUMNS, bool WHOLE, bool ONCE = false>
+template <int ROWS, int COLUMNS, bool WHOLE>
 INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int columns) {
     constexpr int PIECES = COLUMNS / 8, EACH = ROUND_UP(ROWS * PIECES, THREADS), STEP = THREADS / PIECES;
     if constexpr (THREADS % (8 * PIECES) == 0) {
@@ -159,7 +154,7 @@ INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int co
         for (int i = 0; i < EACH; i++) {
             if (ROWS % STEP && row + i * STEP >= ROWS) break;
             const bool inside = WHOLE || (row + i * STEP < rows && piece * 8 < columns);
-            copy<ONCE>(to + i * STEP * ROW, inside ? at + i * STEP * stride : from, inside);
+            copy_async_16(to + i * STEP * ROW, inside ? at + i * STEP * stride : from, inside);
         }
     } else {
 #pragma unroll
@@ -167,7 +162,7 @@ INLINE void load_tile(char *tile, const char *from, i64 stride, int rows, int co
             const int at = threadIdx.x + i * THREADS, row = at / PIECES, piece = at % PIECES;
             if (ROWS * PIECES % THREADS && at >= ROWS * PIECES) break;
             const bool inside = WHOLE || (row < rows && piece * 8 < columns);
-            copy<ONCE>(
+            copy_async_16(
                 tile + row * ROW + ((piece ^ row % 8) << 4), from + (inside ? row * stride + piece * 16 : 0), inside
             );
         }
@@ -329,7 +324,7 @@ INLINE void outputs(const Call &call) {
 
     const auto load = [&](int job, int slot) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
-        load_tile<TOKENS, WIDTH, ALL, (HINTS & 2) != 0>(
+        load_tile<TOKENS, WIDTH, ALL>(
             tiles + slot * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
             place.tokens, call.p - p
         );
@@ -341,7 +336,7 @@ INLINE void outputs(const Call &call) {
             const int c = DIRECT ? s + (s >= place.c) : place.c, d = DIRECT ? s >= place.c : s;
             if (d >= DIRECTIONS) continue;
             const i64 at = ((place.b * call.chunks + c) * jobs + job) * DIRECTIONS + d;
-            load_tile<N, WIDTH, true, (HINTS & 4) != 0>(
+            load_tile<N, WIDTH, true>(
                 entering + (job % 2 * STATES + s) * STATE_BYTES, call.states + at * (N * WIDTH * 2), WIDTH * 2, N, WIDTH
             );
         }
@@ -643,7 +638,7 @@ INLINE void sums(const Call &call) {
 
     const auto load = [&](int job, int buffer) {
         const int h = job / SLICES, p = (job - h * SLICES) * SLICE;
-        load_tile<TOKENS, WIDTH, ALL, (HINTS & 1) != 0>(
+        load_tile<TOKENS, WIDTH, ALL>(
             tiles + buffer * TILE_BYTES, place.at(call.x, call.x_view, h) + p * 2, call.x_view.token,
             place.tokens, call.p - p
         );

@@ -22,7 +22,6 @@ CHUNK_SIZES = (32, 64, 128, 256)
 MOST_STATES = 128  # d_state that shared memory holds
 MOST_DIRECT = 4  # chunks up to which each takes states of all others, rather than those that `chain` makes of them
 _NONE = 3  # ssd.cu's type of what is not there
-HINTS = 0
 
 
 class Plan(NamedTuple):
@@ -168,7 +167,7 @@ def _layout(call: _Signature) -> _Layout:
     cut = _cut(length, states, directions, call.chunk, call.initial or call.last, rows, most)
     strips, chunks, slices = cut.chunk // STRIP, -(-length // cut.chunk), -(-P // SLICE)
     entering = cut.entering if chunks > 1 or call.initial else 0
-    defines = {"STRIPS": strips, "N": states, "WIDTH": width, "DIRECTIONS": directions, "HINTS": HINTS}
+    defines = {"STRIPS": strips, "N": states, "WIDTH": width, "DIRECTIONS": directions}
     defines["ALL"] = int(length % cut.chunk == 0 and P % width == 0)
     views = [s for v in (call.x, call.dt, call.B, call.C, call.D) for s in _strides(v)]
     defines |= {"SLICES": slices, "SOFTPLUS": int(call.softplus), "DT_TYPE": _TYPES[call.dt[2]]}

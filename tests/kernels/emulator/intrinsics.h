@@ -138,9 +138,6 @@ inline void copy_async_16(void *shared, const void *global, bool inside, AT) {
     else emulator::fibers[emulator::current].copies.add(copy);
 }
 
-inline void copy_async_16_once(void *shared, const void *global, bool inside, int line = __builtin_LINE()) {
-    copy_async_16(shared, global, inside, line);
-}
 inline void copy_async_16_of_line(void *shared, const void *global, int line = __builtin_LINE()) {
     copy_async_16(shared, global, true, line);
 }
