@@ -342,44 +342,6 @@ INLINE void outputs(const Call &call) {
         }
     };
 
-    // Other chunks' own states to the one that enters from the left, in the first place, and from the right, in the last:
-    // a thread joins the pieces that it has copied, before others look at them
-    const auto combine = [&](int job, float totals) {
-        constexpr int PIECES = WIDTH / 8, ALL_PIECES = N * PIECES, EACH = ROUND_UP(ALL_PIECES, THREADS);
-        char *const states = entering + job % 2 * STATES * STATE_BYTES;
-#pragma unroll
-        for (int d = 0; d < DIRECTIONS; d++) {
-            if ((d ? STATES - place.c : place.c) < 2) continue;
-            float kept[STATES ? STATES : 1];
-#pragma unroll
-            for (int s = 0; s < STATES; s++) kept[s] = exp2_fast(__shfl_sync(~0u, totals, s + d));
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const int at = threadIdx.x + i * THREADS, row = at / PIECES;
-                if (ALL_PIECES % THREADS && at >= ALL_PIECES) break;
-                char *const own = states + row * ROW + ((at % PIECES ^ row % 8) << 4);
-                float sum[8] = {};
-#pragma unroll
-                for (int k = 0; k < STATES; k++) {
-                    const int s = d ? STATES - 1 - k : k;
-                    if (d ? s < place.c : s >= place.c) continue;
-                    const uint4 v = *(const uint4 *)(own + s * STATE_BYTES);
-                    const unsigned pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const float2 pair = unpack2<X_TYPE>(pairs[j]);
-                        sum[2 * j] = sum[2 * j] * kept[s] + pair.x;
-                        sum[2 * j + 1] = sum[2 * j + 1] * kept[s] + pair.y;
-                    }
-                }
-                *(uint4 *)(own + (d ? STATES - 1 : 0) * STATE_BYTES) = make_uint4(
-                    pack2<X_TYPE>(sum[0], sum[1]), pack2<X_TYPE>(sum[2], sum[3]), pack2<X_TYPE>(sum[4], sum[5]),
-                    pack2<X_TYPE>(sum[6], sum[7])
-                );
-            }
-        }
-    };
-
     load_panels<TOKENS>(B_tile, place.at(call.B, call.B_view, place.g), call.B_view.token, place.tokens, call.n);
     load_panels<ROWS>(
         C_tile, place.at(call.C, call.C_view, place.g) + place.rest * ROWS * call.C_view.token, call.C_view.token,
@@ -464,8 +426,6 @@ INLINE void outputs(const Call &call) {
     int slot = 0, free_slot = AHEAD;
     for (int job = last; job >= place.begin; job--) {
         const auto meet = [&] {
-            copy_async_wait<0>();
-            if (DIRECT && STATES > 1) combine(job, chunk_total);
             meet_copies();
             if (job > place.begin) load_states(job - 1);
             if (job - AHEAD >= place.begin) load(job - AHEAD, free_slot);
@@ -581,15 +541,22 @@ INLINE void outputs(const Call &call) {
         if (STATES) {
             const char *const state = entering + job % 2 * STATES * STATE_BYTES;
             const float outside[2] = {__shfl_sync(~0u, gate, STRIPS), __shfl_sync(~0u, gate, STRIPS + 1)};
+#pragma unroll(DIRECT ? 1 : DIRECTIONS)
+            for (int s = 0; s < STATES; s++) {
+                const int c = s + (s >= place.c);
+                const bool right = DIRECT ? s >= place.c : s;
+                if (right && !BOTH) continue;
+                float gap = 0;
 #pragma unroll
-            for (int d = 0; d < DIRECTIONS; d++) {
-                if (DIRECT && place.c == (d ? STATES : 0)) continue;
-                const int s = DIRECT ? d * (STATES - 1) : d;
-                const float between = outside[d];
+                for (int k = 0; DIRECT && k <= STATES; k++) {
+                    const float total = __shfl_sync(~0u, chunk_total, k);
+                    gap += k > min(c, place.c) && k < max(c, place.c) ? total : 0;
+                }
+                const float between = outside[right] * exp2_fast(gap);
                 unsigned received[2 * BLOCKS];
 #pragma unroll
                 for (int k = 0; k < 2 * BLOCKS; k++) {
-                    const float decay = (d ? from_right[k] : from_left[k]) * between;
+                    const float decay = (right ? from_right[k] : from_left[k]) * between;
                     received[k] = pack2<X_TYPE>(decay, decay);
                 }
 #pragma unroll

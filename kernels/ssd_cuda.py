@@ -20,7 +20,7 @@ _REST = struct.Struct("17q7if")  # the rest of ssd.cu's Call: its views, its siz
 STRIP, SLICE = 32, 64  # tokens and columns of P that a warp takes at once
 CHUNK_SIZES = (32, 64, 128, 256)
 MOST_STATES = 128  # d_state that shared memory holds
-MOST_DIRECT = 4  # chunks up to which each takes states of all others, rather than those that `chain` makes of them
+MOST_DIRECT = 3  # chunks up to which each takes states of all others, rather than those that `chain` makes of them
 _NONE = 3  # ssd.cu's type of what is not there
 
 
