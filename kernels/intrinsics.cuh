@@ -1,6 +1,6 @@
 // What the kernels need of the instruction set beyond CUDA C++: all inline assembly of the project.
 //
-// The first source of every kernel (cuda.py, nvrtc.py). tests/kernels/emulator has its own version of each function for
+// The first source of every kernel (cuda_layout.py, nvrtc.py). tests/kernels/emulator has its own version of each function for
 // a CPU, so a kernel that keeps to these and to CUDA's built-ins runs there too. TYPE: 1 bfloat16, 2 half. Fragments of
 // matrices are those of the PTX ISA; below, g = lane / 4 and q = lane % 4. Matrices and asynchronous copies need sm_80.
 

@@ -1,6 +1,6 @@
 // The selective scan on NVIDIA GPUs: forward and backward, any scan order and strides.
 //
-// Compiled by cuda.py through NVRTC, behind intrinsics.cuh, one ENTRY at a time. A channel's states are spread over
+// Compiled by cuda_layout.py through NVRTC, behind intrinsics.cuh, one ENTRY at a time. A channel's states are spread over
 // SPLIT lanes of STATES each, so a warp walks WIDTH = 32 / SPLIT channels of one scan through time, TILE steps at once.
 // Of a tile, a lane loads, activates and stores only OWN = TILE / SPLIT steps of its channel; shared memory hands them
 // to the lanes that need them. Loads of the next tile are in flight while the present one is worked on. Long sequences

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mambavision.ops.choice import choose
+from mambavision.ops.compile import register
 from mambavision.ops.depthwise_conv import MOST_TAPS, Padding, depthwise_conv
 from mambavision.ops.depthwise_conv import _kernel as _conv_kernel
 from mambavision.ops.norm_gate import WIDEST, norm_gate
@@ -102,7 +103,6 @@ def _stencil(weight: Tensor, bias: Tensor, padding: str) -> tuple[Tensor, Tensor
     return weight[:, 0, :, None], bias, pad, padding == "future", "silu"
 
 
-@torch.library.custom_op("mambavision::conv_ssd", mutates_args=())
 def _conv_ssd(
     projected: Tensor,
     conv_weight: Tensor,
@@ -127,14 +127,14 @@ def _conv_ssd(
     return _gate_kernel().norm_gate(y, z, norm_weight, None, "silu", eps, "gated_rms"), xBC, y
 
 
-@_conv_ssd.register_fake
-def _(projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight, ngroups, padding, bidirectional, eps, backend):
+def _conv_ssd_like(
+    projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight, ngroups, padding, bidirectional, eps, backend
+):  # fmt: skip
     tokens, inner = projected.shape[:2], norm_weight.shape[0]
     y, xBC, kept = (projected.new_empty(*tokens, n) for n in (inner, conv_weight.shape[0], inner))
     return y, xBC, kept
 
 
-@torch.library.custom_op("mambavision::conv_ssd_backward", mutates_args=())
 def _conv_ssd_backward(
     grad: Tensor,
     projected: Tensor,
@@ -182,8 +182,7 @@ def _conv_ssd_backward(
     return [g.to(v.dtype) for g, v in zip(grads, inputs, strict=True)]
 
 
-@_conv_ssd_backward.register_fake
-def _(
+def _conv_ssd_backward_like(
     grad, projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight, xBC, y,
     ngroups, padding, bidirectional, eps, backend,
 ):  # fmt: skip
@@ -203,4 +202,5 @@ def _autograd(ctx, grad, *_):
     return *torch.ops.mambavision.conv_ssd_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
-_conv_ssd.register_autograd(_autograd, setup_context=_setup_context)
+register(_conv_ssd, "conv_ssd", fake=_conv_ssd_like, backward=_autograd, setup_context=_setup_context)
+register(_conv_ssd_backward, "conv_ssd_backward", fake=_conv_ssd_backward_like)

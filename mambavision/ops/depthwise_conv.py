@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mambavision.ops import dispatch
 from mambavision.ops.choice import Around, autocasted, choose
+from mambavision.ops.compile import register
 
 Padding = Literal["same", "past", "future"]
 Activation = Literal["silu", "gelu"]
@@ -103,17 +104,14 @@ def _kernel():
     return importlib.import_module("mambavision.kernels.depthwise_triton")
 
 
-@torch.library.custom_op("mambavision::depthwise_conv", mutates_args=())
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, pad: list[int], flip: bool, activation: str | None) -> Tensor:
     return _kernel().conv(x, weight, bias, pad, flip, activation)
 
 
-@_conv.register_fake
-def _(x, weight, bias, pad, flip, activation):
+def _conv_like(x, weight, bias, pad, flip, activation):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("mambavision::depthwise_conv_backward", mutates_args=())
 def _conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pad: list[int], flip: bool, activation: str | None
 ) -> list[Tensor]:
@@ -121,8 +119,7 @@ def _conv_backward(
     return [g.to(v.dtype) for g, v in zip(grads, (x, weight, bias), strict=True) if v is not None]
 
 
-@_conv_backward.register_fake
-def _(grad, x, weight, bias, pad, flip, activation):
+def _conv_backward_like(grad, x, weight, bias, pad, flip, activation):
     return [v.new_empty(v.shape) for v in (x, weight, bias) if v is not None]
 
 
@@ -137,4 +134,5 @@ def _autograd(ctx, grad):
     return dx, dweight, *(dbias or (None,)), None, None, None
 
 
-_conv.register_autograd(_autograd, setup_context=_setup_context)
+register(_conv, "depthwise_conv", fake=_conv_like, backward=_autograd, setup_context=_setup_context)
+register(_conv_backward, "depthwise_conv_backward", fake=_conv_backward_like)

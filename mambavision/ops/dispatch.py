@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mambavision.kernels import chunked, reference
-from mambavision.ops.compile import constant_result
+from mambavision.ops.compile import constant_result, register
 
 Backend = Literal["reference", "chunked", "cpu", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -304,7 +304,6 @@ def _untraced(tensors: tuple[Tensor | None, ...]) -> bool:
     return True
 
 
-@torch.library.custom_op("mambavision::scan", mutates_args=())
 def _scan(
     x: Tensor,
     delta: Tensor,
@@ -338,14 +337,12 @@ def _empty_starts(x: Tensor, delta: Tensor, A: Tensor, keep: bool, backend: str)
     return x.new_empty(shape, dtype=dtype)
 
 
-@_scan.register_fake
-def _(x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge, z, keep, backend):
+def _scan_like(x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge, z, keep, backend):
     batch, length, K, channels = delta.shape
     y = x.new_empty((batch, length, channels) if merge else (batch, length, K, channels))
     return y, x.new_empty(batch, *A.shape, dtype=torch.float32), _empty_starts(x, delta, A, keep, backend)
 
 
-@torch.library.custom_op("mambavision::scan_backward", mutates_args=())
 def _scan_backward(
     grad_y: Tensor | None,
     grad_state: Tensor | None,
@@ -373,8 +370,7 @@ def _scan_backward(
     return [g.to(v.dtype) for g, v in zip(grads, inputs, strict=True) if v is not None]
 
 
-@_scan_backward.register_fake
-def _(
+def _scan_backward_like(
     grad_y, grad_state, x, delta, A, B, C, D, delta_bias, initial_state, order, z, starts, delta_softplus, merge,
     backend
 ):  # fmt: skip
@@ -400,4 +396,5 @@ def _autograd(ctx, grad_y, grad_state, _):
     return *of_inputs, None, None, None, of_z, None, None
 
 
-_scan.register_autograd(_autograd, setup_context=_setup_context)
+register(_scan, "scan", fake=_scan_like, backward=_autograd, setup_context=_setup_context)
+register(_scan_backward, "scan_backward", fake=_scan_backward_like)

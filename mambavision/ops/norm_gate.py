@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mambavision.ops import dispatch
 from mambavision.ops.choice import Around, choose
+from mambavision.ops.compile import register
 from mambavision.ops.depthwise_conv import Activation
 
 Norm = Literal["layer", "rms", "gated_rms"]
@@ -89,7 +90,6 @@ def _kernel():
     return importlib.import_module("mambavision.kernels.norm_gate_triton")
 
 
-@torch.library.custom_op("mambavision::norm_gate", mutates_args=())
 def _norm_gate(
     x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None, eps: float,
     norm: str,
@@ -97,12 +97,10 @@ def _norm_gate(
     return _kernel().norm_gate(x, z, weight, bias, activation, eps, norm)
 
 
-@_norm_gate.register_fake
-def _(x, z, weight, bias, activation, eps, norm):
+def _norm_gate_like(x, z, weight, bias, activation, eps, norm):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("mambavision::norm_gate_backward", mutates_args=())
 def _norm_gate_backward(
     grad: Tensor, x: Tensor, z: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str | None,
     eps: float, norm: str,
@@ -111,8 +109,7 @@ def _norm_gate_backward(
     return [g.to(v.dtype) for g, v in zip(grads, (x, z, weight, bias), strict=True) if v is not None]
 
 
-@_norm_gate_backward.register_fake
-def _(grad, x, z, weight, bias, activation, eps, norm):
+def _norm_gate_backward_like(grad, x, z, weight, bias, activation, eps, norm):
     return [v.new_empty(v.shape) for v in (x, z, weight, bias) if v is not None]
 
 
@@ -127,4 +124,5 @@ def _autograd(ctx, grad):
     return *(None if v is None else next(grads) for v in tensors), None, None, None
 
 
-_norm_gate.register_autograd(_autograd, setup_context=_setup_context)
+register(_norm_gate, "norm_gate", fake=_norm_gate_like, backward=_autograd, setup_context=_setup_context)
+register(_norm_gate_backward, "norm_gate_backward", fake=_norm_gate_backward_like)

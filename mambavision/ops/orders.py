@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mambavision.ops.compile import constant_result
+from mambavision.ops.compile import constant_result, register
 
 ScanOrder = Literal[
     "row", "row_reverse", "col", "col_reverse", "serpentine", "serpentine_reverse",
@@ -160,7 +160,8 @@ def order_table(
         raise ValueError("orders is empty: give at least one scan order")
     if all(isinstance(order, str) for order in orders):
         if torch.compiler.is_dynamo_compiling():
-            return OrderTable(_table_in_graph([_NAMES.index(name) for name in orders], grid, torch.device(device)))
+            named = [_NAMES.index(name) for name in orders]
+            return OrderTable(torch.ops.mambavision.order_table(named, grid, torch.device(device)))
         return OrderTable(_named_table(tuple(orders), tuple([operator.index(size) for size in grid]), str(device)))
     length = int(np.prod(grid))
     rows = [scan_order(o, grid) if isinstance(o, str) else _permutation(o, length) for o in orders]
@@ -180,17 +181,18 @@ def _named_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tens
 
 # A compiled graph asks for its tables when it runs: Dynamo takes one constant tensor of a name, a network has a grid a
 # level. The copy is because Inductor may write over what an operator returned once it is read.
-@torch.library.custom_op("mambavision::order_table", mutates_args=())
 def _table_in_graph(orders: Sequence[int], grid: Sequence[int], device: torch.device) -> Tensor:
     return _named_table(tuple([_NAMES[order] for order in orders]), tuple(grid), str(device)).clone()
 
 
-@_table_in_graph.register_fake
-def _(orders: Sequence[int], grid: Sequence[int], device: torch.device) -> Tensor:
+def _table_in_graph_like(orders: Sequence[int], grid: Sequence[int], device: torch.device) -> Tensor:
     length = 1
     for size in grid:
         length *= size
     return torch.empty(len(orders), length, dtype=torch.int32, device=device)
+
+
+register(_table_in_graph, "order_table", fake=_table_in_graph_like)
 
 
 def _permutation(order: ArrayLike | Tensor, length: int) -> Tensor:

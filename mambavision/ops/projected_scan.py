@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from mambavision.ops import dispatch
 from mambavision.ops.choice import autocasted
+from mambavision.ops.compile import register
 from mambavision.ops.dispatch import Backend
 from mambavision.ops.multi_scan import check_shapes, low_rank_delta, order_index, sizes
 from mambavision.ops.orders import Grid, OrderTable, Preset, ScanOrder
@@ -154,11 +155,7 @@ def _forward(
     return dispatch._kernel(backend).scan(*arguments, **kept)[0], projected, starts
 
 
-_projected_scan = torch.library.custom_op("mambavision::projected_scan", _forward, mutates_args=())
-
-
-@_projected_scan.register_fake
-def _(x, x_proj, dt_weight, A, D, delta_bias, order, backend):
+def _forward_like(x, x_proj, dt_weight, A, D, delta_bias, order, backend):
     K, rows, channels = x_proj.shape
     delta = x.new_empty(*x.shape[:2], K, channels)
     projected = x.new_empty(*x.shape[:2], K, _width(x, rows))
@@ -265,11 +262,7 @@ def _copy(v: Tensor, to: Tensor, column: int) -> None:
     to.copy_(v)
 
 
-_projected_scan_backward = torch.library.custom_op("mambavision::projected_scan_backward", _backward, mutates_args=())
-
-
-@_projected_scan_backward.register_fake
-def _(grad, x, x_proj, dt_weight, A, D, delta_bias, order, projected, starts, backend):
+def _backward_like(grad, x, x_proj, dt_weight, A, D, delta_bias, order, projected, starts, backend):
     return [v.new_empty(v.shape) for v in (x, x_proj, dt_weight, A, D, delta_bias) if v is not None]
 
 
@@ -287,7 +280,8 @@ def _autograd(ctx, grad, *_):
     return *(None if v is None else next(grads) for v in tensors[:6]), None, None
 
 
-_projected_scan.register_autograd(_autograd, setup_context=_setup_context)
+register(_forward, "projected_scan", fake=_forward_like, backward=_autograd, setup_context=_setup_context)
+register(_backward, "projected_scan_backward", fake=_backward_like)
 
 
 class _ProjectedScan(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambavision.kernels import ssd_chunked, ssd_cuda, ssd_cuda_backward, ssd_reference
 from mambavision.ops import dispatch
-from mambavision.ops.compile import constant_result
+from mambavision.ops.compile import constant_result, register
 
 SSDBackend = Literal["reference", "chunked", "triton", "cuda"]
 Diagonal = Literal["scanned", "free"]
@@ -239,7 +239,6 @@ def _kernel(backend: str, backward: bool = False):
     return importlib.import_module(f"mambavision.kernels.ssd_{backend}{'_backward' * (backward and backend == 'cuda')}")
 
 
-@torch.library.custom_op("mambavision::ssd", mutates_args=())
 def _ssd(
     x: Tensor,
     dt: Tensor,
@@ -263,8 +262,7 @@ def _ssd(
     return _kernel(backend).ssd(*tensors, *options, chunk_size, return_last_state)
 
 
-@_ssd.register_fake
-def _(
+def _ssd_like(
     x, dt, A, B, C, D, dt_bias, initial_state,
     dt_softplus, bidirectional, scanned_diagonal, chunk_size, return_last_state, backend,
 ):  # fmt: skip
@@ -274,7 +272,6 @@ def _(
     return torch.empty_like(x, memory_format=torch.contiguous_format), last
 
 
-@torch.library.custom_op("mambavision::ssd_backward", mutates_args=())
 def _ssd_backward(
     grad_y: Tensor | None,
     grad_state: Tensor | None,
@@ -300,8 +297,7 @@ def _ssd_backward(
     return [g.to(v.dtype) for g, v in zip(grads, inputs, strict=True) if v is not None]
 
 
-@_ssd_backward.register_fake
-def _(
+def _ssd_backward_like(
     grad_y, grad_state, x, dt, A, B, C, D, dt_bias, initial_state,
     dt_softplus, bidirectional, scanned_diagonal, chunk_size, backend,
 ):  # fmt: skip
@@ -325,4 +321,5 @@ def _autograd(ctx, grad_y, grad_state):
     return *(None if v is None else next(grads) for v in tensors), *(None,) * 6
 
 
-_ssd.register_autograd(_autograd, setup_context=_setup_context)
+register(_ssd, "ssd", fake=_ssd_like, backward=_autograd, setup_context=_setup_context)
+register(_ssd_backward, "ssd_backward", fake=_ssd_backward_like)

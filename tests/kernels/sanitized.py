@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mambavision.kernels import cuda, nvrtc
+from mambavision.kernels import cuda_layout, nvrtc
 from mambavision.ops import multi_scan, selective_scan, ssd
 
 device = "cuda"
@@ -51,14 +51,14 @@ def in_lockstep(folder: Path) -> None:
     Racecheck does not follow bar.arrive: it reports two warps that do nothing but hand a number on through it
     (kernels/README.md).
     """
-    intrinsics, *others = cuda._MERGING
+    intrinsics, *others = cuda_layout.MERGING
     text = intrinsics.read_text()
     for name, body in LOCKSTEP.items():
         text, count = re.subn(rf"(INLINE void {name}\(int id\)) {{[^}}]*}}", rf"\1 {{ {body} }}", text)
         assert count == 1, name
     changed = folder / intrinsics.name
     changed.write_text(text)
-    cuda._MERGING = (changed, *others)
+    cuda_layout.MERGING = (changed, *others)
 
 
 def normal(*shape: int, to: torch.dtype = FP32) -> Tensor:

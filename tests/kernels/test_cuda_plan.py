@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mambavision.kernels import cuda, reference
-from mambavision.kernels.cuda import plan
+from mambavision.kernels.cuda_plan import Plan, bytes_of_sums, merged_plan, plan, team_plan
 
 SHAPES = [(1, 1, 1, 1), (1, 400, 4, 512), (1, 262144, 4, 96), (64, 3136, 4, 192), (70000, 3, 1, 5), (8, 4096, 1, 2304)]
 P2, P3 = (16, 25600, 4, 128, 16), (16, 6400, 4, 256, 16)
@@ -25,7 +25,7 @@ FASTEST = {
 }
 
 
-def segments(p: cuda.Plan, length: int) -> int:
+def segments(p: Plan, length: int) -> int:
     return -(-length // p.segment)
 
 
@@ -103,9 +103,9 @@ def test_a_backward_fits_into_a_blocks_shared_memory(shared, gated):
 @pytest.mark.parametrize("shared", [64, 96, 99, 163, 227])
 def test_merged_scans_and_teams_fit_into_a_blocks_shared_memory(shared):
     for length, backward, row in product((1, 49, 784, 1600, 3136, 6400), (False, True), (64, 128, 192)):
-        p = cuda.merged_plan(64, length, 192, row, 132, shared << 10, backward=backward)
+        p = merged_plan(64, length, 192, row, 132, shared << 10, backward=backward)
         a_thread = row + (36 if backward else 14)  # of the stages and of what is declared
-        assert p is None or (shared > 96 and a_thread * p.threads + cuda._sums(length) < shared << 10)
-        team = cuda.team_plan(1, length, 4, 192, 16, 132, shared << 10)
+        assert p is None or (shared > 96 and a_thread * p.threads + bytes_of_sums(length) < shared << 10)
+        team = team_plan(1, length, 4, 192, 16, 132, shared << 10)
         assert team is None or team.threads == 128 and 4 * length * team.channels * 4 + (48 << 10) <= shared << 10
-    assert cuda.merged_plan(64, 3136, 192, 64, 132, 227 << 10, backward=False).threads == 352
+    assert merged_plan(64, 3136, 192, 64, 132, 227 << 10, backward=False).threads == 352

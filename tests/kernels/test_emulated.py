@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambavision.kernels import cuda, nvrtc, reference
+from mambavision.kernels import cuda, cuda_layout, nvrtc, reference
 from tests.kernels import sanitized, test_ssd
 from tests.kernels.emulated import ASCENDING, DESCENDING, RANDOM, guarded
 from tests.kernels.test_backends import COVERING, EXTREME, Case, check, make, relative
 
 ORDERS = (ASCENDING, DESCENDING, RANDOM, RANDOM + 1)
-PRIMITIVES = (cuda._SOURCES[0], Path(__file__).with_name("emulator") / "primitives.cu")
+PRIMITIVES = (cuda_layout.SOURCES[0], Path(__file__).with_name("emulator") / "primitives.cu")
 
 
 def primitive(entry: str, a: Tensor, b: Tensor, c: Tensor, rows: int = 0, threads: int = 32) -> None:
@@ -139,7 +139,7 @@ def names(emulator) -> set[str]:
     return {name for name, _, _ in emulator.launches}
 
 
-ALL = {*cuda._ENTRIES, "ssd_sums", "ssd_chain", "ssd_outputs", "ssd_decays", "ssd_walk", "ssd_gradients"}
+ALL = {*cuda_layout.ENTRIES, "ssd_sums", "ssd_chain", "ssd_outputs", "ssd_decays", "ssd_walk", "ssd_gradients"}
 SEGMENTED = {"scan_reach", "scan_carry", "scan_reach_back", "scan_carry_back"}
 
 
@@ -232,13 +232,13 @@ def test_nothing_outside_of_tensors_is_touched(case, processors, at_end, emulato
     ids=str,
 )
 def test_plans_that_no_small_shape_is_given(case, options, emulator, monkeypatch):
-    plan = cuda.plan
+    plan = cuda_layout.plan
 
     def other(*args, backward, **kwargs):
         chosen = plan(*args, backward=backward, **kwargs)
         return chosen._replace(**{k: v for k, v in options.items() if backward or k != "keep_decay"})
 
-    monkeypatch.setattr(cuda, "plan", other)
+    monkeypatch.setattr(cuda_layout, "plan", other)
     direct(case)
     assert (names(emulator) >= SEGMENTED) == ("segment" in options)
 
@@ -246,13 +246,13 @@ def test_plans_that_no_small_shape_is_given(case, options, emulator, monkeypatch
 @pytest.mark.parametrize("d_state", [1, 16])
 def test_architectures_without_such_products(d_state, emulator, monkeypatch):
     """sm_75 sums dB and dC by shuffles."""
-    for cached in (cuda._kernel, cuda.scans_of):
+    for cached in (cuda_layout._kernel, cuda.scans_of):
         cached.cache_clear()
     emulator.architecture = 750
     try:
         direct(Case(40, d_state, "fp16", 9))
     finally:
-        for cached in (cuda._kernel, cuda.scans_of):
+        for cached in (cuda_layout._kernel, cuda.scans_of):
             cached.cache_clear()
 
 

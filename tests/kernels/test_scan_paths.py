@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambavision.kernels import cuda, nvrtc, reference
+from mambavision.kernels import cuda, cuda_layout, nvrtc, reference
 from mambavision.ops import dispatch, multi_scan, projected_scan
 from tests.kernels.test_backends import Case, relative
 from tests.kernels.test_emulated import ORDERS, by_token, direct, names
@@ -48,11 +48,11 @@ MERGING = [
 @pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
 def test_scans_merged_on_chip(ordered, case, small_machine, monkeypatch):
     """``ordered``: B and C are put in the order of their scans first, as for long sequences."""
-    monkeypatch.setattr(cuda, "_ORDERED", 1 if ordered else case.length + 1)
+    monkeypatch.setattr(cuda_layout, "_ORDERED", 1 if ordered else case.length + 1)
     built = []
-    kernel = cuda._kernel
+    kernel = cuda_layout._kernel
     monkeypatch.setattr(
-        cuda, "_kernel", lambda name, *args, **kwargs: built.append(name) or kernel(name, *args, **kwargs)
+        cuda_layout, "_kernel", lambda name, *args, **kwargs: built.append(name) or kernel(name, *args, **kwargs)
     )
     direct(case, small_machine, starts=True)
     assert set(built) == MERGED | {"scan_sum"} | ({"scan_merged_states"} if ordered else set())
@@ -61,7 +61,7 @@ def test_scans_merged_on_chip(ordered, case, small_machine, monkeypatch):
 @pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
 @pytest.mark.parametrize("case", [MERGING[0], MERGING[2]], ids=str)
 def test_merged_scans_give_the_same_bits_in_any_order_of_threads(case, ordered, emulator, monkeypatch):
-    monkeypatch.setattr(cuda, "_ORDERED", 1 if ordered else case.length + 1)
+    monkeypatch.setattr(cuda_layout, "_ORDERED", 1 if ordered else case.length + 1)
     seen = []
     for emulator.order in ORDERS:
         seen.append(direct(case, starts=True))

@@ -216,6 +216,9 @@ CUDA = [
     Case(300, "sum", 1, 64, 64, dtype="bf16", options=False),
     Case(300, "causal", 1, 64, 64, dtype="bf16", options=False, chunk=128),
     Case(520, "causal", 3, 64, 64, dtype="bf16"),
+    Case(120, "sum", 2, 64, 64, dtype="bf16", options=False, chunk=32),
+    Case(250, "sum", 2, 64, 16, dtype="bf16", options=False, chunk=64),
+    Case(128, "causal", 2, 24, 48, 2, dtype="bf16", options=False, chunk=32),
     Case(100, "sum", dtype="bf16", dt=0.5, decay=-1e-6, options=False, chunk=32),
     Case(65, "sum", dtype="bf16", size=1e3, options=False),
 ]

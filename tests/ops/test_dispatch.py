@@ -72,7 +72,9 @@ def test_the_operator_and_a_plain_call_give_the_same_bits(state, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(plain, operator, strict=True))
 
 
-def test_a_gradient_of_a_gradient_is_refused():
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "operator"])
+def test_a_gradient_of_a_gradient_is_refused(plain, monkeypatch):
+    monkeypatch.setattr(dispatch, "_untraced", lambda tensors: plain)
     x, *rest = _small()
     y = multi_scan(x.requires_grad_(), *rest, orders="bidirectional", grid=(2, 3), backend="cpu")
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
