@@ -3,8 +3,9 @@
 
     python tools/before_after.py photo.jpg before_after.jpg --tasks sr_x4 jpeg deblur --corner 60 170 --side 208
 
-A row a task: degraded (enlarged bicubically by super-resolution's factor), restored, and the photo. The degraded photo
-is rounded to 8 bits, as a file would hold it. PSNR of the whole photo before and after is printed, in dB.
+A row a task: degraded (enlarged bicubically by super-resolution's factor), restored, and the photo; in gray for a task
+of gray photos. The degraded photo is rounded to 8 bits, as a file would hold it. PSNR of the whole photo before and
+after is printed, in dB.
 """
 
 import argparse
@@ -23,21 +24,24 @@ from mambavision.restoration.metrics import psnr
 
 DEGRADATIONS: dict[str, Degradation] = {
     "denoise_color": GaussianNoise((25, 25)),
+    "denoise_gray": GaussianNoise((25, 25)),
     "sr_x2": Downsample(2),
     "sr_x3": Downsample(3),
     "sr_x4": Downsample(4),
     "sr_x8": Downsample(8),
     "deblur": GaussianBlur(),
     "jpeg": JPEG((10, 10)),
+    "jpeg_gray": JPEG((10, 10)),
 }
 
 
 def before_and_after(gt: np.ndarray, task: str, device: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """The degraded photo, enlarged to the size of gt, and the restored one; uint8 RGB (H, W, 3) each."""
+    """The degraded photo, enlarged to the size of gt, and the restored one; uint8 of the shape of gt (H, W, C) each."""
     lq = DEGRADATIONS[task].for_evaluation(to_tensor(gt)[None])["lq"][0]
     seen = (lq.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
     restored = RestorationInferencer(task, device=device)(seen)
-    return cv2.resize(seen, gt.shape[1::-1], interpolation=cv2.INTER_CUBIC), restored
+    enlarged = cv2.resize(seen, gt.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    return enlarged.reshape(gt.shape), restored.reshape(gt.shape)
 
 
 def main() -> None:
@@ -60,14 +64,15 @@ def main() -> None:
         raise ValueError(
             f"a crop of {args.side} pixels at {top} {left} is not within the {width}x{height} of the photo"
         )
-    gt = photo[:height, :width]
     table = Table("task", "PSNR before", "after", title=args.photo)
     rows = []
     for task in args.tasks:
+        gt = read_photo(args.photo, gray=task.endswith("gray")).pixels[:height, :width]
         before, after = before_and_after(gt, task, args.device)
         table.add_row(task, *(f"{psnr(to_tensor(picture), to_tensor(gt)):.2f}" for picture in (before, after)))
         crops = [picture[top : top + args.side, left : left + args.side] for picture in (before, after, gt)]
-        rows.append(np.concatenate([np.pad(crop, ((2, 2), (2, 2), (0, 0)), constant_values=255) for crop in crops], 1))
+        row = np.concatenate([np.pad(crop, ((2, 2), (2, 2), (0, 0)), constant_values=255) for crop in crops], 1)
+        rows.append(np.broadcast_to(row, (*row.shape[:2], 3)))
     write_photo_file(args.out, PhotoFile(np.concatenate(rows)))
     Console().print(table)
 

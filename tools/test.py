@@ -4,7 +4,7 @@
     python tools/test.py configs/mamba_yolo/mamba_yolo_t_bccd.py work_dirs/mamba_yolo_t_bccd/epoch_100.pth
     python tools/test.py configs/mamba_yolo/mamba_yolo_t_1xb32_voc0712.py x.pth --data-root VOCdevkit --out voc.json
     python tools/test.py configs/dim/dim_s_2x_cifar10.py work_dirs/dim_s_2x_cifar10/iter_10000.pth
-    python tools/test.py configs/serpent/serpent_s_denoise_gray25.py weights/serpent_s_denoise_gray.safetensors
+    python tools/test.py configs/serpent/serpent_s_denoise_gray.py weights/serpent_s_denoise_gray.safetensors
 
 Prints the metrics of the config's evaluator: COCO AP or VOC AP, in 0..1; PSNR in dB and SSIM of each test set, with a
 line a photo in test.csv of the work directory; or the loss of a diffusion model on held-out pictures, with noise and

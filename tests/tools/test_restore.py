@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mambavision.restoration import inferencer
+from mambavision.restoration.datasets import read_photo
 from mambavision.restoration.images import PhotoFile, read_photo_file, write_photo_file
 from tests.restoration.test_inferencer import save
 from tests.tools.running import refusal, run_tool
@@ -260,14 +261,17 @@ def test_before_and_after(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(inferencer, "WEIGHTS_FOLDER", tmp_path)
     save(tmp_path / "serpent_s_jpeg.safetensors", task="jpeg")
     save(tmp_path / "serpent_s_sr_x4.safetensors", task="sr_x4", scale=4)
+    save(tmp_path / "serpent_s_denoise_gray.safetensors", task="denoise_gray", in_channels=1)
     photo, out = write(tmp_path / "a.png", 80, 100), tmp_path / "out.png"
-    options = ["--tasks", "jpeg", "sr_x4", "--corner", 8, 20, "--side", 60, "--device", "cpu"]
+    options = ["--tasks", "jpeg", "sr_x4", "denoise_gray", "--corner", 8, 20, "--side", 60, "--device", "cpu"]
     code, text, err = run_tool(monkeypatch, capfd, "before_after", photo, out, *options)
     assert code == 0 and "sr_x4" in text, err
     picture = read_photo_file(out).pixels
-    assert picture.shape == (2 * 64, 3 * 64, 3)
+    assert picture.shape == (3 * 64, 3 * 64, 3)
     for row in (2, 66):
         assert np.array_equal(picture[row : row + 60, 130:190], read_photo_file(photo).pixels[8:68, 20:80])
+    gray = read_photo(photo, gray=True).pixels[8:68, 20:80]
+    assert np.array_equal(picture[130:190, 130:190], gray.repeat(3, 2))
     for options, message in (
         (["--side", 100], "a crop of 100 pixels at 0 0 is not within the 96x72"),
         (["--tasks", "deblur", "--side", 60], "no weights for deblur"),
