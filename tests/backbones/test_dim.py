@@ -219,22 +219,27 @@ def test_a_gpu_in_bfloat16_agrees(mixer, size, orders, mlp, compiled):
     x, t, _ = inputs(size)
     weight = torch.randn(x.shape)
 
-    def step(device):
+    names = ["y", *(name for name, _ in net.named_parameters())]
+
+    def step(device, autocast=True):
         net.to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             y = net(x.to(device), t.to(device))
         grads = torch.autograd.grad((y.float() * weight.to(device)).sum(), list(net.parameters()))
         return [v.detach().float().cpu() for v in (y, *grads)]
 
-    expected = step("cpu")
+    def errors(actual):
+        return {n: ((a - e).norm() / e.norm()).item() for n, a, e in zip(names, actual, expected, strict=True)}
+
+    expected = step("cpu", autocast=False)
+    # two heads: a gradient of two numbers, each a sum that may cancel, is as far off in any bfloat16
+    rounded = errors(step("cpu"))
     if compiled:
         torch.compiler.reset()
         for block in net.blocks:
             block.compile(fullgraph=True)
-    actual = step("cuda")
-    names = ["y", *(name for name, _ in net.named_parameters())]
-    errors = {n: ((a - e).norm() / e.norm()).item() for n, a, e in zip(names, actual, expected, strict=True)}
-    wrong = {n: f"{error:.1e}" for n, error in errors.items() if not error <= (0.02 if n == "y" else 0.06)}
+    found = errors(step("cuda"))
+    wrong = {n: f"{e:.1e}" for n, e in found.items() if not e <= (0.02 if n == "y" else max(0.06, 4 * rounded[n]))}
     assert not wrong, wrong
 
 
