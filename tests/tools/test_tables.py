@@ -45,6 +45,11 @@ def test_tables_are_written_and_missing_ones_named(tmp_path, tool):
     assert "tables for nothing, metafile.yml models of noise" in refusal(tool("tables", tmp_path))
 
 
+def test_a_folder_without_a_metafile_is_one_line(tmp_path, tool):
+    (tmp_path / "README.md").write_text("# A\n")
+    assert f"no {tmp_path}/metafile.yml: name a folder" in refusal(tool("tables", tmp_path))
+
+
 META = """# a comment
 Models:
   - Name: a
