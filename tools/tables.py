@@ -128,7 +128,9 @@ def main() -> None:
     readme, metafile = folder / "README.md", folder / "metafile.yml"
     for file in (readme, metafile):
         if not file.is_file():
-            raise FileNotFoundError(f"no {file}: name a folder that holds metafile.yml and README.md, as configs/serpent")
+            raise FileNotFoundError(
+                f"no {file}: name a folder that holds metafile.yml and README.md, as configs/serpent"
+            )
     if args.record:
         if not args.hardware or not args.seeds:
             raise ValueError("--record needs --hardware and --seeds: no number without them")
