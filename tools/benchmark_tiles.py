@@ -68,7 +68,7 @@ def main() -> None:
     if args.sigma is not None:
         if kind["type"] != "GaussianNoise":
             raise ValueError(f"--sigma is for weights against noise, these are against {kind['type']}")
-        kind["sigma"] = (args.sigma, args.sigma)
+        kind |= dict(sigma=(args.sigma, args.sigma), eight_bit=0)
     degrade = TRANSFORMS.build(kind)
     cases = [Case(full, 0, 0)]
     cases += [Case(inferencer(precision), 0, 0) for precision in args.precision]
