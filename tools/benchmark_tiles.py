@@ -3,11 +3,11 @@
 
     python tools/benchmark_tiles.py photos/ --weights weights/serpent_s_denoise_color.safetensors --sigma 25
     python tools/benchmark_tiles.py photos/ --weights weights/serpent_s_sr_x4.safetensors --tile 96 --overlap 0 32 64
-    python tools/benchmark_tiles.py set14/ live1/ --weights weights/serpent_s_jpeg.safetensors --overlap --precision fp16
+    python tools/benchmark_tiles.py live1/ kodak24/ --weights weights/serpent_s_jpeg.safetensors --precision bf16
 
-Clean photos are degraded by the weights' own degradation, seeded; --sigma replaces its range of noise. A table a folder:
-the PSNR against the clean photos, its change from that of one piece in fp32, the largest change of one photo, in dB,
-and how many photos came out with values that are not finite.
+Clean photos are degraded by the weights' own degradation, seeded; --sigma replaces its range of noise. A table of
+each folder: the PSNR against the clean photos, its change from that of one piece in fp32, the largest change of one
+photo, in dB, and how many photos came out with values that are not finite.
 """
 
 import argparse
