@@ -140,7 +140,8 @@ def restore_files(
                 break
     if done:
         folder = jobs[0].target if len(jobs) == 1 else os.path.commonpath([job.target.parent for job in jobs])
-        print(f"{done} of {len(jobs)} files restored, written to {folder} (weights {inferencer.weights.name})")
+        used = ", ".join(sorted(path.name for path in inferencer.used))
+        print(f"{done} of {len(jobs)} files restored, written to {folder} (weights {used})")
     untried = len(jobs) - done - len(failures)
     left = f"; {untried} more not tried" * (untried > 0)
     if len(failures) == 1:
