@@ -38,6 +38,7 @@ SIZES = ("l", "b", "s", "t")  # of Serpent, the largest first
 OVERLAP = 32
 GRAY: dict[Task, Task] = {"denoise_color": "denoise_gray", "jpeg": "jpeg_gray"}
 """Tasks in gray. Networks of colour take noise that is the same in all channels for part of the picture."""
+_NOISE: tuple[Task, ...] = ("denoise_color", "deblur")
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
 _BLOCK = 16  # pixels, of JPEG with chroma at half size; a multiple of the 8 of others
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -169,8 +170,11 @@ class RestorationInferencer:
 
     def _restored(self, pixels: np.ndarray, progress: Progress | None) -> np.ndarray:
         height, width, channels = pixels.shape
-        if self.channels == 3 and is_gray(pixels) and self._in_gray():
-            return self._gray._restored(pixels[..., :1], progress).repeat(channels, axis=2)
+        if self.channels == 3 and is_gray(pixels):
+            if self._in_gray():
+                return self._gray._restored(pixels[..., :1], progress).repeat(channels, axis=2)
+            if self.task in _NOISE:
+                self._say(f"{self.weights.name} is for colour: of a gray picture, noise may stay")
         if channels > self.channels:
             raise ValueError(f"the picture is in colour, {self.weights.name} is for gray: use a task for colour")
         need = pixels.nbytes * self.scale**2
