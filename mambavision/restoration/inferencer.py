@@ -36,7 +36,7 @@ TASKS: tuple[Task, ...] = get_args(Task)
 Precision = Literal["fp32", "bf16", "fp16"]
 SIZES = ("l", "b", "s", "t")  # of Serpent, the largest first
 OVERLAP = 32
-GRAY: dict[Task, Task] = {"denoise_color": "denoise_gray", "jpeg": "jpeg_gray"}
+GRAY: dict[Task, Task] = {"denoise_color": "denoise_gray", "deblur": "deblur_gray", "jpeg": "jpeg_gray"}
 """Tasks in gray. Networks of colour take noise that is the same in all channels for part of the picture."""
 _NOISE: tuple[Task, ...] = ("denoise_color", "deblur")
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
