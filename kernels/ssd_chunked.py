@@ -68,8 +68,8 @@ def ssd(
     y = y + scaled(c @ entering, through)
     lasts = [last]
     if bidirectional:
-        entering, last = _carry((b.mT @ scaled(u, before)).flip(1), total.flip(1), initial[:, 1])
-        y = y + scaled(c @ entering.flip(1), after + a)
+        entering, last = _carry(b.mT @ scaled(u, before), total, initial[:, 1], from_end=True)
+        y = y + scaled(c @ entering, after + a)
         lasts.append(last)
     y = y.movedim(2, 3).reshape(batch, S * Q, H, P)[:, :length]
     y = y if D is None else torch.addcmul(y, D.to(dtype)[..., None], values)
@@ -99,11 +99,12 @@ def _decay(a: Tensor, bidirectional: bool, scanned_diagonal: bool) -> Tensor:
     return exponent.exp()
 
 
-def _carry(local: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Chain chunks' own end states (batch, S, G, N, heads P): the state entering each chunk, and the last one's."""
-    entering = []
+def _carry(local: Tensor, total: Tensor, state: Tensor, *, from_end: bool = False) -> tuple[Tensor, Tensor]:
+    """Chain chunks' own end states (batch, S, G, N, heads P): the state entering each chunk, and the one at the end."""
     decays = total.exp().repeat_interleave(local.shape[-1] // total.shape[-1], -1)[..., None, :]
-    for own, decay in zip(local.unbind(1), decays.unbind(1), strict=True):
+    way = -1 if from_end else 1
+    entering = []
+    for own, decay in list(zip(local.unbind(1), decays.unbind(1), strict=True))[::way]:
         entering.append(state)
         state = torch.addcmul(own, decay, state)
-    return torch.stack(entering, 1), state
+    return torch.stack(entering[::way], 1), state

@@ -109,6 +109,7 @@ def test_pictures_come_right_after_installation(monkeypatch, capfd, tmp_path):
     assert [p.shape for p in pictures(tmp_path)] == [(32, 32, 3)] * 2
     said = json.loads((tmp_path / "samples.json").read_text())["samples"]
     assert said == [{"seed": 0, "class": "airplane"}, {"seed": 1, "class": "automobile"}]
+    assert json.loads((tmp_path / "samples.json").read_text())["guidance_scale"] == 1.5
 
 
 def test_a_training_checkpoint_with_its_config(sample, tmp_path):
@@ -154,8 +155,20 @@ def test_a_training_checkpoint_with_its_config(sample, tmp_path):
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
 def test_bad_input_is_refused_in_one_line(arguments, message, sample, tmp_path):
-    assert message in refusal(sample(*arguments))
-    assert not written(tmp_path / "out")
+    assert message in refusal(sample("--out-dir", tmp_path / "new" / "out", *arguments))
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_fails_on_the_way_leaves_no_empty_folder(sample, tmp_path):
+    network = untrained_network()
+    next(network.parameters()).data.fill_(1e30)  # finite, but not what it gives
+    weights.save(network, tmp_path / "w.safetensors", objective=RectifiedFlow(), precision="fp32")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for out in (tmp_path / "new" / "out", mine / "out", mine):
+        line = refusal(sample("--weights", tmp_path / "w.safetensors", "--out-dir", out))
+        assert "not finite in fp32: the weights are broken" in line
+    assert not (tmp_path / "new").exists() and mine.is_dir() and not list(mine.iterdir())
 
 
 def test_weights_of_another_task_or_size_are_refused(sample, tmp_path):
@@ -197,4 +210,4 @@ def test_too_little_memory_says_what_is_needed(sample, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "measure_peak", lambda call, device: 10**9)
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 10**9)
     line = refusal(sample())
-    assert "one 8x8 picture needs about 1.00 GB on cpu, 1.00 GB are free" in line and not written(tmp_path / "out")
+    assert "one 8x8 picture needs about 1.00 GB on cpu, 1.00 GB are free" in line and not (tmp_path / "out").exists()
