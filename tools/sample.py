@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
     args = parser.parse_args()
 
+    if args.config and not args.weights:
+        raise ValueError("--config is for a training checkpoint: name it with --weights")
     cli.check_out_dir(args.out_dir)  # before the weights: the quicker answer first
     weights = Path(args.weights) if args.weights else cli.find_weights(video=args.video)
     pipeline = cli.load_pipeline(weights, config=args.config, device=args.device, autoencoder=args.autoencoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
@@ -246,8 +247,8 @@ class DiffusionPipeline:
         labels = self.labels(class_labels, num)
         sources = _sources(len(labels), seeds, generator)
         guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
-        if not guidance_scale >= 0:
-            raise ValueError(f"guidance {guidance_scale:g} must be at least 0; 1 is none")
+        if not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"guidance {guidance_scale:g} must be at least 0, and finite; 1 is none")
         guided = guidance_scale != 1.0
         if guided and not self.network.num_classes:
             raise ValueError(f"guidance {guidance_scale:g} needs a network with classes, this one has none: leave it 1")
@@ -422,6 +423,9 @@ def _sources(
         seeds = torch.randint(2**62, (num,), generator=generator).tolist()
     if len(seeds) != num:
         raise ValueError(f"{len(seeds)} seeds are given for {num} samples: pass one for each")
+    wide = next((seed for seed in seeds if not -(2**63) <= seed < 2**64), None)
+    if wide is not None:
+        raise ValueError(f"seed {wide} is out of range: 64 bits hold those from {-(2**63)} to {2**64 - 1}")
     return [int(seed) for seed in seeds]
 
 
