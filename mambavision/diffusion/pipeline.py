@@ -31,7 +31,7 @@ Precision = Literal["fp32", "bf16"]
 OutputType = Literal["pil", "np", "pt"]
 NETWORK_FILE, AUTOENCODER_FOLDER = "network.safetensors", "autoencoder"
 MOST_AT_ONCE = 64  # pictures of a batch, unless more are asked for
-GUIDANCE = 1.5  # of networks with classes: nearer to real pictures than none for the weights that come with the project
+GUIDANCE = 1.5  # of classes of pictures: far nearer to real ones than none, for the weights that come with the project
 _SHARE = 0.8  # of the free memory that a batch may take: its need is measured on one picture
 
 
@@ -101,8 +101,8 @@ class DiffusionPipeline:
 
     @property
     def default_guidance(self) -> float:
-        """1.5 of a network with classes; 1, which is none, of one without."""
-        return GUIDANCE if self.network.num_classes else 1.0
+        """1.5 of pictures with classes; 1, which is none, of those without, and of clips: there it was not measured."""
+        return GUIDANCE if self.network.num_classes and not self.makes_video else 1.0
 
     @property
     def default_scheduler(self) -> Scheduler:

@@ -72,13 +72,14 @@ def test_no_guidance_asks_the_network_once(make_pipeline):
     assert sizes[-3:] == [(4, [0, 1, 3, 3])] * 3
 
 
-def test_classes_guide_unless_told_otherwise(make_pipeline):
+def test_classes_of_pictures_guide_unless_told_otherwise(make_pipeline):
     pipeline = make_pipeline()
     options = dict(seeds=[1, 2], **QUIET)
     default = pipeline([0, 1], **options).images
     assert torch.equal(pipeline([0, 1], guidance_scale=1.5, **options).images, default)
     assert not torch.equal(pipeline([0, 1], guidance_scale=1.0, **options).images, default)
     assert pipeline.default_guidance == 1.5 and make_pipeline(class_names=None).default_guidance == 1.0
+    assert make_pipeline(size=(3, 8, 8)).default_guidance == 1.0  # clips
 
 
 @pytest.mark.parametrize(("objective", "kind"), [(EpsilonPrediction(), "ddpm"), (RectifiedFlow(), "heun")])
