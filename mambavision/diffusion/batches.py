@@ -147,7 +147,8 @@ class NoisyBatches(BatchMaker):
         self.dataset = _built(dataset)
         self.batch_size, self.seed, self.iteration = batch_size, seed, 0
         self.device = _device(device)
-        self._items = _store(self.dataset, keep, self.device, "set keep='host' or 'disk', or a smaller size")
+        advice = "set train_dataloader.keep='host' or 'disk', or a smaller size"
+        self._items = _store(self.dataset, keep, self.device, advice)
         self.metainfo = {"classes": list(self.dataset.class_names)}  # kept in checkpoints
 
     @property
@@ -204,7 +205,7 @@ class HeldOutBatches(Dataset):
         self.device, self.metainfo = _device(device), {}
         chosen = min(num or len(self.dataset), len(self.dataset))
         some = _Some(self.dataset, np.arange(chosen) * len(self.dataset) // chosen)
-        self._items = _store(some, "device", self.device, "set num to fewer")
+        self._items = _store(some, "device", self.device, "hold out fewer (num), or set a smaller size")
         num = len(self._items)
         numbers = np.random.default_rng(seed)
         times = (numbers.permutation(num) + numbers.random(num)) / num
@@ -285,21 +286,30 @@ def _store(dataset: FrameSet, keep: Keep, device: torch.device, advice: str) -> 
         return _Unkept(dataset, device)
     items = _Kept(dataset, device if keep == "device" else torch.device("cpu"), device, advice)
     if items.skipped:
-        message = f"{len(items)} of {len(dataset)} items are used; {len(items.skipped)} cannot be read, first "
-        print_log(message + items.skipped[0], logger="current", level=logging.WARNING)
+        few, more = items.skipped[:5], len(items.skipped) - 5
+        reasons = "; ".join(few) + (f"; and {more} more" if more > 0 else "")
+        message = f"{len(items)} of {len(dataset)} items are used; {len(items.skipped)} cannot be: {reasons}"
+        print_log(message, logger="current", level=logging.WARNING)
     return items
 
 
 def _check_memory(dataset: FrameSet, kept_on: torch.device, advice: str) -> None:
-    """Raise MemoryError if the items do not fit, judged by the first that can be read."""
-    for i in range(len(dataset)):
+    """Raise MemoryError if the items do not fit, judged by a few that can be read: videos are of many lengths."""
+    few = 5 if len(dataset.size) == 3 else 1
+    spread = dict.fromkeys([*(k * len(dataset) // few for k in range(few)), *range(len(dataset))])
+    sizes: list[int] = []
+    for i in spread:
+        if len(sizes) == few:
+            break
         try:
-            need = dataset[i].frames.nbytes * len(dataset)
+            sizes.append(dataset[i].frames.nbytes)
         except DatasetError:
             continue
-        for device, factor in ((torch.device("cpu"), 2), (kept_on, 1)):  # twice while they are put together
-            free = free_memory(device)
-            if need * factor > free:
-                sizes = f"need {need * factor / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free"
-                raise MemoryError(f"{len(dataset)} items {sizes}: {advice}")
+    if not sizes:
         return
+    need = sum(sizes) / len(sizes) * len(dataset)
+    for device, factor in ((torch.device("cpu"), 2), (kept_on, 1)):  # twice while they are put together
+        free = free_memory(device)
+        if need * factor > free:
+            found = f"need {need * factor / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free"
+            raise MemoryError(f"{len(dataset)} items {found}: {advice}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 import tarfile
 import zipfile
 import zlib
@@ -279,7 +280,8 @@ class ImageArrays(FrameSet):
 class VideoFolder(_Pictures):
     """The videos of a folder and its subfolders, sorted: video files, .gif files, and folders of frames.
 
-    A folder with at least two photos directly in it is a video, its photos in the order of their names the frames.
+    A folder with at least two photos directly in it is a video, its photos the frames, in the order of the numbers in
+    their names: 2.png before 10.png. What is hidden, by a dot before its name, and __MACOSX is left out.
 
     Args:
         root: The folder.
@@ -390,17 +392,32 @@ def _load_array(path: Root) -> np.ndarray:
 def _find_videos(root: Path) -> Iterator[Path]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    for folder, _, names in os.walk(root):
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        names = [name for name in names if not _is_hidden(name)]
         suffixes = [Path(name).suffix.lower() for name in names]
         yield from (Path(folder, name) for name in names if is_video(name) or name.lower().endswith(".gif"))
         if sum(suffix in PHOTO_SUFFIXES for suffix in suffixes) > 1:
             yield Path(folder)
 
 
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _by_number(path: Path) -> tuple:
+    """Sorts names by the numbers in them, by their text between these."""
+    parts = re.split(r"(\d+)", path.name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+
+
 def _read_video(path: Path) -> Iterator[np.ndarray]:
     """Frames as OpenCV reads photos."""
     if path.is_dir():
-        yield from (imread_unchanged(file) for file in sorted(path.iterdir()) if file.suffix.lower() in PHOTO_SUFFIXES)
+        photos = [
+            file for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES and not _is_hidden(file.name)
+        ]
+        yield from (imread_unchanged(file) for file in sorted(photos, key=_by_number))
     elif path.suffix.lower() == ".gif":
         try:
             with Image.open(path) as gif:

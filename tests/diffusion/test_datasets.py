@@ -159,6 +159,18 @@ def test_videos_of_files_gifs_and_folders(tmp_path):
         strided[1]
 
 
+def test_frames_come_in_the_order_of_their_numbers_and_hidden_files_are_left_out(tmp_path):
+    for i in range(12):
+        write_photo(tmp_path / f"clip/frame{i}.png", (20 * i, 20 * i, 20 * i), (16, 16))
+    (tmp_path / "clip/._frame0.png").write_bytes(b"of a Macintosh")
+    for name in ("._clip.mp4", "__MACOSX/clip.mp4", ".trash/clip.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"of a Macintosh")
+    dataset = VideoFolder(tmp_path, (4, 8, 8))
+    assert [path.name for path in dataset.paths] == ["clip"]
+    assert dataset[0].frames[:, 0, 0, 0].tolist() == [20 * i for i in range(12)]
+
+
 def test_pictures_are_cut_from_their_middle():
     img = np.zeros((10, 30, 3), np.uint8)
     img[:, 10:20] = 200
