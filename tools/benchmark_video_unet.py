@@ -65,6 +65,9 @@ def training_step(net: nn.Module, arguments: tuple[Tensor, ...]) -> list[Tensor]
     return list(torch.autograd.grad(loss, list(net.parameters())))
 
 
+CALLS = {"forward": forward, "training step": training_step}
+
+
 def milliseconds(
     call: Callable[[], object], device: torch.device, budget_s: float, memory_mb: float | None
 ) -> tuple[float, str]:
@@ -94,27 +97,26 @@ class Biased(nn.Module):
         return self.layer(x) if self.bias is None else self.layer(x, self.bias(x.shape[1]))
 
 
-def measure(args: argparse.Namespace, temporal: str, frames: int, part: str, device: torch.device) -> list[Line]:
+def build(
+    args: argparse.Namespace, part: str, temporal: str, frames: int, device: torch.device
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The U-Net or the layer, and the arguments of its call."""
     torch.manual_seed(0)
-    clip = (frames, args.side, args.side)
     with device:
-        net = SIZES[args.size](clip, in_channels=args.channels, temporal=temporal)
+        net = SIZES[args.size]((frames, args.side, args.side), in_channels=args.channels, temporal=temporal)
     if part == "layer":
-        dim = net.config["dim"]
-        net = Biased(net.init_temporal_layer.fn.fn, net.time_rel_pos_bias)
-        arguments = (torch.randn(args.batch, frames, args.side, args.side, dim, device=device),)
-    else:
-        clips = torch.randn(args.batch, args.channels, frames, args.side, args.side, device=device)
-        arguments = (clips, torch.rand(args.batch, device=device) * 1000)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    lines = []
-    for call, do in (("forward", forward), ("training step", training_step)):
-        once = partial(do, net, arguments)
-        once()  # compiles what is compiled at first use
-        memory = allocated_mb(once) if device.type == "cuda" else None
-        ms, how = milliseconds(once, device, args.budget, memory)
-        lines.append(Line(name, part, temporal, frames, args.batch, call, ms, args.batch / ms * 1e3, memory, how))
-    return lines
+        net, dim = Biased(net.init_temporal_layer.fn.fn, net.time_rel_pos_bias), net.config["dim"]
+        return net, (torch.randn(args.batch, frames, args.side, args.side, dim, device=device),)
+    clips = torch.randn(args.batch, args.channels, frames, args.side, args.side, device=device)
+    return net, (clips, torch.rand(args.batch, device=device) * 1000)
+
+
+def measure(call: Callable[[], object], device: torch.device, budget_s: float) -> tuple[float, float | None, str]:
+    """Milliseconds, peak memory in MB and how it was timed."""
+    call()  # compiles what is compiled at first use
+    memory = allocated_mb(call) if device.type == "cuda" else None
+    ms, how = milliseconds(call, device, budget_s, memory)
+    return ms, memory, how
 
 
 def exponent(frames: list[int], values: list[float]) -> float:
@@ -235,29 +237,34 @@ def main() -> None:
     device = choose_device(args.device)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     lines = read(args.out_dir / "frames.csv")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     for part in args.parts:
         for frames in sorted(args.frames):
             for temporal in args.temporal:
-                if any((v.part, v.frames, v.temporal, v.batch) == (part, frames, temporal, args.batch) for v in lines):
+                this = (part, temporal, frames, args.batch)
+                known = {v.call for v in lines if (v.part, v.temporal, v.frames, v.batch) == this}
+                if known == set(CALLS):
                     continue
-                try:
-                    found = measure(args, temporal, frames, part, device)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    print(f"{part}, {temporal}, {frames} frames: out of memory", flush=True)
-                    found = []
-                for line in found:
-                    memory = "" if line.memory_mb is None else f", {line.memory_mb:.0f} MB"
-                    print(f"{part}, {temporal}, {frames} frames, {line.call}: {line.ms:.2f} ms{memory}", flush=True)
-                lines += found
-                write(lines, args.out_dir / "frames.csv")
+                net, arguments = build(args, part, temporal, frames, device)
+                for call in (call for call in CALLS if call not in known):
+                    what = f"{part}, {temporal}, {frames} frames, {call}"
+                    try:
+                        ms, mb, how = measure(partial(CALLS[call], net, arguments), device, args.budget)
+                    except RuntimeError as error:
+                        if not is_out_of_memory(error):
+                            raise
+                        print(f"{what}: out of memory", flush=True)
+                        continue
+                    print(f"{what}: {ms:.2f} ms{'' if mb is None else f', {mb:.0f} MB'}", flush=True)
+                    rate = args.batch / ms * 1e3
+                    lines.append(Line(name, part, temporal, frames, args.batch, call, ms, rate, mb, how))
+                    write(lines, args.out_dir / "frames.csv")
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
     plot(lines, args.out_dir / "frames.png")
-    print(f"{lines[0].device if lines else device}, torch {torch.__version__}, {args.batch} clips of size {args.size}")
+    print(f"{lines[0].device if lines else name}, torch {torch.__version__}, {args.batch} clips of size {args.size}")
     for part in args.parts:
-        for call in ("forward", "training step"):
+        for call in CALLS:
             for figure in ("clips_per_s", "memory_mb"):
                 print("\n".join(["", *table(lines, part, call, figure)]))
 

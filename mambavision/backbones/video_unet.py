@@ -281,10 +281,12 @@ class VideoUNet(nn.Module):
     ) -> None:
         if temporal not in get_args(Temporal):
             raise ValueError(f"temporal must be one of {', '.join(get_args(Temporal))}, got {temporal!r}")
-        if len(input_size) != 3:
-            raise ValueError(f"input_size must be frames, height and width, got {list(input_size)}")
-        if dim % groups:
-            raise ValueError(f"dim {dim} is not divisible into {groups} groups")
+        if len(input_size) != 3 or min(input_size) < 1:
+            raise ValueError(f"input_size must be frames, height and width, at least 1 each, got {list(input_size)}")
+        if dim % groups or dim % 2 or dim < 4:
+            raise ValueError(f"dim must be even, at least 4 and divisible into {groups} groups, got {dim}")
+        if head_dim % 2 and temporal.endswith("attention"):
+            raise ValueError(f"head_dim must be even, as rotary positions turn pairs of channels, got {head_dim}")
         super().__init__()
         self.config: dict[str, Any] = dict(
             input_size=list(input_size), in_channels=in_channels, dim=dim, dim_mults=list(dim_mults),

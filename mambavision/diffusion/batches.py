@@ -25,11 +25,24 @@ from mambavision.engine.photos import DatasetError, read_all
 Keep = Literal["device", "host", "disk"]
 
 
+class _Some(FrameSet):
+    """The items of a data set at some indices."""
+
+    def __init__(self, dataset: FrameSet, indices: np.ndarray) -> None:
+        self._dataset, self._indices, self.size = dataset, indices.tolist(), dataset.size
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, i: int) -> Item:
+        return self._dataset[self._indices[i]]
+
+
 class _Kept:
     """Items of a data set, read once and kept in one tensor; parts of their frames by item and place."""
 
-    def __init__(self, dataset: FrameSet, kept_on: torch.device, device: torch.device) -> None:
-        _check_memory(dataset, kept_on)
+    def __init__(self, dataset: FrameSet, kept_on: torch.device, device: torch.device, advice: str) -> None:
+        _check_memory(dataset, kept_on, advice)
         items, self.skipped = read_all(dataset, "video" if len(dataset.size) == 3 else "picture")
         counts = np.array([len(item.frames) for item in items])
         self.labels = np.array([item.label for item in items], np.int64)
@@ -134,7 +147,8 @@ class NoisyBatches(BatchMaker):
         self.dataset = _built(dataset)
         self.batch_size, self.seed, self.iteration = batch_size, seed, 0
         self.device = _device(device)
-        self._items = _store(self.dataset, keep, self.device)
+        advice = "set train_dataloader.keep='host' or 'disk', or a smaller size"
+        self._items = _store(self.dataset, keep, self.device, advice)
         self.metainfo = {"classes": list(self.dataset.class_names)}  # kept in checkpoints
 
     @property
@@ -166,7 +180,7 @@ class HeldOutBatches(Dataset):
     Args:
         dataset: The data set, or its config.
         batch_size: Items a batch.
-        num: How many items in all, spread evenly over the data set; all of it if None.
+        num: How many items in all, spread evenly over the data set; all of it if None. No others are read.
         seed: Of what is drawn.
         device: Where batches are made; by default the GPU, if there is one.
 
@@ -189,9 +203,10 @@ class HeldOutBatches(Dataset):
     ) -> None:
         self.dataset, self.batch_size, self.seed = _built(dataset), batch_size, seed
         self.device, self.metainfo = _device(device), {}
-        self._items = _store(self.dataset, "device", self.device)
-        num = min(num or len(self._items), len(self._items))
-        self._indices = np.arange(num) * len(self._items) // num
+        chosen = min(num or len(self.dataset), len(self.dataset))
+        some = _Some(self.dataset, np.arange(chosen) * len(self.dataset) // chosen)
+        self._items = _store(some, "device", self.device, "hold out fewer (num), or set a smaller size")
+        num = len(self._items)
         numbers = np.random.default_rng(seed)
         times = (numbers.permutation(num) + numbers.random(num)) / num
         self._draws = np.column_stack([times, np.ones(num), numbers.random(num)]).astype(np.float32)
@@ -201,11 +216,11 @@ class HeldOutBatches(Dataset):
         return self._items.skipped
 
     def __len__(self) -> int:
-        return -(-len(self._indices) // self.batch_size)
+        return -(-len(self._items) // self.batch_size)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         part = slice(i * self.batch_size, (i + 1) * self.batch_size)
-        indices, draws = self._indices[part], self._draws[part]
+        indices, draws = np.arange(len(self._items))[part], self._draws[part]
         if not len(indices):
             raise IndexError(i)
         generator = torch.Generator().manual_seed(int(np.random.default_rng([self.seed, i]).integers(2**63)))
@@ -265,26 +280,36 @@ def _order(seed: int, number: int, length: int) -> np.ndarray:
     return np.random.default_rng([seed, number, length]).permutation(length)
 
 
-def _store(dataset: FrameSet, keep: Keep, device: torch.device) -> _Kept | _Unkept:
+def _store(dataset: FrameSet, keep: Keep, device: torch.device, advice: str) -> _Kept | _Unkept:
+    """Items by where they are kept; the advice is for where memory does not suffice."""
     if keep == "disk":
         return _Unkept(dataset, device)
-    items = _Kept(dataset, device if keep == "device" else torch.device("cpu"), device)
+    items = _Kept(dataset, device if keep == "device" else torch.device("cpu"), device, advice)
     if items.skipped:
-        message = f"{len(items)} of {len(dataset)} items are used; {len(items.skipped)} cannot be read, first "
-        print_log(message + items.skipped[0], logger="current", level=logging.WARNING)
+        few, more = items.skipped[:5], len(items.skipped) - 5
+        reasons = "; ".join(few) + (f"; and {more} more" if more > 0 else "")
+        message = f"{len(items)} of {len(dataset)} items are used; {len(items.skipped)} cannot be: {reasons}"
+        print_log(message, logger="current", level=logging.WARNING)
     return items
 
 
-def _check_memory(dataset: FrameSet, kept_on: torch.device) -> None:
-    """Raise MemoryError if the items do not fit, judged by the first that can be read."""
-    for i in range(len(dataset)):
+def _check_memory(dataset: FrameSet, kept_on: torch.device, advice: str) -> None:
+    """Raise MemoryError if the items do not fit, judged by a few that can be read: videos are of many lengths."""
+    few = 5 if len(dataset.size) == 3 else 1
+    spread = dict.fromkeys([*(k * len(dataset) // few for k in range(few)), *range(len(dataset))])
+    sizes: list[int] = []
+    for i in spread:
+        if len(sizes) == few:
+            break
         try:
-            need = dataset[i].frames.nbytes * len(dataset)
+            sizes.append(dataset[i].frames.nbytes)
         except DatasetError:
             continue
-        for device, factor in ((torch.device("cpu"), 2), (kept_on, 1)):  # twice while they are put together
-            free = free_memory(device)
-            if need * factor > free:
-                sizes = f"need {need * factor / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free"
-                raise MemoryError(f"{len(dataset)} items {sizes}: set keep='host' or 'disk', or a smaller size")
+    if not sizes:
         return
+    need = sum(sizes) / len(sizes) * len(dataset)
+    for device, factor in ((torch.device("cpu"), 2), (kept_on, 1)):  # twice while they are put together
+        free = free_memory(device)
+        if need * factor > free:
+            found = f"need {need * factor / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free"
+            raise MemoryError(f"{len(dataset)} items {found}: {advice}")

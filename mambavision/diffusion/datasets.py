@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 import tarfile
 import zipfile
 import zlib
@@ -215,12 +216,14 @@ class ImageArrays(FrameSet):
         images: .npy file of uint8 (N, H, W, C) RGB or gray.
         labels: .npy file of N classes, or None.
         names: .json file of the classes' names, with ``labels``.
+        classes: Names of the classes to take, in the order of their labels; all if None.
         bgr: The channels are BGR.
         flip: Mirrored pictures are as good.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        DatasetError: If the files do not hold that, or do not fit each other.
+        DatasetError: If the files do not hold that, or do not fit each other, or a class is not among the names.
+        ValueError: If one of ``labels`` and ``names`` is missing, or both are and there are ``classes``.
     """
 
     def __init__(
@@ -229,6 +232,7 @@ class ImageArrays(FrameSet):
         labels: Root | None = None,
         names: Root | None = None,
         *,
+        classes: Sequence[str] | None = None,
         bgr: bool = False,
         flip: bool = True,
     ) -> None:
@@ -246,12 +250,29 @@ class ImageArrays(FrameSet):
                 f"{labels}: {len(self.labels)} classes up to {self.labels.max()}, expected one of the "
                 f"{len(self.class_names)} in {names} for each of {len(self._images)} pictures"
             )
+        self._rows = np.arange(len(self._images))
+        if classes is not None:
+            self._take(classes, names)
+
+    def _take(self, classes: Sequence[str], names: Root | None) -> None:
+        """Leave pictures of these classes, and number the classes anew."""
+        unknown = [name for name in classes if name not in self.class_names]
+        if names is None or not classes:
+            raise ValueError("classes: give labels and names, and at least one of the names")
+        if unknown:
+            raise DatasetError(f"{names}: no class {', '.join(map(repr, unknown))} among its {len(self.class_names)}")
+        new = np.full(len(self.class_names), -1)
+        new[[self.class_names.index(name) for name in classes]] = np.arange(len(classes))
+        labels = new[self.labels]
+        self._rows = np.flatnonzero(labels >= 0)
+        self.labels, self.class_names = labels[self._rows], tuple(classes)
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._rows)
 
     def __getitem__(self, i: int) -> Item:
-        image = self._images[i][..., ::-1] if self.bgr else self._images[i]
+        image = self._images[self._rows[i]]
+        image = image[..., ::-1] if self.bgr else image
         return Item(np.ascontiguousarray(image.transpose(2, 0, 1))[None], int(self.labels[i]))
 
 
@@ -259,7 +280,8 @@ class ImageArrays(FrameSet):
 class VideoFolder(_Pictures):
     """The videos of a folder and its subfolders, sorted: video files, .gif files, and folders of frames.
 
-    A folder with at least two photos directly in it is a video, its photos in the order of their names the frames.
+    A folder with at least two photos directly in it is a video, its photos the frames, in the order of the numbers in
+    their names: 2.png before 10.png. What is hidden, by a dot before its name, and __MACOSX is left out.
 
     Args:
         root: The folder.
@@ -370,17 +392,32 @@ def _load_array(path: Root) -> np.ndarray:
 def _find_videos(root: Path) -> Iterator[Path]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    for folder, _, names in os.walk(root):
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        names = [name for name in names if not _is_hidden(name)]
         suffixes = [Path(name).suffix.lower() for name in names]
         yield from (Path(folder, name) for name in names if is_video(name) or name.lower().endswith(".gif"))
         if sum(suffix in PHOTO_SUFFIXES for suffix in suffixes) > 1:
             yield Path(folder)
 
 
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _by_number(path: Path) -> tuple:
+    """Sorts names by the numbers in them, by their text between these."""
+    parts = re.split(r"(\d+)", path.name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+
+
 def _read_video(path: Path) -> Iterator[np.ndarray]:
     """Frames as OpenCV reads photos."""
     if path.is_dir():
-        yield from (imread_unchanged(file) for file in sorted(path.iterdir()) if file.suffix.lower() in PHOTO_SUFFIXES)
+        photos = [
+            file for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES and not _is_hidden(file.name)
+        ]
+        yield from (imread_unchanged(file) for file in sorted(photos, key=_by_number))
     elif path.suffix.lower() == ".gif":
         try:
             with Image.open(path) as gif:

@@ -58,6 +58,8 @@ class SampleFolder(ImageFolder):
     """Samples as pictures in a folder, all of one size; grid.png, which tools/sample.py writes too, is left out."""
 
     def __init__(self, root: PathLike) -> None:
+        if any(Path(root).glob("*.gif")) and not any(Path(root).glob("*.png")):
+            raise DatasetError(f"{root}: clips are compared as samples.npz: write it by tools/sample.py --save npz")
         first = next((path for path, _ in find_photos(root) if path.name != "grid.png"), None)
         if first is None:
             raise DatasetError(f"{root}: no pictures in this folder but a grid")
@@ -94,7 +96,7 @@ def open_samples(path: PathLike, size: tuple[int, ...] | None = None) -> FrameSe
     if size is None:
         if path.is_dir():
             return SampleFolder(path)
-        raise DatasetError(f"{path}: samples are an .npz file or a folder of pictures")
+        raise DatasetError(f"{path}: samples are an .npz file (tools/sample.py --save npz) or a folder of pictures")
     if len(size) == 3:
         return VideoFolder(path, size, flip=False)
     return ImageFolder(path, size, flip=False) if path.is_dir() else ImageArchive(path, size, flip=False)

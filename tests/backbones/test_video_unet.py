@@ -150,7 +150,10 @@ def test_sizes(build, millions):
         (dict(temporal="lstm"), "temporal must be one of bi_s4d, .*, got 'lstm'"),
         (dict(input_size=(32, 32)), "frames, height and width"),
         (dict(input_size=(8, 20, 32)), "20x32 pixels: both sides must be multiples of 8"),
-        (dict(dim=20), "20 is not divisible into 8 groups"),
+        (dict(input_size=(0, 32, 32)), "at least 1 each"),
+        (dict(dim=20), "divisible into 8 groups, got 20"),
+        (dict(dim=9, groups=3), "dim must be even"),
+        (dict(temporal="rotary_attention", head_dim=5), "head_dim must be even"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

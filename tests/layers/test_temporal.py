@@ -137,3 +137,27 @@ def test_autocast_stays_close_to_float32(build):
     assert (y - expected).abs().max() < 0.1 * expected.std()
     y.float().square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("build", "bias"),
+    [
+        (lambda: BiTemporalS4D(16, d_state=4, mlp_dim=16), False),
+        (lambda: BiTemporalS6(16), False),
+        (lambda: TemporalAttention(16, heads=2, head_dim=32), True),
+        (lambda: TemporalAttention(16, heads=2, head_dim=32), False),
+        (lambda: TemporalLinearAttention(16, heads=2, head_dim=32), False),
+    ],
+)
+def test_more_places_than_a_cuda_grid_is_high(build, bias):
+    """64 clips of 32x32 places are 65536 sequences: a grid's second and third sides end at 65535."""
+    torch.manual_seed(0)
+    layer = build().cuda()
+    x = torch.randn(2**16 + 64, 8, 16, device="cuda", requires_grad=True)
+    more = (RelativePositionBias(2).cuda()(8),) if bias else ()
+    with torch.autocast("cuda", torch.bfloat16):
+        y, last = layer(x, *more), layer(x[-64:].detach(), *more)
+    torch.testing.assert_close(y[-64:], last, atol=2e-2, rtol=2e-2)
+    (gradient,) = torch.autograd.grad(y.float().square().sum(), x)
+    assert gradient.isfinite().all() and gradient[-64:].abs().amax() > 0

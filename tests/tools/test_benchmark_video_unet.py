@@ -43,9 +43,14 @@ def test_a_run_on_a_cpu(tmp_path, monkeypatch, capfd):
         assert float(row["clips_per_s"]) == pytest.approx(1e3 / float(row["ms"]), rel=1e-3)
     assert "| U-Net, training step: clips/s | 2 | 4 | exponent | squared |" in out
     assert cv2.imread(str(tmp_path / "frames.png")).std() > 10
-    before = (tmp_path / "frames.csv").read_text()
+    before = (tmp_path / "frames.csv").read_text().splitlines(keepends=True)
     assert run_tool(monkeypatch, capfd, "benchmark_video_unet", *options)[0] == 0
-    assert (tmp_path / "frames.csv").read_text() == before  # not measured again
+    assert (tmp_path / "frames.csv").read_text() == "".join(before)  # not measured again
+    gone = before.pop(1)
+    (tmp_path / "frames.csv").write_text("".join(before))
+    assert run_tool(monkeypatch, capfd, "benchmark_video_unet", *options)[0] == 0
+    after = (tmp_path / "frames.csv").read_text().splitlines(keepends=True)
+    assert after[:-1] == before and after[-1].split(",")[:6] == gone.split(",")[:6]  # that call alone
 
 
 def test_no_frames_is_refused(tmp_path, monkeypatch, capfd):

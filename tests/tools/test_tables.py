@@ -48,6 +48,15 @@ def test_tables_are_written_and_missing_ones_named(tmp_path, tool):
     assert "tables for nothing, metafile.yml models of noise" in refusal(tool("tables", tmp_path))
 
 
+def test_a_column_has_as_many_places_throughout():
+    models = [
+        {"Name": name, "Metrics": metrics}
+        for name, metrics in (("a", {"loss": 0.153, "steps": 9}), ("b", {"loss": 0.1526}), ("c", {"loss": 31.456}))
+    ]
+    rows = runpy.run_path(str(ROOT / "tools/tables.py"))["table"](models, ROOT).splitlines()[2:]
+    assert [row.split(" | ")[2:4] for row in rows] == [["0.1530", "9"], ["0.1526", "—"], ["31.46", "—"]]
+
+
 def test_a_folder_without_a_metafile_is_one_line(tmp_path, tool):
     (tmp_path / "README.md").write_text("# A\n")
     assert f"no {tmp_path}/metafile.yml: name a folder" in refusal(tool("tables", tmp_path))
