@@ -8,8 +8,9 @@
     python tools/restore.py torn.png -o whole.png --task inpaint --weights w.safetensors --mask tears.png
     python tools/restore.py clip.mp4 -o clean.mp4 --device cuda --precision bf16
 
-Files keep their type, bits, transparency and colour profile; JPEG is written at quality 95. Pictures of any size are
-restored in overlapping tiles as memory allows. Videos are written as mp4 without sound.
+Files keep their type, bits, transparency and colour profile; JPEG is written at quality 95, GIF and other kinds become
+PNG. Gray photos are restored by the weights for gray of the same task. Pictures of any size are restored in overlapping
+tiles as memory allows. Videos are written as mp4 without sound.
 """
 
 import argparse
