@@ -57,6 +57,8 @@ def time_ops(args: argparse.Namespace) -> None:
 
 def print_tables(args: argparse.Namespace) -> None:
     """Print the tables of kernels/README.md."""
+    if args.roofs and min(args.roofs) <= 0:
+        raise ValueError("--roofs must be positive")
     lines = report.read(args.csv)
     if not lines or lines[0].copy_tb_s is None:
         raise ValueError(f"{args.csv} holds no figures of a GPU")

@@ -260,6 +260,7 @@ def test_some_implementations_alone(benchmark, tmp_path):
         (["ops", "--budget", "0"], "--threads and --budget must be positive"),
         (["ops", "--threads", "0"], "--threads and --budget must be positive"),
         (["tables", "nowhere.csv"], "nowhere.csv"),
+        (["tables", "nowhere.csv", "--roofs", "0", "4"], "--roofs must be positive"),
         (["tables", str(TOOLS / "benchmark.py")], "is no CSV of tools/benchmark.py"),
     ],
 )
