@@ -1,4 +1,4 @@
-"""The scan in CUDA C++ (scan.cu and scan_merged.cu behind intrinsics.cuh, scan.cuh), compiled at first use by NVRTC."""
+"""The scan in CUDA C++ (scan.cuh and what cuda_layout.py puts behind it), compiled at first use by NVRTC."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ from mambavision.kernels import nvrtc
 from mambavision.kernels.cuda_layout import MOST_SUMS, SUM_THREADS, Call, Layout, lay_out
 from mambavision.kernels.cuda_plan import tile_steps
 
-# scan.cu's Call begins with what the operator is given, in its order; then a forward's pointers, then a backward's
+# scan.cuh's Call begins with what the operator is given, in its order; then a forward's pointers, then a backward's
 _GIVEN = ("x", "delta", "A", "B", "C", "D", "bias", "initial", "order", "z")
 _OF_FORWARD = ("y", "last", "starts", "ends", "sums")
 _OF_BACKWARD = ("dy", "gradient", "dx", "ddelta", "dz", "dA", "dD", "dbias", "dB", "dC")

@@ -22,8 +22,13 @@ from mambavision.kernels.cuda_plan import (
     tile_steps,
 )
 
-SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "scan.cuh", "scan.cu"))
-MERGING = (*SOURCES[:2], pathlib.Path(__file__).with_name("scan_merged.cu"))
+
+def _sources(*names: str) -> tuple[pathlib.Path, ...]:
+    return tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "scan.cuh", *names))
+
+
+FORWARD, BACKWARD = (_sources("scan_tiles.cuh", name) for name in ("scan.cu", "scan_backward.cu"))
+SUMMING, MERGING = _sources("scan_sum.cu"), _sources("scan_merged.cu")
 ENTRIES = {
     "scan_forward": "forward<false>",
     "scan_starts": "forward<true>",
@@ -31,7 +36,7 @@ ENTRIES = {
     "scan_reach_back": "reach<true>",
     "scan_carry": "carry<false>",
     "scan_carry_back": "carry<true>",
-    "scan_backward": "backward<>",
+    "scan_backward": "backward",
     "scan_sum": "sums",
     "scan_merged_states": "ordered_states",
     "scan_merged": "merged_forward",
@@ -39,7 +44,7 @@ ENTRIES = {
 }
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VIEWED = ("x", "delta", "B", "C", "dy", "z")
-_REST = struct.Struct("qqii" * len(_VIEWED) + "qqqqqqi0q")  # the rest of scan.cu's Call: its views, its sizes
+_REST = struct.Struct("qqii" * len(_VIEWED) + "qqqqqqi0q")  # the rest of scan.cuh's Call: its views, its sizes
 MOST_SUMS = 6
 SUM_THREADS = 256
 _SHAPE = struct.Struct("qqqqqqii")  # of a sum
@@ -54,7 +59,8 @@ def _kernel(name: str, device: int, threads: int, *defines: tuple[str, int], sha
     values |= dict.fromkeys(("KEEP_DECAY", "SOFTPLUS", "GATED", "ORDERED", "EVERY", "START_TYPE"), 0)
     values |= {f"{n.upper()}_{what}": 0 for n in _VIEWED for what in ("TYPE", "BY_TOKEN")}
     options = tuple(f"{n}={v}" for n, v in (values | dict(defines)).items())
-    return nvrtc.kernel(MERGING if "merged" in name else SOURCES, name, options, device, shared)
+    sources = {"scan_backward": BACKWARD, "scan_sum": SUMMING}.get(name, MERGING if "merged" in name else FORWARD)
+    return nvrtc.kernel(sources, name, options, device, shared)
 
 
 class _View(NamedTuple):

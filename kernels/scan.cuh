@@ -1,12 +1,11 @@
 // What the scan's kernels share: their argument, types of elements, exponentials. Behind intrinsics.cuh.
 //
-// Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); SCANS of
-// a block; N, STATES, SPLIT, TILE; KEEP_DECAY: the backward
-// keeps a tile's decays rather than compute them twice; SOFTPLUS; GATED: y is multiplied by silu(z); X_TYPE,
-// DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE, Z_TYPE (0 float, 1 bfloat16, 2 half); X_BY_TOKEN and so on: that tensor's
-// tokens, not its channels or states, are neighbours in memory; EVERY: steps from one kept state to the next, 0 if
-// none are kept, START_TYPE: their type; and for `sum` VECTOR and WIDE, neighbours of 32
-// and of 16 bits that a thread sums.
+// Macros: KERNEL, ENTRY, ARGUMENT (its name, what it runs, on what); THREADS, RESIDENT (blocks a processor); SCANS of a
+// block; N, STATES, SPLIT, TILE; KEEP_DECAY: the backward keeps a tile's decays rather than compute them twice; SOFTPLUS;
+// GATED: y is multiplied by silu(z); X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, DY_TYPE, Z_TYPE (0 float, 1 bfloat16, 2 half);
+// X_BY_TOKEN and so on: that tensor's tokens, not its channels or states, are neighbours in memory; EVERY: steps from one
+// kept state to the next, 0 if none are kept, START_TYPE: their type; and for scan_sum.cu VECTOR and WIDE, neighbours of
+// 32 and of 16 bits that a thread sums.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f

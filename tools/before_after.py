@@ -30,6 +30,7 @@ DEGRADATIONS: dict[str, Degradation] = {
     "sr_x4": Downsample(4),
     "sr_x8": Downsample(8),
     "deblur": GaussianBlur(),
+    "deblur_gray": GaussianBlur(),
     "jpeg": JPEG((10, 10)),
     "jpeg_gray": JPEG((10, 10)),
 }

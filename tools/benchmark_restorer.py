@@ -3,11 +3,13 @@
 
     python tools/benchmark_restorer.py --device cuda --csv restorers.csv
     python tools/benchmark_restorer.py --device cpu --size 128 256 --networks serpent_t serpent_s
+    python tools/benchmark_restorer.py --device cpu --size 1024 2048 --once           (minutes)
 
 Untrained networks restore one square picture in inference mode, under bfloat16 autocast on a GPU and in float32 on a
 CPU; medians of repeated calls. Memory is the most that is allocated (on a CPU: resident) beyond weights and picture.
 The exponents p are those of pixels^p fitted (least squares of logarithms) to time and memory from 512 pixels a side on,
-where there are two such sizes: 1 is linear in pixels. --train adds a training step (forward and backward) on pictures
+where there are two such sizes: 1 is linear in pixels. After them come the first network's time and memory in shares of
+the others'. --train adds a training step (forward and backward) on pictures
 of 256 pixels. A size that does not fit is a row "out of memory".
 """
 
@@ -38,23 +40,28 @@ COLUMNS = ("network", "parameters", "MACs/pixel", "what", "side", "ms", "MB", "d
 FEWEST = 3  # calls that are timed
 
 
-def measure(call: Callable[[], object], device: torch.device, seconds: float) -> tuple[float, float]:
-    """Median milliseconds of a call and the most MB it holds beyond what was there (NaN where nothing tells)."""
-    gpu = device.type == "cuda"
+def measure(call: Callable[[], object], device: torch.device, seconds: float | None) -> tuple[float, float]:
+    """Median milliseconds of a call and the most MB it holds beyond what was there (NaN where nothing tells).
 
-    def timed() -> float:
+    Calls are timed for so many seconds, or the one alone whose memory is measured.
+    """
+    gpu, times = device.type == "cuda", []
+
+    def timed() -> None:
         before = time.perf_counter()
         call()
         if gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - before
+        times.append(time.perf_counter() - before)
 
     if gpu:
         timed()  # kernels are compiled
+    times.clear()
     peak = measure_peak(timed, device)
-    times = [timed() for _ in range(FEWEST)]
-    while sum(times) < seconds:
-        times.append(timed())
+    if seconds is not None:
+        times.clear()
+        while len(times) < FEWEST or sum(times) < seconds:
+            timed()
     return 1e3 * statistics.median(times), math.nan if peak is None else peak / 1e6
 
 
@@ -93,6 +100,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, metavar="BATCH", help="also time training steps of so many pictures")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each figure")
+    parser.add_argument("--once", action="store_true", help="time a single call instead")
     parser.add_argument("--csv", help="also write the figures to this file")
     args = parser.parse_args()
     if args.device.type == "cuda" and not torch.cuda.is_available():
@@ -114,7 +122,7 @@ def main() -> None:
             net.train(what != "restore")
             try:
                 x = torch.rand(batch, args.channels, side, side, device=args.device)
-                ms, peak = measure(partial(run, x), args.device, args.seconds)
+                ms, peak = measure(partial(run, x), args.device, None if args.once else args.seconds)
             except torch.OutOfMemoryError:
                 ms = peak = math.inf
                 torch.cuda.empty_cache()
@@ -137,7 +145,16 @@ def report(rows: Sequence[tuple], fits: Sequence[tuple[str, float, float]], hard
     console = Console(width=120)
     console.print(table)
     for name, time_exponent, memory_exponent in fits:
-        console.print(f"{name}: time ~ pixels^{time_exponent:.2f}, memory ~ pixels^{memory_exponent:.2f}")
+        if not math.isnan(time_exponent):
+            console.print(f"{name}: time ~ pixels^{time_exponent:.2f}, memory ~ pixels^{memory_exponent:.2f}")
+    measured = {(name, what, side): (ms, peak) for name, _, _, what, side, ms, peak, _ in rows if ms < math.inf}
+    first = rows[0][0]
+    for (name, what, side), (ms, peak) in measured.items():
+        if name != first and (first, what, side) in measured:
+            own, own_peak = measured[first, what, side]
+            console.print(
+                f"{first} / {name}, {what} {side}: {own / ms:.3f} of the time, {own_peak / peak:.3f} of the memory"
+            )
 
 
 if __name__ == "__main__":

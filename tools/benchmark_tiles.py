@@ -3,11 +3,11 @@
 
     python tools/benchmark_tiles.py photos/ --weights weights/serpent_s_denoise_color.safetensors --sigma 25
     python tools/benchmark_tiles.py photos/ --weights weights/serpent_s_sr_x4.safetensors --tile 96 --overlap 0 32 64
-    python tools/benchmark_tiles.py photos/ --weights weights/serpent_s_jpeg.safetensors --overlap --precision bf16 fp16
+    python tools/benchmark_tiles.py live1/ kodak24/ --weights weights/serpent_s_jpeg.safetensors --precision bf16
 
-Clean photos are degraded by the weights' own degradation, seeded; --sigma replaces its range of noise. In the table are
-the PSNR against the clean photos, its change from that of one piece in fp32, the largest change of one photo, in dB,
-and how many photos came out with values that are not finite.
+Clean photos are degraded by the weights' own degradation, seeded; --sigma replaces its range of noise. A table of
+each folder: the PSNR against the clean photos, its change from that of one piece in fp32, the largest change of one
+photo, in dB, and how many photos came out with values that are not finite.
 """
 
 import argparse
@@ -36,27 +36,30 @@ class Case:
     tile: int
     overlap: int
     decibel: list[float] = field(default_factory=list)
+    not_finite: int = 0
 
     def restore(self, lq: torch.Tensor, gt: torch.Tensor) -> None:
         """Restore one degraded photo, (C, H, W), and keep its PSNR."""
         done = self.inferencer
         tile = self.tile or max(lq.shape)
         options = dict(tile=tile, overlap=self.overlap, scale=done.scale, device=done.device)
+        before = done.redone
         with torch.inference_mode():
             self.decibel.append(psnr(run_tiled(done.restore_tile, lq, **options), gt))
+        self.not_finite += done.redone > before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("photos", help="folder of clean photos")
+    parser.add_argument("photos", nargs="+", help="folder of clean photos")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--sigma", type=float, help="noise level in units of 1/255; the network is not told it")
     parser.add_argument("--tile", type=int, default=128, help="largest side of a tile, pixels (default: 128)")
     parser.add_argument("--overlap", type=int, nargs="*", default=[0, 16, 32, 64], help="of tiles, in fp32")
     parser.add_argument("--precision", nargs="*", choices=["bf16", "fp16"], default=[], help="of whole photos")
-    parser.add_argument("--count", type=int, help="of photos, the first ones (default: all)")
+    parser.add_argument("--count", type=int, help="of photos of a folder, the first ones (default: all)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     args = parser.parse_args()
 
@@ -68,24 +71,29 @@ def main() -> None:
     if args.sigma is not None:
         if kind["type"] != "GaussianNoise":
             raise ValueError(f"--sigma is for weights against noise, these are against {kind['type']}")
-        kind["sigma"] = (args.sigma, args.sigma)
+        kind |= dict(sigma=(args.sigma, args.sigma), eight_bit=0)
     degrade = TRANSFORMS.build(kind)
-    cases = [Case(full, 0, 0)]
-    cases += [Case(inferencer(precision), 0, 0) for precision in args.precision]
-    cases += [Case(full, args.tile, overlap) for overlap in args.overlap]
-    folder = CleanFolder(args.photos, gray=full.channels == 1)
-    photos = range(len(folder))[: args.count]
-    for index in tqdm(photos, unit="photo"):
-        gt, lq = degraded(folder[index].pixels, degrade)
-        for case in cases:
-            case.restore(lq, gt)
-    columns = ("precision", "tile", "overlap", "PSNR", "change", "largest change", "not finite")
-    table = Table(*columns, title=f"{len(photos)} photos, {full.weights.name}, {full.device}")
+    halves = [inferencer(precision) for precision in args.precision]
+    folders = [CleanFolder(folder, gray=full.channels == 1) for folder in args.photos]
+    for name, folder in zip(args.photos, folders, strict=True):
+        cases = [Case(full, 0, 0)]
+        cases += [Case(half, 0, 0) for half in halves]
+        cases += [Case(full, args.tile, overlap) for overlap in args.overlap]
+        photos = range(len(folder))[: args.count]
+        for index in tqdm(photos, unit="photo"):
+            gt, lq = degraded(folder[index].pixels, degrade)
+            for case in cases:
+                case.restore(lq, gt)
+        report(cases, f"{len(photos)} photos of {name}, {full.weights.name}, {full.device}")
+
+
+def report(cases: list[Case], title: str) -> None:
+    table = Table("precision", "tile", "overlap", "PSNR", "change", "largest change", "not finite", title=title)
     whole = np.array(cases[0].decibel)
     for case in cases:
         change = np.array(case.decibel) - whole
         row = case.inferencer.precision, str(case.tile or "whole"), str(case.overlap), f"{np.mean(case.decibel):.3f}"
-        table.add_row(*row, f"{change.mean():.4f}", f"{np.abs(change).max():.4f}", str(case.inferencer.redone))
+        table.add_row(*row, f"{change.mean():.4f}", f"{np.abs(change).max():.4f}", str(case.not_finite))
     Console(width=120).print(table)
 
 

@@ -16,6 +16,7 @@ none but those by Inception's weights of 2015 is an FID.
 
 import argparse
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def is_feature_file(path: Path) -> bool:
     try:
         with np.load(path, allow_pickle=False) as file:
             return "mean" in file
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return False
 
 
@@ -56,6 +57,8 @@ def main() -> None:
     for path, option in ((args.out, "--out"), (args.save_reference, "--save-reference")):
         if path is not None:
             check_folder(path.parent, option)
+    if args.save_reference is not None and args.save_reference.suffix != ".npz":
+        raise ValueError(f"--save-reference {args.save_reference}: features are written as .npz; name such a file")
     if args.batch_size < 1 or (args.num is not None and args.num < 2):
         raise ValueError("--batch-size must be at least 1, --num at least 2")
     samples = evaluation.open_samples(args.samples)

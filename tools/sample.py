@@ -2,7 +2,7 @@
 """Sample pictures or clips from a diffusion model.
 
     python tools/sample.py --num 16 --steps 25 --seed 0 --out-dir out
-    python tools/sample.py --num 8 --classes cat 3 --guidance 2 --out-dir out --weights my.safetensors
+    python tools/sample.py --num 8 --classes cat 3 --guidance 2 --out-dir cats --weights my.safetensors
     python tools/sample.py --video --num 4 --out-dir out
     python tools/sample.py --out-dir out --config my_config.py --weights work_dirs/my_config/iter_10000.pth
     python tools/sample.py --num 10000 --save npz --out-dir out --batch-size 500     (for tools/evaluate_samples.py)
@@ -18,7 +18,7 @@ from typing import get_args
 from mambavision.diffusion import cli
 from mambavision.diffusion.objectives import Scheduler
 from mambavision.diffusion.outputs import RATE
-from mambavision.diffusion.pipeline import Precision
+from mambavision.diffusion.pipeline import GUIDANCE, Precision
 from mambavision.engine.cli import run
 
 
@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--out-dir", required=True, help="folder for the files")
     classes_help = "names or indices, repeated in turn (default: all classes in turn)"
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help=classes_help)
-    parser.add_argument("--guidance", type=float, default=1.0, help="of the class; 1 is none (default)")
+    guidance_help = f"of the class; 1 is none, and half the work (default: {GUIDANCE:g} of pictures with classes)"
+    parser.add_argument("--guidance", type=float, help=guidance_help)
     parser.add_argument("--video", action="store_true", help="sample clips: default weights are those for video")
     parser.add_argument("--weights", help="weights file or folder (default: what comes with this project)")
     parser.add_argument("--config", help="config that a training checkpoint (.pth) was trained by")
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
     args = parser.parse_args()
 
+    if args.config and not args.weights:
+        raise ValueError("--config is for a training checkpoint: name it with --weights")
     cli.check_out_dir(args.out_dir)  # before the weights: the quicker answer first
     weights = Path(args.weights) if args.weights else cli.find_weights(video=args.video)
     pipeline = cli.load_pipeline(weights, config=args.config, device=args.device, autoencoder=args.autoencoder)

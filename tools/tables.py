@@ -29,6 +29,8 @@ _TABLE = re.compile(r"(<!-- tables: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 def table(models: list[dict], folder: Path) -> str:
     """Markdown rows of the models of a table: name, parameters, metrics, weights, and where it was measured."""
     metrics = list(dict.fromkeys(name for model in models for name in model["Metrics"] or {}))
+    measured = [model["Metrics"] for model in models if model["Metrics"]]
+    places = {metric: max(_places(values.get(metric)) for values in measured) for metric in metrics}
     head = ["model", "params (M)", *metrics, "weights", "source"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for model in models:
@@ -38,7 +40,7 @@ def table(models: list[dict], folder: Path) -> str:
         cells = [
             f"[{name}]({os.path.relpath(config, folder)})" if config else name,
             _number(model.get("Parameters"), 1e6, ".2f"),
-            *(_metric(values.get(metric)) for metric in metrics),
+            *(_metric(values.get(metric), places[metric]) for metric in metrics),
             f"[{Path(weights).stem}]({os.path.relpath(weights, folder)})" if weights else "—",
             ", ".join(str(model[key]) for key in ("Source", "Hardware", "Seeds") if model.get(key)) or "—",
         ]
@@ -50,9 +52,15 @@ def _number(value: float | None, unit: float, form: str) -> str:
     return "—" if value is None else f"{value / unit:{form}}"
 
 
-def _metric(value: float | None) -> str:
-    """Decibels have two places, counts none."""
-    return "—" if value is None else f"{value:.2f}" if isinstance(value, float) and value >= 10 else str(value)
+def _places(value: float | None) -> int:
+    return len(str(value).partition(".")[2]) if isinstance(value, float) else 0
+
+
+def _metric(value: float | None, places: int) -> str:
+    """Decibels have two places, counts none, others as many as any in their column."""
+    if not isinstance(value, float):
+        return "—" if value is None else str(value)
+    return f"{value:.{2 if value >= 10 else places}f}"
 
 
 def recorded(text: str, name: str, found: dict[str, float], fields: dict[str, str]) -> str:

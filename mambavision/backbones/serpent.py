@@ -164,9 +164,7 @@ class SerpentBlock(nn.Module):
         ffn_expand: of each :class:`GatedFeedForward`.
     """
 
-    def __init__(
-        self, dim: int, *, d_state: int, expand: float, ffn_expand: float, mixer: Mixer, stride: int
-    ) -> None:
+    def __init__(self, dim: int, *, d_state: int, expand: float, ffn_expand: float, mixer: Mixer, stride: int) -> None:
         super().__init__()
         if mixer == "strided":
             self.scan = StridedScan(dim, d_state=d_state, expand=expand, stride=stride)

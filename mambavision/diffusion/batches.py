@@ -25,6 +25,19 @@ from mambavision.engine.photos import DatasetError, read_all
 Keep = Literal["device", "host", "disk"]
 
 
+class _Some(FrameSet):
+    """The items of a data set at some indices."""
+
+    def __init__(self, dataset: FrameSet, indices: np.ndarray) -> None:
+        self._dataset, self._indices, self.size = dataset, indices.tolist(), dataset.size
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, i: int) -> Item:
+        return self._dataset[self._indices[i]]
+
+
 class _Kept:
     """Items of a data set, read once and kept in one tensor; parts of their frames by item and place."""
 
@@ -167,7 +180,7 @@ class HeldOutBatches(Dataset):
     Args:
         dataset: The data set, or its config.
         batch_size: Items a batch.
-        num: How many items in all, spread evenly over the data set; all of it if None.
+        num: How many items in all, spread evenly over the data set; all of it if None. No others are read.
         seed: Of what is drawn.
         device: Where batches are made; by default the GPU, if there is one.
 
@@ -190,9 +203,10 @@ class HeldOutBatches(Dataset):
     ) -> None:
         self.dataset, self.batch_size, self.seed = _built(dataset), batch_size, seed
         self.device, self.metainfo = _device(device), {}
-        self._items = _store(self.dataset, "device", self.device, "hold out fewer, or set a smaller size")
-        num = min(num or len(self._items), len(self._items))
-        self._indices = np.arange(num) * len(self._items) // num
+        chosen = min(num or len(self.dataset), len(self.dataset))
+        some = _Some(self.dataset, np.arange(chosen) * len(self.dataset) // chosen)
+        self._items = _store(some, "device", self.device, "hold out fewer (num), or set a smaller size")
+        num = len(self._items)
         numbers = np.random.default_rng(seed)
         times = (numbers.permutation(num) + numbers.random(num)) / num
         self._draws = np.column_stack([times, np.ones(num), numbers.random(num)]).astype(np.float32)
@@ -202,11 +216,11 @@ class HeldOutBatches(Dataset):
         return self._items.skipped
 
     def __len__(self) -> int:
-        return -(-len(self._indices) // self.batch_size)
+        return -(-len(self._items) // self.batch_size)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         part = slice(i * self.batch_size, (i + 1) * self.batch_size)
-        indices, draws = self._indices[part], self._draws[part]
+        indices, draws = np.arange(len(self._items))[part], self._draws[part]
         if not len(indices):
             raise IndexError(i)
         generator = torch.Generator().manual_seed(int(np.random.default_rng([self.seed, i]).integers(2**63)))
@@ -267,6 +281,7 @@ def _order(seed: int, number: int, length: int) -> np.ndarray:
 
 
 def _store(dataset: FrameSet, keep: Keep, device: torch.device, advice: str) -> _Kept | _Unkept:
+    """Items by where they are kept; the advice is for where memory does not suffice."""
     if keep == "disk":
         return _Unkept(dataset, device)
     items = _Kept(dataset, device if keep == "device" else torch.device("cpu"), device, advice)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,18 +79,29 @@ def load_pipeline(
 
 
 def check_out_dir(out_dir: str | os.PathLike) -> None:
-    """Make the output folder.
+    """Check that the output folder can be written into, or be made; makes nothing.
 
     Raises:
-        OSError: If it cannot be made, or not be written into.
+        OSError: If it cannot.
     """
     check_folder(out_dir, "--out-dir")
+    there = next(folder for folder in (Path(out_dir), *Path(out_dir).absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out-dir {out_dir}: {there} cannot be written into; name another")
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder; after an error, what was made and is still empty is removed."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise type(error)(f"--out-dir {out_dir} cannot be made ({error.strerror}); name another") from error
-    if not os.access(out_dir, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out-dir {out_dir} cannot be written into; name another")
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def classes_of(pipeline: DiffusionPipeline, names: Sequence[str] | None) -> list[int | str] | None:
@@ -120,7 +132,7 @@ def sample_files(
 
     Args:
         pipeline: Makes the samples.
-        out_dir: The folder; made if it is not there.
+        out_dir: The folder; made if it is not there, and removed again if an error leaves it empty.
         num: How many samples.
         seed: Of the first one, the next has the next.
         class_labels: As a pipeline's.
@@ -148,23 +160,35 @@ def sample_files(
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists already: name another --out-dir, or pass --overwrite")
     batches = pipeline.batches(class_labels, num, seeds=range(seed, seed + num), **options)
-    kept = list(_written(batches, out_dir, writers if "single" in save else {}, keep=bool({"grid", "npz"} & set(save))))
-    if kept:
-        samples = np.concatenate(kept)
+    singles = writers if "single" in save else {}
+    with _folder(Path(out_dir)):
+        kept = list(_written(batches, out_dir, singles, keep=bool({"grid", "npz"} & set(save))))
+        samples = np.concatenate(kept) if kept else None
         if "npz" in save:
             outputs.write_npz(Path(out_dir, "samples.npz"), samples, labels)
         if "grid" in save:
             grid = outputs.make_grid(samples)
             for suffix, write in writers.items():
                 write(Path(out_dir, f"grid{suffix}"), grid)
-    named = pipeline.class_names or range(pipeline.network.num_classes)
-    made = [{"seed": seed + i} | ({} if label is None else {"class": named[label]}) for i, label in enumerate(labels)]
-    said = {name: value for name, value in options.items() if name not in ("progress", "batch_size")}
-    said["scheduler"] = said.get("scheduler") or pipeline.default_scheduler
-    said["precision"] = said.get("precision") or pipeline.default_precision
-    with atomic_path(Path(out_dir, "samples.json")) as temporary:
-        temporary.write_text(json.dumps({**said, "samples": made}, indent=1) + "\n")
+        with atomic_path(Path(out_dir, "samples.json")) as temporary:
+            temporary.write_text(json.dumps(_said(pipeline, labels, seed, options), indent=1) + "\n")
     return targets
+
+
+def _said(
+    pipeline: DiffusionPipeline, labels: Sequence[int | None], seed: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How samples were made, as samples.json says it."""
+    defaults = dict(
+        guidance_scale=pipeline.default_guidance,
+        scheduler=pipeline.default_scheduler,
+        precision=pipeline.default_precision,
+    )
+    given = {name: value for name, value in options.items() if name not in ("progress", "batch_size")}
+    named = pipeline.class_names or range(pipeline.network.num_classes)
+    classes = [{} if label is None else {"class": named[label]} for label in labels]
+    samples = [{"seed": seed + i, **which} for i, which in enumerate(classes)]
+    return {**defaults, **{name: value for name, value in given.items() if value is not None}, "samples": samples}
 
 
 def _writers(writers: dict[str, Writer], rate: float) -> dict[str, Writer]:

@@ -216,12 +216,14 @@ class ImageArrays(FrameSet):
         images: .npy file of uint8 (N, H, W, C) RGB or gray.
         labels: .npy file of N classes, or None.
         names: .json file of the classes' names, with ``labels``.
+        classes: Names of the classes to take, in the order of their labels; all if None.
         bgr: The channels are BGR.
         flip: Mirrored pictures are as good.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        DatasetError: If the files do not hold that, or do not fit each other.
+        DatasetError: If the files do not hold that, or do not fit each other, or a class is not among the names.
+        ValueError: If one of ``labels`` and ``names`` is missing, or both are and there are ``classes``.
     """
 
     def __init__(
@@ -230,6 +232,7 @@ class ImageArrays(FrameSet):
         labels: Root | None = None,
         names: Root | None = None,
         *,
+        classes: Sequence[str] | None = None,
         bgr: bool = False,
         flip: bool = True,
     ) -> None:
@@ -247,12 +250,29 @@ class ImageArrays(FrameSet):
                 f"{labels}: {len(self.labels)} classes up to {self.labels.max()}, expected one of the "
                 f"{len(self.class_names)} in {names} for each of {len(self._images)} pictures"
             )
+        self._rows = np.arange(len(self._images))
+        if classes is not None:
+            self._take(classes, names)
+
+    def _take(self, classes: Sequence[str], names: Root | None) -> None:
+        """Leave pictures of these classes, and number the classes anew."""
+        unknown = [name for name in classes if name not in self.class_names]
+        if names is None or not classes:
+            raise ValueError("classes: give labels and names, and at least one of the names")
+        if unknown:
+            raise DatasetError(f"{names}: no class {', '.join(map(repr, unknown))} among its {len(self.class_names)}")
+        new = np.full(len(self.class_names), -1)
+        new[[self.class_names.index(name) for name in classes]] = np.arange(len(classes))
+        labels = new[self.labels]
+        self._rows = np.flatnonzero(labels >= 0)
+        self.labels, self.class_names = labels[self._rows], tuple(classes)
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._rows)
 
     def __getitem__(self, i: int) -> Item:
-        image = self._images[i][..., ::-1] if self.bgr else self._images[i]
+        image = self._images[self._rows[i]]
+        image = image[..., ::-1] if self.bgr else image
         return Item(np.ascontiguousarray(image.transpose(2, 0, 1))[None], int(self.labels[i]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -75,7 +76,8 @@ def cache_latents(
 ) -> list[str]:
     """Write the latents of all items into a folder that :class:`LatentShards` reads; mirrored too, if the set says so.
 
-    On the device of the autoencoder. A run that was interrupted goes on after its last whole shard.
+    On the device of the autoencoder. A run that was interrupted goes on after its last whole shard, if items, sizes and
+    autoencoder are the same.
 
     Args:
         dataset: Pictures or videos; of these all frames.
@@ -88,7 +90,8 @@ def cache_latents(
         A message for each item that cannot be read.
 
     Raises:
-        ValueError: If the autoencoder takes other channels, or the folder holds latents of another data set.
+        ValueError: If the autoencoder takes other channels, or the folder holds latents of another data set or
+            autoencoder.
         DatasetError: If no item can be read.
     """
     if autoencoder.config.in_channels != dataset.channels:
@@ -98,9 +101,10 @@ def cache_latents(
     check_folder(out, "out")
     out.mkdir(parents=True, exist_ok=True)
     said = dict(items=len(dataset), pixels=list(dataset.size), flip=dataset.flip, class_names=list(dataset.class_names))
+    said |= dict(autoencoder=_fingerprint(autoencoder), shard_items=shard_items)
     begun = out / "begun.json"
     if begun.exists() and json.loads(begun.read_text()) != said:
-        raise ValueError(f"{out} holds latents of another data set; name another folder or delete it")
+        raise ValueError(f"{out} holds latents of another set, or by another autoencoder: name another, or delete it")
     with atomic_path(begun) as temporary:
         temporary.write_text(json.dumps(said))
     shards, skipped, size = [], [], None
@@ -121,6 +125,14 @@ def cache_latents(
     with atomic_path(out / _INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=2) + "\n")
     return skipped
+
+
+def _fingerprint(autoencoder: AutoencoderKL) -> str:
+    """What tells the weights from others."""
+    digest = hashlib.sha256()
+    for parameter in autoencoder.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _write_shard(path: Path, dataset: FrameSet, autoencoder: AutoencoderKL, indices: range, batch_size: int) -> None:

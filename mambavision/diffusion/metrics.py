@@ -7,6 +7,7 @@ compare only where features, reference and the number of samples are the same.
 from __future__ import annotations
 
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class FeatureSet:
                 mean, covariance = (torch.from_numpy(file[name]) for name in ("mean", "covariance"))
                 features = torch.from_numpy(file["features"]).float() if "features" in file else None
                 count, extractor, source = int(file["count"]), str(file["extractor"]), str(file["source"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DatasetError(f"{path}: no file of features, or a damaged one ({error})") from error
         return cls(extractor, source, count, mean, covariance, features)
 

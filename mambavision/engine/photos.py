@@ -69,12 +69,14 @@ def decode_unchanged(
 
 
 def is_truncated(data: bytes) -> bool:
-    """Whether a JPEG or PNG file ends before its end marker. Decoders fill the missing part of such files silently."""
+    """Whether a JPEG, PNG or WebP file ends early. Decoders fill the missing part of some such files silently."""
     if data[:2] == b"\xff\xd8":
         # entropy-coded data holds neither marker, and a thumbnail's end marker precedes the main scan
         return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda") or b"\xff\xda" not in data
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return b"IEND" not in data[-64:]
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
     return False
 
 

@@ -236,7 +236,7 @@ def _unavailable(
 @functools.cache
 def _kernel(backend: str, backward: bool = False):
     """Module of a backend's ``ssd``, or of its ``ssd_backward``."""
-    return importlib.import_module(f"mambavision.kernels.ssd_{backend}{'_backward' * (backward and backend == 'cuda')}")
+    return importlib.import_module(f"mambavision.kernels.ssd_{backend}{'_backward' * backward}")
 
 
 def _ssd(

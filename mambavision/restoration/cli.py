@@ -22,6 +22,7 @@ from mambavision.restoration.images import (
     WRITABLE_SUFFIXES,
     PhotoFile,
     check_writable,
+    count_pictures,
     read_mask,
     read_photo_file,
     side_by_side,
@@ -43,13 +44,15 @@ def plan(inputs: Sequence[str], out: str | os.PathLike, masks: str | os.PathLike
 
     Args:
         inputs: Photos, videos, folders of photos, glob patterns of photos and videos.
-        out: File to write, for one photo or video; else a folder, in which names and subfolders are kept.
+        out: File to write, for one photo or video; else a folder, in which names and subfolders are kept. A photo of
+            a kind that cannot be written becomes a .png there, a video an .mp4.
         masks: A mask for all inputs, or a folder of masks of their names, whatever the suffix.
 
     Raises:
         FileNotFoundError: If there is nothing at an input, or no masks.
         NotADirectoryError: If ``out`` must be a folder and is a file.
-        ValueError: If two files would be written to one, or ``out`` names a kind of file that cannot be written.
+        ValueError: If two files would be written to one, or ``out`` names a kind of file that cannot be written, or a
+            file for several.
     """
     masks = None if masks is None else Path(masks)
     if masks and not masks.exists():
@@ -57,7 +60,10 @@ def plan(inputs: Sequence[str], out: str | os.PathLike, masks: str | os.PathLike
     found = [pair for name in inputs for pair in _find(name, out)]
     (source, relative), target = found[0], Path(out)
     one_file = len(found) == 1 and not Path(inputs[0]).is_dir()
-    if one_file and target.suffix and not target.is_dir() and not str(out).endswith(("/", os.sep)):
+    names_folder = target.is_dir() or str(out).endswith(("/", os.sep))
+    if not one_file and not names_folder and target.suffix.lower() in (*WRITABLE_SUFFIXES, ".mp4"):
+        raise ValueError(f"{out}: several files are written to a folder; to name a folder so, end it with /")
+    if one_file and target.suffix and not names_folder:
         kind, suffixes = ("video", (".mp4",)) if is_video(source) else ("photo", WRITABLE_SUFFIXES)
         if target.suffix.lower() not in suffixes:
             raise ValueError(f"{out}: a {kind} is written as {', '.join(suffixes)}; for a folder, end it with /")
@@ -66,11 +72,17 @@ def plan(inputs: Sequence[str], out: str | os.PathLike, masks: str | os.PathLike
     check_folder(out, "--out")
     jobs: dict[Path, Job] = {}
     for file, relative in found:
-        target = Path(out, relative.with_suffix(".mp4") if is_video(file) else relative)
+        target = Path(out, _writable(file, relative))
         other = jobs.setdefault(target, Job(file, target, _mask(masks, relative))).source
         if other != file:
             raise ValueError(f"{other} and {file} would both be written to {target}; restore them one by one")
     return list(jobs.values())
+
+
+def _writable(file: Path, relative: Path) -> Path:
+    if is_video(file):
+        return relative.with_suffix(".mp4")
+    return relative if relative.suffix.lower() in WRITABLE_SUFFIXES else relative.with_suffix(".png")
 
 
 def _mask(masks: Path | None, relative: Path) -> Path | None:
@@ -128,7 +140,8 @@ def restore_files(
                 break
     if done:
         folder = jobs[0].target if len(jobs) == 1 else os.path.commonpath([job.target.parent for job in jobs])
-        print(f"{done} of {len(jobs)} files restored, written to {folder} (weights {inferencer.weights.name})")
+        used = ", ".join(sorted(path.name for path in inferencer.used))
+        print(f"{done} of {len(jobs)} files restored, written to {folder} (weights {used})")
     untried = len(jobs) - done - len(failures)
     left = f"; {untried} more not tried" * (untried > 0)
     if len(failures) == 1:
@@ -161,6 +174,9 @@ def _restore_photo(inferencer: RestorationInferencer, job: Job, targets: Sequenc
     mask = read_mask(job.mask, photo) if job.mask else None
     for target in targets:
         check_writable(target, photo, inferencer.scale)
+    pictures = count_pictures(job.source)
+    if pictures > 1:
+        tqdm.write(f"note: {job.source} holds {pictures} pictures, the first alone is restored", file=sys.stderr)
     options = dict(position=1, leave=False) if nested else {}
     with tqdm(unit="tile", desc=job.source.name, delay=1, **options) as bar:
 

@@ -52,26 +52,36 @@ class Degradation(ABC):
 @TRANSFORMS.register_module()
 @dataclass(frozen=True)
 class GaussianNoise(Degradation):
-    """lq = gt + n, n ~ N(0, sigma^2), not clipped, not rounded.
+    """lq = gt + n, n ~ N(0, sigma^2); a share of the pictures then clipped and rounded to 8 bits, as a file holds them.
 
     Args:
         sigma: (lowest, highest) standard deviation, of which each picture draws one, for pixel values 0..255.
+        eight_bit: Share of the pictures that become 8-bit, 0 to 1. The field's protocol has none.
     """
 
     sigma: tuple[float, float]
+    eight_bit: float = 0.0
 
     def __post_init__(self) -> None:
         _check_range("sigma", self.sigma, 0, 255)
+        if not 0 <= self.eight_bit <= 1:
+            raise ValueError(f"eight_bit must be a share of 0 to 1, got {self.eight_bit}")
 
     def __call__(self, gt: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         sigma = _uniform(self.sigma, len(gt), generator) / 255
-        noise = torch.randn(gt.shape, generator=generator, device=gt.device)
-        return dict(lq=gt + sigma.view(-1, 1, 1, 1) * noise, sigma=sigma)
+        lq = gt + sigma.view(-1, 1, 1, 1) * torch.randn(gt.shape, generator=generator, device=gt.device)
+        if self.eight_bit:
+            drawn = torch.rand(len(gt), generator=generator, device=gt.device) < self.eight_bit
+            lq = torch.where(drawn.view(-1, 1, 1, 1), _eight_bit(lq), lq)
+        return dict(lq=lq, sigma=sigma)
 
     def for_evaluation(self, gt: Tensor) -> dict[str, Tensor]:
         """Add np.random.seed(0)'s noise, drawn as (H, W, C), as SwinIR and Restormer do."""
         sigma = _fixed("sigma", self.sigma) / 255
-        return dict(lq=gt + _standard_noise(gt, sigma), sigma=torch.full((1,), sigma))
+        lq = gt + _standard_noise(gt, sigma)
+        if self.eight_bit not in (0, 1):
+            raise ValueError(f"for evaluation all pictures are 8-bit (eight_bit=1) or none (0), got {self.eight_bit}")
+        return dict(lq=_eight_bit(lq) if self.eight_bit else lq, sigma=torch.full((1,), sigma))
 
 
 @TRANSFORMS.register_module()
@@ -225,6 +235,11 @@ def _convolution(blur: GaussianBlur, length: int, device: torch.device) -> tuple
 def _check_range(name: str, bounds: tuple[float, float], lowest: float, highest: float) -> None:
     if len(bounds) != 2 or not lowest <= bounds[0] <= bounds[1] <= highest:
         raise ValueError(f"{name} must be (low, high) with {lowest} <= low <= high <= {highest}, got {bounds}")
+
+
+def _eight_bit(x: Tensor) -> Tensor:
+    """The nearest values an 8-bit file can hold."""
+    return x.clamp(0, 1).mul(255).round() / 255
 
 
 def _fixed(name: str, bounds: tuple[float, float]) -> float:

@@ -78,9 +78,18 @@ def read_photo_file(path: str | os.PathLike) -> PhotoFile:
         raise DatasetError(f"{path}: {channels} channels; a photo has 1 (gray), 3 (colour) or 4 (colour and alpha)")
     if not is_tiff:  # of a TIFF, OpenCV has done it
         pixels = _upright(pixels, orientation)
-    alpha = np.ascontiguousarray(pixels[..., 3]) if channels == 4 else None
+    alpha = np.ascontiguousarray(pixels[..., 3]) if channels == 4 and mode != "CMYK" else None
     colour = pixels[..., :1] if channels == 1 or mode == "LA" else pixels[..., 2::-1]
     return PhotoFile(np.ascontiguousarray(colour), alpha, _fitting_icc(icc, colour.shape[2]), exif, dpi)
+
+
+def count_pictures(path: str | os.PathLike) -> int:
+    """Pages of a TIFF, frames of an animation, of which :func:`read_photo_file` reads the first; else 1."""
+    try:
+        with Image.open(path) as image:  # a JPEG's others are previews
+            return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+    except Exception:  # as in _metadata
+        return 1
 
 
 def read_mask(path: str | os.PathLike, photo: PhotoFile) -> np.ndarray:
@@ -110,8 +119,8 @@ def write_photo_file(path: str | os.PathLike, photo: PhotoFile) -> None:
     check_writable(path, photo)
     wide_or_bmp = photo.pixels.dtype == np.uint16 or (path.suffix.lower() == ".bmp" and photo.alpha is not None)
     data = _encode_by_opencv(path, photo) if wide_or_bmp else _encode_by_pillow(path, photo)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             temporary.write_bytes(data)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -35,6 +36,9 @@ TASKS: tuple[Task, ...] = get_args(Task)
 Precision = Literal["fp32", "bf16", "fp16"]
 SIZES = ("l", "b", "s", "t")  # of Serpent, the largest first
 OVERLAP = 32
+GRAY: dict[Task, Task] = {"denoise_color": "denoise_gray", "deblur": "deblur_gray", "jpeg": "jpeg_gray"}
+"""Tasks in gray. Networks of colour take noise that is the same in all channels for part of the picture."""
+_NOISE: tuple[Task, ...] = ("denoise_color", "deblur")
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
 _BLOCK = 16  # pixels, of JPEG with chroma at half size; a multiple of the 8 of others
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,8 +51,9 @@ class RestorationInferencer:
     """Restore pictures of any size.
 
     Args:
-        task: What to do, with the weights that come with this project: blind colour denoising if neither is given.
-        weights: Weights file; ``task``, if given too, must be its own.
+        task: What to do, with the weights that come with this project: blind colour denoising if neither is given. Gray
+            pictures (one channel, or three equal ones) are restored by the weights of the task in gray, if any.
+        weights: Weights file, for all pictures; ``task``, if given too, must be its own.
         device: "cpu", "cuda" or "cuda:N"; by default a GPU where there is one.
         sigma: Noise level of the pictures in units of 1/255, for weights that take it; None: it is unknown.
         tile: Largest side of a tile in pixels, 0 for each picture in one piece, or "auto": as memory allows.
@@ -62,6 +67,7 @@ class RestorationInferencer:
         network, metadata: As the weights file gives them.
         scale: Factor by which pictures are enlarged.
         redone: How many tiles of half precision were done again in fp32 so far.
+        used: Weights files by which pictures were restored so far.
 
     Raises:
         FileNotFoundError: If there are no such weights.
@@ -100,7 +106,11 @@ class RestorationInferencer:
         self.scale: int = config["scale"]
         self.sigma = self._checked_sigma(sigma, takes=config["sigma_input"])
         self.tile, self.overlap, self.precision, self.self_ensemble = tile, overlap, precision, self_ensemble
+        options = dict(device=device, sigma=sigma, tile=tile, overlap=overlap, precision=precision)
+        self._options = dict(options, self_ensemble=self_ensemble) if weights is None else None
+        self._gray: RestorationInferencer | None = None
         self.redone = 0
+        self.used: set[Path] = set()
         self._bytes_per_pixel: float | None = None
         self._largest: int | None = None  # of a tile, once memory ran out
         self._said: set[str] = set()
@@ -160,6 +170,11 @@ class RestorationInferencer:
 
     def _restored(self, pixels: np.ndarray, progress: Progress | None) -> np.ndarray:
         height, width, channels = pixels.shape
+        if self.channels == 3 and is_gray(pixels):
+            if self._in_gray():
+                return self._gray._restored(pixels[..., :1], progress).repeat(channels, axis=2)
+            if self.task in _NOISE:
+                self._say(f"{self.weights.name} is for colour: of a gray picture, noise may stay")
         if channels > self.channels:
             raise ValueError(f"the picture is in colour, {self.weights.name} is for gray: use a task for colour")
         need = pixels.nbytes * self.scale**2
@@ -169,7 +184,9 @@ class RestorationInferencer:
         tile = self._choose_tile(height, width)
         while True:
             try:
-                return self._in_tiles(pixels, tile, progress)
+                restored = self._in_tiles(pixels, tile, progress)
+                self.used.add(self.weights)
+                return restored
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -178,6 +195,14 @@ class RestorationInferencer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             tile = self._smaller(min(tile, max(height, width)))
+
+    def _in_gray(self) -> bool:
+        """Whether there are weights for the task in gray; loads them."""
+        if self._gray is None and self._options is not None and self.task in GRAY:
+            with contextlib.suppress(FileNotFoundError):
+                self._gray = RestorationInferencer(GRAY[self.task], **self._options)
+                self._gray.used = self.used
+        return self._gray is not None
 
     def _choose_tile(self, height: int, width: int) -> int:
         whole = max(height, width)
@@ -265,6 +290,11 @@ class RestorationInferencer:
         if note not in self._said:
             self._said.add(note)
             print(f"note: {note}", file=sys.stderr)
+
+
+def is_gray(pixels: np.ndarray) -> bool:
+    """Whether pixels (H, W, C) have one channel, or three equal ones."""
+    return all(np.array_equal(pixels[..., 0], pixels[..., channel]) for channel in range(1, pixels.shape[2]))
 
 
 def find_weights(task: Task) -> Path:

@@ -19,6 +19,7 @@ Task = Literal[
     "sr_x4",
     "sr_x8",
     "deblur",
+    "deblur_gray",
     "jpeg",
     "jpeg_gray",
     "motion_deblur",

@@ -28,8 +28,7 @@ def make_pipeline():
     return untrained
 
 
-@pytest.fixture
-def tiny_autoencoder():
+def small_autoencoder():
     """A diffusers AutoencoderKL that halves both sides, random weights."""
     from diffusers import AutoencoderKL
 
@@ -38,3 +37,8 @@ def tiny_autoencoder():
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.5,
     ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def tiny_autoencoder():
+    return small_autoencoder()

@@ -99,6 +99,8 @@ def test_too_little_memory_says_what_is_needed(monkeypatch):
     monkeypatch.setattr(batches, "free_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match="12 items need 0.0 GB on cpu, 0.0 GB are free: set .*keep='host' or 'disk'"):
         loader()
+    with pytest.raises(MemoryError, match="9 items need .* are free: hold out fewer"):
+        HeldOutBatches(Drawn(), 4, num=9, device="cpu")
     loader(keep="disk").batch(0)
     with pytest.raises(MemoryError, match="hold out fewer"):
         HeldOutBatches(Drawn(), 4, device="cpu")
@@ -119,6 +121,12 @@ def test_memory_is_judged_by_several_videos(monkeypatch):
     monkeypatch.setattr(batches, "free_memory", lambda device: 2 * 12 * 15 * one)
     with pytest.raises(MemoryError):
         loader(Uneven(**clips))
+
+
+def test_held_out_items_alone_are_read():
+    found = HeldOutBatches(Broken(12), 4, num=8, device="cpu")  # 0, 1, 3, 4, 6, 7, 9, 10
+    assert sum((numbers(batch["inputs"]) for batch in found), []) == [1, 4, 7, 10]
+    assert found.skipped == [f"{i}.png: truncated photo" for i in (0, 3, 6, 9)] and len(found) == 1
 
 
 def test_iteration_can_be_set():

@@ -118,6 +118,13 @@ def test_arrays(tmp_path):
     assert (dataset.size, dataset.channels, dataset.class_names) == ((4, 5), 3, ("ape", "bee"))
     assert dataset[2].label == 1 and np.array_equal(dataset[2].frames[0].transpose(1, 2, 0), photos[2][..., ::-1])
     assert ImageArrays(files[0]).class_names == ()
+    bees = ImageArrays(*files, classes=["bee"])
+    assert bees.class_names == ("bee",) and [bees[i].label for i in range(len(bees))] == [0, 0]
+    assert np.array_equal(bees[1].frames[0].transpose(1, 2, 0), photos[2])
+    turned = ImageArrays(*files, classes=["bee", "ape"])
+    assert [turned[i].label for i in range(3)] == [0, 1, 0]
+    with pytest.raises(DatasetError, match="names.json: no class 'cow' among its 2"):
+        ImageArrays(*files, classes=["ape", "cow"])
     np.save(files[1], np.array([1, 0], np.uint8))
     with pytest.raises(DatasetError, match="2 classes up to 1, expected one of the 2"):
         ImageArrays(*files)
@@ -180,6 +187,11 @@ def test_what_is_transparent_becomes_white():
     assert to_rgb(np.full((2, 2), 513, np.uint16))[0, 0].tolist() == [2, 2, 2]
 
 
+def _arrays_without_names(path):
+    np.save(path / "x.npy", np.zeros((1, 2, 2, 3), np.uint8))
+    return ImageArrays(path / "x.npy", classes=["ape"])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -192,6 +204,7 @@ def test_what_is_transparent_becomes_white():
         (lambda path: ImageArchive(path / "gone.tar", (8, 8)), FileNotFoundError, "no such archive"),
         (lambda path: ImageArrays(path / "gone.npy"), FileNotFoundError, "gone.npy"),
         (lambda path: ImageArrays(path / "x.npy", labels=path / "y.npy"), ValueError, "come together"),
+        (_arrays_without_names, ValueError, "classes: give labels and names"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_a_line(tmp_path, make, error, message):

@@ -1,5 +1,6 @@
 """Latents in place of pixels: encoded once, in shards, the same after an interruption."""
 
+import copy
 import json
 
 import numpy as np
@@ -81,8 +82,11 @@ def test_an_interrupted_run_goes_on(autoencoder, tmp_path, monkeypatch):
     assert len(whole) == len(cut) == 8
     assert all(np.array_equal(whole[i].frames, cut[i].frames) and whole[i].label == cut[i].label for i in range(8))
     assert not list(tmp_path.glob("*/.*"))
-    with pytest.raises(ValueError, match="holds latents of another data set"):
-        cache_latents(Broken(11), autoencoder, tmp_path / "cut")
+    other = copy.deepcopy(autoencoder)
+    next(other.parameters()).data[0] += 1e-3
+    for changed in ((Broken(11), autoencoder), (Broken(12), other)):
+        with pytest.raises(ValueError, match="holds latents of another set, or by another autoencoder"):
+            cache_latents(*changed, tmp_path / "cut", shard_items=4)
 
 
 def test_what_does_not_fit_is_refused(autoencoder, tmp_path):

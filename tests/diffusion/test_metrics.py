@@ -108,6 +108,7 @@ def test_files_that_hold_no_features(tmp_path):
     np.savez(tmp_path / "other.npz", arr_0=np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "empty.npz").write_text("")
-    for name in ("other", "text", "empty"):
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:60])
+    for name in ("other", "text", "empty", "cut"):
         with pytest.raises(DatasetError, match=f"{name}.npz: no file of features"):
             FeatureSet.load(tmp_path / f"{name}.npz")

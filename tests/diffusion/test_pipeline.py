@@ -42,7 +42,8 @@ class Ideal(nn.Module):
 @pytest.mark.parametrize(("objective", "kind"), SAMPLERS, ids=lambda v: v if isinstance(v, str) else type(v).__name__)
 def test_an_ideal_network_samples_its_classes(objective, kind):
     pipeline = DiffusionPipeline(Ideal(objective, [-0.5, 0.0, 0.5]), objective)
-    x = pipeline(num=6, num_inference_steps=20, scheduler=kind, progress=False, output_type="pt").images
+    options = dict(num_inference_steps=20, guidance_scale=1.0, progress=False, output_type="pt")
+    x = pipeline(num=6, scheduler=kind, **options).images
     want = torch.tensor([0.25, 0.5, 0.75] * 2).view(6, 1, 1, 1).expand_as(x)
     assert x.shape == (6, 3, 4, 4)
     torch.testing.assert_close(x, want, atol=0.02, rtol=0)
@@ -59,7 +60,7 @@ def test_guidance_moves_away_from_the_null_class():
 
 def test_no_guidance_asks_the_network_once(make_pipeline):
     pipeline, sizes = make_pipeline(), []
-    pipeline([0, 1], **QUIET)
+    pipeline([0, 1], guidance_scale=1.0, **QUIET)
     pipeline.network.register_forward_pre_hook(
         lambda module, inputs: sizes.append((len(inputs[0]), inputs[2].tolist()))
     )
@@ -69,6 +70,16 @@ def test_no_guidance_asks_the_network_once(make_pipeline):
     sizes.clear()
     pipeline([0, 1], guidance_scale=3.0, **QUIET)
     assert sizes[-3:] == [(4, [0, 1, 3, 3])] * 3
+
+
+def test_classes_of_pictures_guide_unless_told_otherwise(make_pipeline):
+    pipeline = make_pipeline()
+    options = dict(seeds=[1, 2], **QUIET)
+    default = pipeline([0, 1], **options).images
+    assert torch.equal(pipeline([0, 1], guidance_scale=1.5, **options).images, default)
+    assert not torch.equal(pipeline([0, 1], guidance_scale=1.0, **options).images, default)
+    assert pipeline.default_guidance == 1.5 and make_pipeline(class_names=None).default_guidance == 1.0
+    assert make_pipeline(size=(3, 8, 8)).default_guidance == 1.0  # clips
 
 
 @pytest.mark.parametrize(("objective", "kind"), [(EpsilonPrediction(), "ddpm"), (RectifiedFlow(), "heun")])
@@ -273,7 +284,7 @@ def test_running_out_of_memory_is_said_in_one_line(make_pipeline):
     pipeline.network.register_forward_pre_hook(fail)
     with pytest.raises(MemoryError, match="one 8x8 picture needs more memory .*, 20.00 GiB of it in one piece"):
         pipeline(num=2, **QUIET)
-    pipeline._picture_bytes[pipeline.device, False, "fp32"] = 1
+    pipeline._picture_bytes[pipeline.device, True, "fp32"] = 1
     with pytest.raises(MemoryError, match="out of memory on cpu with 4 at once, .* --batch-size 2"):
         pipeline(num=4, **QUIET)
 

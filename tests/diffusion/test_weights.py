@@ -44,7 +44,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
     fields["objective"] = '{"type": "RectifiedFlow"}'
     for change, message in (
         ({"format": "other"}, "does not say how to rebuild its denoising network"),
-        ({"task": "jpeg", "class": "Serpent"}, "is of a Serpent .* the networks are DiM, DiT"),
+        ({"task": "jpeg", "class": "Serpent"}, "holds weights for jpeg: those of a denoising network are wanted"),
         ({"class": "Nessie"}, "is of a Nessie with arguments .* the networks are DiM, DiT"),
         ({"config": '{"wings": 2}'}, "cannot be built here"),
         ({"config": right.replace("[8, 8]", "[9, 8]")}, "cannot be built here"),

@@ -6,7 +6,7 @@ from PIL import Image
 from mambavision.engine.photos import DatasetError, decode_unchanged, find_photos, imread_unchanged, read_all
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("left", [0.3, 0.9, 0.999])
 def test_truncated_photos_are_refused(tmp_path, suffix, left):
     path = tmp_path / f"a.{suffix}"

@@ -14,7 +14,7 @@ from tests.kernels.emulated import ASCENDING, DESCENDING, RANDOM, guarded
 from tests.kernels.test_backends import COVERING, EXTREME, Case, check, make, relative
 
 ORDERS = (ASCENDING, DESCENDING, RANDOM, RANDOM + 1)
-PRIMITIVES = (cuda_layout.SOURCES[0], Path(__file__).with_name("emulator") / "primitives.cu")
+PRIMITIVES = (cuda_layout.FORWARD[0], Path(__file__).with_name("emulator") / "primitives.cu")
 
 
 def primitive(entry: str, a: Tensor, b: Tensor, c: Tensor, rows: int = 0, threads: int = 32) -> None:

@@ -59,6 +59,20 @@ def test_noise_levels_differ_within_a_batch(photo: Tensor):
     assert 10 / 255 <= noisy["sigma"].min() < 15 / 255 and 45 / 255 < noisy["sigma"].max() <= 50 / 255
 
 
+def test_a_share_of_the_pictures_is_as_8_bit_files_hold_them():
+    gt = torch.linspace(0, 1, 64).expand(200, 1, 8, 64)
+    degraded = [GaussianNoise((40, 40), eight_bit=share)(gt, _generator()) for share in (0, 0.3, 1)]
+    none, some, all_ = (one["lq"] for one in degraded)
+    expected = (none.clamp(0, 1) * 255).round() / 255
+    assert torch.equal(all_, expected)
+    held = (some == expected).flatten(1).all(1)
+    assert 0.2 < held.float().mean() < 0.4 and torch.equal(some[~held], none[~held])
+    exact, held = (GaussianNoise((40, 40), eight_bit=share).for_evaluation(gt[:1])["lq"] for share in (0, 1))
+    assert torch.equal(held, (exact.clamp(0, 1) * 255).round() / 255)
+    with pytest.raises(ValueError, match="all pictures"):
+        GaussianNoise((40, 40), eight_bit=0.5).for_evaluation(gt[:1])
+
+
 def test_evaluation_noise_is_numpys_of_seed_0(photo: Tensor):
     noisy = GaussianNoise((25, 25)).for_evaluation(photo)
     np.random.seed(0)
@@ -111,6 +125,7 @@ def test_mask_blackens_strokes_only(photo: Tensor):
     [
         lambda: GaussianNoise((50, 10)),
         lambda: GaussianNoise((0, 300)),
+        lambda: GaussianNoise((0, 50), eight_bit=50),
         lambda: GaussianBlur(taps=60),
         lambda: Downsample(1),
         lambda: JPEG((0, 40)),

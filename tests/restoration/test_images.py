@@ -94,6 +94,14 @@ def test_photos_come_upright(tmp_path, suffix, orientation):
         assert suffix == "tif" or image.getexif()[0x010F] == "Maker"
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_print_colours_become_opaque_rgb(tmp_path, suffix):
+    image = Image.fromarray(smooth())
+    image.convert("CMYK").save(tmp_path / f"a{suffix}", quality=95)
+    photo = read_photo_file(tmp_path / f"a{suffix}")
+    assert photo.alpha is None and np.abs(photo.pixels.astype(int) - np.asarray(image)).mean() < 3
+
+
 def test_jpeg_is_written_well(tmp_path):
     photo = PhotoFile(smooth(64, 64))
     write_photo_file(tmp_path / "a.jpg", photo)
@@ -122,6 +130,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(images.Path, "write_bytes", full)
     with pytest.raises(OSError, match=r"a\.png: cannot be written \(No space left on device\)"):
         write_photo_file(path, PhotoFile(smooth()))
+    with pytest.raises(OSError, match=r"b\.png: cannot be written \("):
+        write_photo_file(path / "b.png", PhotoFile(smooth()))
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

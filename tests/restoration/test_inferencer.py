@@ -184,6 +184,27 @@ def test_weights_that_are_not_there(tmp_path, monkeypatch):
         RestorationInferencer("jpeg")
 
 
+def test_gray_pictures_are_restored_by_the_network_for_gray(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "WEIGHTS_FOLDER", tmp_path)
+    path = save(tmp_path / "serpent_s_denoise_color.safetensors", sigma_input=True)
+    gray, colour = array(40, 50), array(40, 50, 3)
+    alone = RestorationInferencer(device="cpu", sigma=9)
+    by_colour = alone(gray)
+    assert alone.used == {path} and "of a gray picture, noise may stay" in capsys.readouterr().err
+
+    gray_path = save(tmp_path / "serpent_s_denoise_gray.safetensors", "denoise_gray", in_channels=1, sigma_input=True)
+    both, only = (
+        RestorationInferencer(device="cpu", sigma=9),
+        RestorationInferencer(weights=path, device="cpu", sigma=9),
+    )
+    expected = RestorationInferencer("denoise_gray", device="cpu", sigma=9)(gray)
+    assert np.array_equal(both(gray), expected) and not np.array_equal(expected, by_colour)
+    assert both.used == {gray_path} and not capsys.readouterr().err
+    assert np.array_equal(both(gray[..., None].repeat(3, 2)), expected[..., None].repeat(3, 2))
+    assert np.array_equal(both(colour), only(colour)) and both.used == {path, gray_path}
+    assert np.array_equal(only(gray), by_colour) and only.used == {path}
+
+
 @pytest.mark.parametrize("task", module.TASKS)
 def test_every_task_restores(make, task):
     scale = int(task[-1]) if task.startswith("sr_x") else 1

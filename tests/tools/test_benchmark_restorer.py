@@ -29,7 +29,18 @@ def test_figures_and_a_size_that_does_not_fit(tmp_path, monkeypatch, capsys):
     options = "--networks serpent_t dncnn --size 16 24 --channels 1 --seconds 0".split()
     monkeypatch.setattr(sys, "argv", ["benchmark_restorer", *options, "--csv", str(path)])
     TOOL["main"]()
-    assert "out of memory" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "out of memory" in text and "pixels^" not in text
     rows = list(csv.DictReader(path.open()))
     assert [(r["network"], r["side"]) for r in rows] == [(n, s) for n in ("serpent_t", "dncnn") for s in ("16", "24")]
+    share = float(rows[0]["ms"]) / float(rows[2]["ms"])
+    assert f"serpent_t / dncnn, restore 16: {share:.3f} of the time" in text and "restore 24:" not in text
     assert float(rows[0]["ms"]) > 0 and rows[1]["ms"] == "inf" and rows[2]["parameters"] == "556097"
+
+
+def test_one_call_is_timed_where_asked():
+    calls = []
+    ms, _ = TOOL["measure"](lambda: calls.append(1), TOOL["torch"].device("cpu"), None)
+    assert len(calls) == 1 and ms > 0
+    TOOL["measure"](lambda: calls.append(1), TOOL["torch"].device("cpu"), 0)
+    assert len(calls) == 1 + 1 + TOOL["FEWEST"]

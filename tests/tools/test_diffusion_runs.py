@@ -14,6 +14,7 @@ from mambavision.diffusion import weights
 from mambavision.diffusion.diffusion import Diffusion
 from mambavision.diffusion.objectives import RectifiedFlow
 from mambavision.engine.checkpoint import load
+from tests.diffusion.conftest import small_autoencoder
 from tests.tools.running import ROOT, losses, refusal, rows, run_here, start_ranks, start_tool
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
@@ -145,6 +146,33 @@ def test_evaluation_of_checkpoint_and_published_weights(whole, tmp_path, tool):
     assert code == 0, err
     again = json.loads((tmp_path / "b.json").read_text())
     assert again["held_out/loss"] == pytest.approx(measured["held_out/loss"], rel=1e-2)
+
+
+def test_latents_from_photos_to_samples(tmp_path, tool):
+    small_config(tmp_path)
+    latents, autoencoder, work = tmp_path / "latents", tmp_path / "autoencoder", tmp_path / "work"
+    small_autoencoder().save_pretrained(autoencoder)
+    made = ["cache_latents", tmp_path / "photos", latents, "--autoencoder", autoencoder, "--size", 16, "--classes"]
+    code, text, err = tool(*made)
+    assert code == 0 and f"{latents}: 14 items of 4 x 8 x 8" in text and "1 items were left out, first" in err, err
+    config = tmp_path / "latents.py"
+    config.write_text(
+        f"_base_ = {str(CONFIG)!r}\n"
+        "model = dict(network=dict(input_size=(8, 8), in_channels=4, num_classes=2))\n"
+        f"held_out = dict(_delete_=True, type='LatentShards', root={str(latents)!r})\n"
+        "train_dataloader = dict(dataset=held_out, batch_size=4)\n"
+        "val_dataloader = dict(dataset=dict(dataset=held_out))\n"
+        "test_dataloader = dict(dataset=dict(dataset=held_out))\n"
+        "train_cfg = dict(max_iters=6, val_interval=3)\n"
+    )
+    code, _, err = tool("train", config, "--work-dir", work, *SEED)
+    assert code == 0 and len(losses(work)) == 6, err
+    published, out = tmp_path / "w.safetensors", ("--out-dir", tmp_path / "out")
+    assert tool("publish", work / "iter_6.pth", published, "--config", config)[0] == 0
+    sample = ["sample", "--weights", published, "--num", 2, "--steps", 2, "--classes", "dark", *out]
+    assert "makes latents of 4 channels: give their autoencoder too" in refusal(tool(*sample))
+    code, _, err = tool(*sample, "--autoencoder", autoencoder)
+    assert code == 0 and cv2.imread(str(tmp_path / "out/00001.png")).shape == (16, 16, 3), err
 
 
 def test_wall_time_ends_a_run(tmp_path, tool):

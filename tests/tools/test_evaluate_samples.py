@@ -111,6 +111,7 @@ def test_bad_input_is_refused_in_one_line(evaluate, tmp_path, own_features):
     np.savez(tmp_path / "floats.npz", arr_0=noise(4) / 255)
     np.savez(tmp_path / "clips.npz", arr_0=noise(4)[None])
     (tmp_path / "text.npz").write_text("nothing")
+    (tmp_path / "cut.npz").write_bytes(good.read_bytes()[:100])
     empty.mkdir()
     mixed = save_pictures(tmp_path / "mixed", [noise(1)[0], noise(1, size=(8, 8))[0]])
     for arguments, message in (
@@ -126,6 +127,8 @@ def test_bad_input_is_refused_in_one_line(evaluate, tmp_path, own_features):
         ([good, "--reference", good, "--batch-size", 0], "--batch-size must be at least 1"),
         ([good, "--reference", good, "--features", tmp_path / "gone.pt"], "no feature network at"),
         ([good, "--reference", good, "--out", good / "m.json"], "is a file, a folder is wanted"),
+        ([good, "--reference", good, "--save-reference", tmp_path / "r.txt"], "r.txt: features are written as .npz"),
+        ([good, "--reference", tmp_path / "cut.npz"], "cut.npz: not an .npz file of samples, or a damaged one"),
     ):
         assert message in refusal(evaluate(*arguments)), arguments
     for path in own_features.iterdir():

@@ -131,6 +131,21 @@ def test_enlarging(restore, photos, tmp_path):
     assert code == 0 and read_photo_file(tmp_path / "b.png").pixels.shape == (80, 112, 3), err
 
 
+def test_kinds_that_are_not_written_become_png(restore, tmp_path):
+    still, *turned = (Image.fromarray(RNG.integers(0, 255, (24, 32, 3), np.uint8)) for _ in range(3))
+    still.save(tmp_path / "still.gif")
+    for name in ("moving.gif", "pages.tif"):
+        still.save(tmp_path / name, save_all=True, append_images=turned)
+    code, _, err = restore(tmp_path / "*.gif", tmp_path / "pages.tif", "-o", tmp_path / "out")
+    assert code == 0 and written(tmp_path / "out") == ["moving.png", "pages.tif", "still.png"], err
+    notes = [line for line in err.splitlines() if line.startswith("note: ") and "holds 3 pictures, the first" in line]
+    assert len(notes) == 2 and "moving.gif" in notes[0] and "pages.tif" in notes[1]
+    assert read_photo_file(tmp_path / "out" / "still.png").pixels.shape == (24, 32, 3)
+    line = refusal(restore(tmp_path / "still.gif", tmp_path / "pages.tif", "-o", tmp_path / "one.png"))
+    assert "one.png: several files are written to a folder" in line and not (tmp_path / "one.png").exists()
+    assert restore(tmp_path / "still.gif", tmp_path / "pages.tif", "-o", f"{tmp_path}/one.png/")[0] == 0
+
+
 def test_masks(restore, photos, tmp_path):
     weights = save(tmp_path / "inpaint.safetensors", task="inpaint")
     white = np.zeros((40, 56, 1), np.uint8)

@@ -109,9 +109,10 @@ def test_pictures_come_right_after_installation(monkeypatch, capfd, tmp_path):
     assert [p.shape for p in pictures(tmp_path)] == [(32, 32, 3)] * 2
     said = json.loads((tmp_path / "samples.json").read_text())["samples"]
     assert said == [{"seed": 0, "class": "airplane"}, {"seed": 1, "class": "automobile"}]
+    assert json.loads((tmp_path / "samples.json").read_text())["guidance_scale"] == 1.5
 
 
-def test_a_training_checkpoint_with_its_config(sample, tmp_path):
+def test_a_training_checkpoint_with_its_config(sample, tmp_path, monkeypatch, capfd):
     config, path = tmp_path / "c.py", tmp_path / "iter_2.pth"
     config.write_text(
         "task = 'diffusion'\ncustom_imports = dict(imports=['mambavision.diffusion.register'])\n"
@@ -126,6 +127,8 @@ def test_a_training_checkpoint_with_its_config(sample, tmp_path):
     assert sample("--classes", "fox", "--out-dir", tmp_path / "published")[0] == 0
     assert np.array_equal(pictures(tmp_path / "out"), pictures(tmp_path / "published"))
     assert "name the config it was trained by with --config" in refusal(sample("--weights", path))
+    without = run_tool(monkeypatch, capfd, "sample", "--config", config, "--out-dir", tmp_path / "x")
+    assert "--config is for a training checkpoint: name it with --weights" in refusal(without)
     config.write_text(config.read_text().replace("num_classes=3", "num_classes=2"))
     assert "does not fit this network" in refusal(sample("--config", config, "--weights", path))
     config.write_text(config.read_text().replace("input_size=(8, 8)", "input_size=(9, 8)"))
@@ -143,6 +146,8 @@ def test_a_training_checkpoint_with_its_config(sample, tmp_path):
         (["--steps", 0], "0 steps cannot be taken: 1 to 1000 can"),
         (["--num", 0], "0 samples are asked for"),
         (["--guidance", -1], "guidance -1 must be at least 0"),
+        (["--guidance", "inf"], "guidance inf must be at least 0, and finite"),
+        (["--seed", 2**64], "seed 18446744073709551616 is out of range: 64 bits hold"),
         (["--batch-size", 0], "a batch of 0"),
         (["--scheduler", "ddim"], "scheduler 'ddim' cannot sample a RectifiedFlow; those that can: euler"),
         (["--video"], "samples pictures, not clips: leave out --video"),
@@ -154,16 +159,27 @@ def test_a_training_checkpoint_with_its_config(sample, tmp_path):
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
 def test_bad_input_is_refused_in_one_line(arguments, message, sample, tmp_path):
-    assert message in refusal(sample(*arguments))
-    assert not written(tmp_path / "out")
+    assert message in refusal(sample("--out-dir", tmp_path / "new" / "out", *arguments))
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_fails_on_the_way_leaves_no_empty_folder(sample, tmp_path):
+    network = untrained_network()
+    next(network.parameters()).data.fill_(1e30)  # finite, but not what it gives
+    weights.save(network, tmp_path / "w.safetensors", objective=RectifiedFlow(), precision="fp32")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for out in (tmp_path / "new" / "out", mine / "out", mine):
+        line = refusal(sample("--weights", tmp_path / "w.safetensors", "--out-dir", out))
+        assert "not finite in fp32: the weights are broken" in line
+    assert not (tmp_path / "new").exists() and mine.is_dir() and not list(mine.iterdir())
 
 
 def test_weights_of_another_task_or_size_are_refused(sample, tmp_path):
     fields = {"format": "mambavision-zoo/1", "task": "sr_x2", "class": "Serpent", "config": "{}"}
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors", metadata=fields)
-    assert "does not say how to rebuild its denoising network" in refusal(
-        sample("--weights", tmp_path / "other.safetensors")
-    )
+    line = refusal(sample("--weights", tmp_path / "other.safetensors"))
+    assert "holds weights for sr_x2: those of a denoising network are wanted" in line
     path = save_video(tmp_path / "v.safetensors")
     from safetensors import safe_open
 
@@ -197,4 +213,4 @@ def test_too_little_memory_says_what_is_needed(sample, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "measure_peak", lambda call, device: 10**9)
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 10**9)
     line = refusal(sample())
-    assert "one 8x8 picture needs about 1.00 GB on cpu, 1.00 GB are free" in line and not written(tmp_path / "out")
+    assert "one 8x8 picture needs about 1.00 GB on cpu, 1.00 GB are free" in line and not (tmp_path / "out").exists()

@@ -17,9 +17,10 @@ class Goal(NamedTuple):
     aim: float
     ceiling: bool = False
 
-    def reached(self, value: float) -> str:
-        good = [goal for goal in self[:2] if (value <= goal if self.ceiling else value >= goal)]
-        return ("no", "must", "aim")[len(good)]
+    def mark(self, value: float, text: str) -> str:
+        """The text of a value: bold where the must is missed, with a star where the aim is reached."""
+        must, aim = (value <= goal if self.ceiling else value >= goal for goal in self[:2])
+        return f"{text} *" if aim else text if must else f"**{text}**"
 
 
 def scan_goal(row: str, call: str) -> Goal:
@@ -52,47 +53,52 @@ def attention_goal(row: str, call: str) -> Goal | None:
 FIRST_CALL = Goal(5, 1.5, ceiling=True)  # seconds
 
 
-def _judged(value: float | None, goal: Goal | None) -> list[str]:
-    if value is None or goal is None:
-        return [number(value, ".3g"), "", ""]
-    return [number(value, ".3g"), f"{goal.must:g} / {goal.aim:g}", goal.reached(value)]
+class Peer(NamedTuple):
+    """Whom ours is compared with; ``share``: by our part of its time, not by how many times as fast ours is."""
+
+    name: str
+    goal: Callable[[str, str], Goal | None] | None = None
+    share: bool = False
+
+
+PEERS = {
+    SCANS: (Peer("mamba_ssm", scan_goal),),
+    ("ssd",): (
+        Peer("SDPA", attention_goal, share=True),
+        Peer("mamba_ssm", ssd_goal),
+        Peer("mamba_ssm with flips"),
+    ),
+}
+
+
+def _marked(value: float | None, goal: Goal | None, digits: str = ".3g") -> str:
+    text = number(value, digits)
+    return text if value is None or goal is None else goal.mark(value, text)
 
 
 def _label(line: Line) -> str:
     return f"ssd {line.shape}" if line.op == "ssd" else f"{line.row}: {line.shape}"
 
 
-def against(
-    figures: Figures, ops: tuple[str, ...], peer: str, goal: Callable[[str, str], Goal | None], mode: str = "eager"
-) -> str:
-    """Ours and a peer, forward and backward, and how many times as fast ours is, or its share of attention's time."""
-    share = peer == "SDPA"
+def against(figures: Figures, ops: tuple[str, ...], call: str, mode: str) -> str:
+    """Milliseconds of ours, of its peers with their ratio, and of the floor with how many times as long ours takes."""
     rows = []
     for row, line in figures.rows(*ops).items():
-        cells = [_label(line)]
-        for call in CALLS:
-            ours, theirs = (figures.get("median_ms", row, name, call, mode) for name in (OURS, peer))
-            ratio = None if ours is None or theirs is None else ours / theirs if share else theirs / ours
-            cells += [number(ours), number(theirs), *_judged(ratio, goal(row, call))]
-        rows.append(cells)
-    header = ["in a CUDA graph" if mode == "graph" else "shape"]
-    for call in CALLS:
-        header += [call, peer, f"of {peer}" if share else "ratio", "must / aim", "reached"]
-    return markdown(header, rows)
-
-
-def floors(figures: Figures) -> str:
-    """Times and multiples of the floor."""
-    rows = []
-    for row, line in figures.rows(*SCANS, "ssd").items():
-        cells = [_label(line)]
-        for call in CALLS:
-            goal = floor_goal(row, call) if line.op == "multi_scan" else None
-            cells += [number(figures.get(field, row, OURS, call)) for field in ("floor_ms", "median_ms")]
-            cells += _judged(figures.get("over_floor", row, OURS, call), goal)
-        rows.append(cells[:-2])  # no goal for backward
-    header = ["shape", "floor", "forward", "over it", "must / aim", "reached", "floor", "backward", "over it"]
-    return markdown(header, rows)
+        ours = figures.get("median_ms", row, OURS, call, mode)
+        if ours is None:
+            continue
+        cells = [_label(line), number(ours)]
+        for peer in PEERS[ops]:
+            theirs = figures.get("median_ms", row, peer.name, call, mode)
+            ratio = None if theirs is None else ours / theirs if peer.share else theirs / ours
+            cells += [number(theirs), _marked(ratio, peer.goal and peer.goal(row, call))]
+        goal = floor_goal(row, call) if line.op == "multi_scan" else None
+        over = _marked(figures.get("over_floor", row, OURS, call, mode), goal)
+        rows.append([*cells, number(figures.get("floor_ms", row, OURS, call, mode)), over])
+    header = ["shape", f"{call}{', in a CUDA graph' * (mode == 'graph')}"]
+    for peer in PEERS[ops]:
+        header += [peer.name, "part of it" if peer.share else "times as fast"]
+    return markdown([*header, "floor", "over it"], rows)
 
 
 def costs(figures: Figures) -> str:
@@ -108,19 +114,15 @@ def costs(figures: Figures) -> str:
 
 
 def cold(figures: Figures) -> str:
+    """Seconds of the first call's parts."""
     rows = []
     for op, seconds in first_calls(figures).items():
-        rows.append([op, *(f"{s:.2f}" for s in seconds.values()), *_judged(seconds["first"], FIRST_CALL)[1:]])
-    return markdown(["first call, seconds", "import", "device", "first", "second", "must / aim", "reached"], rows)
+        parts = {name: number(s, ".2f") for name, s in seconds.items()}
+        rows.append([op, *(parts | {"first": _marked(seconds["first"], FIRST_CALL, ".2f")}).values()])
+    return markdown(["first call, seconds", "import", "device", "first", "second"], rows)
 
 
 def tables(figures: Figures) -> str:
-    """All of them, one below the other."""
-    parts = []
-    for mode in ("eager", "graph"):
-        parts.append(against(figures, SCANS, "mamba_ssm", scan_goal, mode))
-        parts.append(against(figures, ("ssd",), "SDPA", attention_goal, mode))
-        parts.append(against(figures, ("ssd",), "mamba_ssm", ssd_goal, mode))
-        parts.append(against(figures, ("ssd",), "mamba_ssm with flips", lambda row, call: None, mode))
-    parts += [floors(figures), costs(figures), cold(figures)]
-    return "\n\n".join(part for part in parts if part.count("\n") > 1)
+    """All of them, one below the other; bold: the must is missed, star: the aim is reached."""
+    parts = [against(figures, ops, call, mode) for ops in PEERS for mode in ("eager", "graph") for call in CALLS]
+    return "\n\n".join(part for part in (*parts, costs(figures), cold(figures)) if part.count("\n") > 1)

@@ -5,7 +5,7 @@ data_root = "data/restoration"  # made by tools/prepare_restoration_data.py
 train_roots = [f"{data_root}/train/{name}" for name in ("bsd400", "t91", "coco128")]
 train_dataloader = dict(
     photos=dict(type="CleanFolder", root=train_roots, gray=True),
-    degradation=dict(type="GaussianNoise", sigma=(0, 55)),
+    degradation=dict(type="GaussianNoise", sigma=(0, 55), eight_bit=0.5),  # what is restored is a file
     schedule=[(20_000, 64, 32)],  # iterations, side of a crop, crops a batch
 )
 
