@@ -17,6 +17,7 @@ import argparse
 import cv2
 
 from mambavision.engine.cli import run
+from mambavision.engine.memory import keep_freed_memory
 from mambavision.restoration import cli
 from mambavision.restoration.inferencer import OVERLAP, TASKS, RestorationInferencer
 from mambavision.restoration.tiles import MIN_TILE
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
     args = parser.parse_args()
 
+    keep_freed_memory()
     # what is wrong with a file is said in our one line
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     jobs = cli.plan(args.inputs, args.out, args.mask)  # before the weights: the quicker answer first

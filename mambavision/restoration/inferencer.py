@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mambavision.backbones.serpent import pad_to_multiple
 from mambavision.engine.cli import choose_device
-from mambavision.engine.memory import free_memory, is_out_of_memory
+from mambavision.engine.memory import free_memory, give_freed_memory_back, is_out_of_memory
 from mambavision.engine.photos import find_photos
 from mambavision.restoration import weights as weight_files
 from mambavision.restoration.images import PhotoFile, from_array, from_pil, read_photo_file, to_array, to_pil
@@ -177,6 +177,7 @@ class RestorationInferencer:
                 self._say(f"{self.weights.name} is for colour: of a gray picture, noise may stay")
         if channels > self.channels:
             raise ValueError(f"the picture is in colour, {self.weights.name} is for gray: use a task for colour")
+        give_freed_memory_back()  # of the picture before: it counts as used
         need = pixels.nbytes * self.scale**2
         if need > free_memory("cpu"):
             size = f"{width * self.scale}x{height * self.scale}"

@@ -1,3 +1,7 @@
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -45,6 +49,28 @@ def test_the_peak_of_a_call_is_measured():
         assert peak is None or 300 * 2**20 <= peak + 2**22 and peak < 400 * 2**20
     small = measure_peak(lambda: call(10), "cpu")
     assert small is None or small < 100 * 2**20  # not the peaks before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_kept_memory_is_not_paged_in_anew():
+    script = """
+import resource, torch
+from mambavision.engine.memory import give_freed_memory_back, keep_freed_memory
+def pages(count=2**26):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(count, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+found = [pages(), pages()]
+keep_freed_memory()
+found += [pages(2**27), pages()]
+give_freed_memory_back()
+print(*found, pages())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    fresh, again, kept, free, back = map(int, run.stdout.split())
+    if min(fresh, again) < 1000:
+        pytest.skip("this system counts no pages")
+    assert kept > 1000 and free < 100 and back > 1000
 
 
 @pytest.mark.gpu
