@@ -57,9 +57,14 @@ def time_ops(args: argparse.Namespace) -> None:
 
 def print_tables(args: argparse.Namespace) -> None:
     """Print the tables of kernels/README.md."""
-    figures = report.Figures(report.read(args.csv))
-    if not figures.lines or figures.lines[0].copy_tb_s is None:
+    if args.roofs and min(args.roofs) <= 0:
+        raise ValueError("--roofs must be positive")
+    lines = report.read(args.csv)
+    if not lines or lines[0].copy_tb_s is None:
         raise ValueError(f"{args.csv} holds no figures of a GPU")
+    if args.roofs:
+        lines = goals.with_roofs(lines, roofs.Roofs(*(1e12 * v for v in args.roofs)))
+    figures = report.Figures(lines)
     print(f"{report.host(figures)}\n\n{goals.tables(figures)}")
 
 
@@ -78,6 +83,8 @@ def main() -> int:
     tables = commands.add_parser("tables", help="print the tables of kernels/README.md from a CSV of ops")
     tables.set_defaults(run=print_tables)
     tables.add_argument("csv")
+    roof = "floors by other roofs than the run's own: a copy's TB/s, 10^12 exp2/s"
+    tables.add_argument("--roofs", nargs=2, type=float, metavar=("COPY", "EXP2"), help=roof)
     args = parser.parse_args()
     try:
         args.run(args)

@@ -245,6 +245,11 @@ def main() -> None:
                 known = {v.call for v in lines if (v.part, v.temporal, v.frames, v.batch) == this}
                 if known == set(CALLS):
                     continue
+                if lines and lines[0].device != name:
+                    raise ValueError(
+                        f"{args.out_dir}/frames.csv holds measurements of {lines[0].device}, this is {name}: "
+                        "name another --out-dir"
+                    )
                 net, arguments = build(args, part, temporal, frames, device)
                 for call in (call for call in CALLS if call not in known):
                     what = f"{part}, {temporal}, {frames} frames, {call}"

@@ -106,8 +106,11 @@ def with_tables(text: str, models: list[dict], folder: Path) -> str:
     """The README's text with its tables written anew.
 
     Raises:
-        ValueError: If a group has no table in the README, or a table no models.
+        ValueError: If a group has no table in the README, or a table no models, or a model no group.
     """
+    loose = [model["Name"] for model in models if "Table" not in model]
+    if loose:
+        raise ValueError(f"{folder}/metafile.yml names no Table for {', '.join(loose)}")
     groups: dict[str, list[dict]] = {}
     for model in models:
         groups.setdefault(model["Table"], []).append(model)

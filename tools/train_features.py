@@ -102,15 +102,15 @@ def train_pictures(args: argparse.Namespace, device: torch.device) -> tuple[nn.M
     """The trained network, its classes, its accuracy on test pictures, and what it was trained on."""
     generator = torch.Generator(device).manual_seed(args.seed)
     pixels, labels, classes = read_classes(args.data / "train")
+    tested, tested_labels, same = read_classes(args.data / "test")
+    if same != classes:
+        raise DatasetError(f"{args.data}: train has the classes {', '.join(classes)}, test has {', '.join(same)}")
     net = features.SmallClassifier(len(classes), input_size=pixels.shape[-1])
     net = net.to(device, memory_format=torch.channels_last)
     batches = picture_batches(pixels.to(device), labels.to(device), args.batch_size, generator)
     steps = args.epochs * -(-len(pixels) // args.batch_size)
     train(net, batches, steps=steps, lr=args.lr, max_seconds=args.max_seconds)
-    pixels, labels, same = read_classes(args.data / "test")
-    if same != classes:
-        raise DatasetError(f"{args.data}: train has the classes {', '.join(classes)}, test has {', '.join(same)}")
-    parts = zip(pixels.to(device).split(1000), labels.to(device).split(1000), strict=True)
+    parts = zip(tested.to(device).split(1000), tested_labels.to(device).split(1000), strict=True)
     found = accuracy(net, ((part.float() / 127.5 - 1, label) for part, label in parts))
     return net, classes, found, args.data_name or str(args.data)
 

@@ -16,6 +16,7 @@ from mambavision.layers.ssm import init_mamba, two_linear
 from mambavision.ops import norm_gate
 
 THETA = 10000.0  # base of the wave lengths of rotary positions
+MOST_SEQUENCES = 65535  # of one call of attention: CUDA grids of torch's kernels go no further
 
 
 class TemporalS4D(nn.Module):
@@ -189,8 +190,14 @@ class TemporalAttention(nn.Module):
         """Mix x (S, F, C), bias (heads, F, F); same shape."""
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, S, heads, F, d)
         (q, k), v = rotate(qkv[:2], self.rotary), qkv[2]
-        mask = None if bias is None else bias.to(q.dtype).expand(len(x), -1, -1, -1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mask = None if bias is None else bias.to(q.dtype)
+        parts = [
+            F.scaled_dot_product_attention(
+                *part, attn_mask=None if mask is None else mask.expand(len(part[0]), -1, -1, -1)
+            )
+            for part in zip(*(tensor.split(MOST_SEQUENCES) for tensor in (q, k, v)), strict=True)
+        ]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.to_out(y.transpose(1, 2).flatten(2))
 
 

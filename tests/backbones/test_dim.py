@@ -1,3 +1,6 @@
+import re
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -215,31 +218,33 @@ def test_compile_in_one_graph(mixer):
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("size, orders, mlp", [((16, 16), "zigzag", 0), ((4, 16, 16), "factorised", 4)])
 def test_a_gpu_in_bfloat16_agrees(mixer, size, orders, mlp, compiled):
-    net = awake(dim_debug(size, d_model=64, d_state=64, headdim=64, depth=3, mixer=mixer, orders=orders, mlp_ratio=mlp))
+    torch.manual_seed(0)
+    sizes = dict(d_model=128, d_state=64, headdim=64, depth=3)
+    net = awake(dim_debug(size, **sizes, mixer=mixer, orders=orders, mlp_ratio=mlp))
     x, t, _ = inputs(size)
     weight = torch.randn(x.shape)
-
-    names = ["y", *(name for name, _ in net.named_parameters())]
 
     def step(device, autocast=True):
         net.to(device)
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             y = net(x.to(device), t.to(device))
         grads = torch.autograd.grad((y.float() * weight.to(device)).sum(), list(net.parameters()))
-        return [v.detach().float().cpu() for v in (y, *grads)]
-
-    def errors(actual):
-        return {n: ((a - e).norm() / e.norm()).item() for n, a, e in zip(names, actual, expected, strict=True)}
+        # of all blocks at once: a block's few heads may have sums that cancel, which no bfloat16 gets right
+        found = defaultdict(list, y=[y])
+        for (name, _), grad in zip(net.named_parameters(), grads, strict=True):
+            found[re.sub(r"blocks\.\d+\.", "", name)].append(grad)
+        return {name: torch.cat([v.flatten() for v in values]).float().cpu() for name, values in found.items()}
 
     expected = step("cpu", autocast=False)
-    # two heads: a gradient of two numbers, each a sum that may cancel, is as far off in any bfloat16
-    rounded = errors(step("cpu"))
     if compiled:
         torch.compiler.reset()
         for block in net.blocks:
             block.compile(fullgraph=True)
-    found = errors(step("cuda"))
-    wrong = {n: f"{e:.1e}" for n, e in found.items() if not e <= (0.02 if n == "y" else max(0.06, 4 * rounded[n]))}
+    found = step("cuda")
+    errors = {name: ((found[name] - e).norm() / e.norm()).item() for name, e in expected.items()}
+    few = ("mixer.A_log", "mixer.D", "mixer.dt_bias")  # a number a head; a CPU's bfloat16 is up to 0.08 off
+    bounds = dict.fromkeys(few, 0.12) | dict(y=0.02)
+    wrong = {name: f"{e:.1e}" for name, e in errors.items() if not e <= bounds.get(name, 0.06)}
     assert not wrong, wrong
 
 

@@ -71,7 +71,8 @@ def test_the_gpu_computes_what_the_cpu_does(temporal, monkeypatch):
         net.to(device).zero_grad()
         y = net(x.to(device), t.to(device))
         y.backward(out_gradient.to(device))
-        results.append({"y": y.detach().cpu()} | {name: p.grad.cpu() for name, p in net.named_parameters()})
+        gradients = {name: p.grad.cpu().clone() for name, p in net.named_parameters()}  # net.to moves p.grad in place
+        results.append({"y": y.detach().cpu()} | gradients)
     for name, expected in results[0].items():
         error = (results[1][name] - expected).norm() / expected.norm()
         assert error < 1e-3, (name, float(error))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mambavision.backbones.video_unet import OverFrames
+from mambavision.layers import temporal
 from mambavision.layers.temporal import (
     BiTemporalS4D,
     BiTemporalS6,
@@ -137,6 +138,16 @@ def test_autocast_stays_close_to_float32(build):
     assert (y - expected).abs().max() < 0.1 * expected.std()
     y.float().square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_of_many_sequences_goes_in_parts(biased, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = TemporalAttention(8, heads=2, head_dim=6), torch.randn(7, 5, 8)
+    bias = torch.randn(2, 5, 5) if biased else None
+    whole = layer(x, bias)
+    monkeypatch.setattr(temporal, "MOST_SEQUENCES", 3)
+    torch.testing.assert_close(layer(x, bias), whole)
 
 
 @pytest.mark.gpu

@@ -260,6 +260,7 @@ def test_some_implementations_alone(benchmark, tmp_path):
         (["ops", "--budget", "0"], "--threads and --budget must be positive"),
         (["ops", "--threads", "0"], "--threads and --budget must be positive"),
         (["tables", "nowhere.csv"], "nowhere.csv"),
+        (["tables", "nowhere.csv", "--roofs", "0", "4"], "--roofs must be positive"),
         (["tables", str(TOOLS / "benchmark.py")], "is no CSV of tools/benchmark.py"),
     ],
 )
@@ -314,11 +315,13 @@ def test_tables_say_what_was_reached(benchmark, tmp_path):
     p2 = "yolo-p2: B16 D128 K4 L25600 N16"
     assert [p2, "1.000", "4.000", "4 *", "0.500", "2"] in rows
     assert [p2, "1.000", "1.990", "**1.99**", "-", "-"] in rows
-    assert [p2, "10 / -", "- / -", "2 / -", "- / -"] in rows
+    assert ["yolo-p2", "10 / -", "- / -", "2 / -", "- / -"] in rows
     p5 = "yolo-p5: B1 D512 K4 L400 N16"
     assert [p5, "1.000", "1.500", "1.5", "-", "9"] in rows
     assert ["ssd 4 x 4096", "0.200", "1.000", "0.2", "1.000", "5", "-", "-", "-", "-"] in rows
     assert ["ssd", "3.00", "0.20", "**5.10**", "0.00"] in rows
+    text = benchmark("tables", path, "--roofs", 1.0, 1000)[1]  # 734 MB
+    assert "copy 1.00 TB/s" in text and "| 0.734 | 1.36 *" in " ".join(text.split())
 
 
 def test_first_call_says_why_it_failed():

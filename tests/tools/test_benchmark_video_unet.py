@@ -51,6 +51,9 @@ def test_a_run_on_a_cpu(tmp_path, monkeypatch, capfd):
     assert run_tool(monkeypatch, capfd, "benchmark_video_unet", *options)[0] == 0
     after = (tmp_path / "frames.csv").read_text().splitlines(keepends=True)
     assert after[:-1] == before and after[-1].split(",")[:6] == gone.split(",")[:6]  # that call alone
+    (tmp_path / "frames.csv").write_text("".join(line.replace("cpu,", "another,") for line in before))
+    other = run_tool(monkeypatch, capfd, "benchmark_video_unet", *options)
+    assert "holds measurements of another, this is cpu: name another --out-dir" in refusal(other)
 
 
 def test_no_frames_is_refused(tmp_path, monkeypatch, capfd):

@@ -10,7 +10,8 @@ from tests.tools.running import ROOT, refusal
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
-FOLDERS = [path.parent for path in ROOT.glob("configs/*/metafile.yml") if "Table:" in path.read_text()]
+ALL = [path.parent for path in ROOT.glob("configs/*/metafile.yml")]
+FOLDERS = [folder for folder in ALL if "Table:" in (folder / "metafile.yml").read_text()]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -19,7 +20,7 @@ def test_readme_is_in_step_with_the_metafile(folder, tool):
     assert code == 0, err
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", ALL, ids=lambda folder: folder.name)
 def test_what_a_metafile_names_is_there(folder):
     for model in yaml.safe_load((folder / "metafile.yml").read_text())["Models"]:
         if (model.get("Source") or "").startswith("published"):
@@ -55,6 +56,12 @@ def test_a_column_has_as_many_places_throughout():
     ]
     rows = runpy.run_path(str(ROOT / "tools/tables.py"))["table"](models, ROOT).splitlines()[2:]
     assert [row.split(" | ")[2:4] for row in rows] == [["0.1530", "9"], ["0.1526", "—"], ["31.46", "—"]]
+
+
+def test_a_model_without_a_table_is_named(tmp_path, tool):
+    (tmp_path / "metafile.yml").write_text("Models:\n  - Name: one\n    Metrics: {AP: 0.5}\n")
+    (tmp_path / "README.md").write_text("# No tables\n")
+    assert "metafile.yml names no Table for one" in refusal(tool("tables", tmp_path))
 
 
 def test_a_folder_without_a_metafile_is_one_line(tmp_path, tool):

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from bench.report import CALLS, Figures, Line, first_calls, markdown, number
+from bench.roofs import Roofs
 from bench.rows import ROWS
 
 OURS = "default"
@@ -71,6 +74,24 @@ PEERS = {
 }
 
 
+def with_roofs(lines: list[Line], roofs: Roofs) -> list[Line]:
+    """The same lines with the floors of other roofs than those of their run."""
+    found = []
+    for line in lines:
+        if line.floor_ms is not None:
+            work = ROWS["cuda"][line.row].work(getattr(torch, line.dtype).itemsize)
+            floor = roofs.floor_ms(*work[line.call])
+            line = line._replace(floor_ms=floor, over_floor=line.median_ms / floor)
+        found.append(line._replace(copy_tb_s=roofs.bandwidth / 1e12, exp2_t_s=roofs.exp2_rate / 1e12))
+    return found
+
+
+def _rows(figures: Figures, *ops: str) -> dict[str, Line]:
+    """The first line of each row of some operators, in the order of ROWS."""
+    found = figures.rows(*ops)
+    return {row: found[row] for row in ROWS["cuda"] if row in found}
+
+
 def _marked(value: float | None, goal: Goal | None, digits: str = ".3g") -> str:
     text = number(value, digits)
     return text if value is None or goal is None else goal.mark(value, text)
@@ -83,7 +104,7 @@ def _label(line: Line) -> str:
 def against(figures: Figures, ops: tuple[str, ...], call: str, mode: str) -> str:
     """Milliseconds of ours, of its peers with their ratio, and of the floor with how many times as long ours takes."""
     rows = []
-    for row, line in figures.rows(*ops).items():
+    for row, line in _rows(figures, *ops).items():
         ours = figures.get("median_ms", row, OURS, call, mode)
         if ours is None:
             continue
@@ -104,8 +125,8 @@ def against(figures: Figures, ops: tuple[str, ...], call: str, mode: str) -> str
 def costs(figures: Figures) -> str:
     """Memory beyond the inputs, of a forward and of forward and backward, and launches, ours and mamba_ssm's."""
     rows = []
-    for row, line in figures.rows(*SCANS, "ssd").items():
-        cells = [_label(line)]
+    for row, line in _rows(figures, *SCANS, "ssd").items():
+        cells = [_label(line).partition(":")[0]]
         for field, digits in (("memory_mb", ".0f"), ("launches", "d")):
             for name in (OURS, "mamba_ssm"):
                 cells.append(" / ".join(number(figures.get(field, row, name, call), digits) for call in CALLS))

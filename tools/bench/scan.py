@@ -15,10 +15,10 @@ COMPARED_STATES = 2**26  # and those of the part of a row that the gate compares
 
 
 def _backends(device: str, channels: int, length: int, N: int) -> list[Backend]:
-    """Those that are timed: on a GPU not what takes seconds a call or more memory than there is."""
+    """Those that are timed: on a GPU not what takes seconds a call, more memory than there is or CPU tensors."""
     left_out = set()
     if device == "cuda":
-        left_out = {"reference"}
+        left_out = {"reference", "cpu"}
         if channels * length * N > MOST_STATES:
             left_out.add("chunked")
         if channels < 4096 and length > 16384:  # a program walks 32 channels from the first step to the last
