@@ -65,7 +65,8 @@ class _Core(SelectiveSSM):
         """Mix x (B, H, W, C), H and W multiples of a token of the scan; same shape."""
         u, z = two_linear(_normalise(x, self.norm), self.in_proj)
         u = depthwise_conv(u, self.conv2d.weight, self.conv2d.bias, activation="silu")
-        return self.out_proj(norm_gate(self.add_scan(u), z, self.out_norm.weight, self.out_norm.bias))
+        u = self.add_scan(u)
+        return self.out_proj(norm_gate(u, z, self.out_norm.weight, self.out_norm.bias))
 
 
 class StridedScan(_Core):
@@ -147,8 +148,11 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C), same shape."""
         u, v = two_linear(_normalise(x, self.norm), self.fc1)
-        u = depthwise_conv(u, self.dwconv.weight, self.dwconv.bias)  # one name: here memory peaks, the old u is freed
-        return self.fc2(norm_gate(v, u))
+        # one name, and no v: here memory peaks
+        u = depthwise_conv(u, self.dwconv.weight, self.dwconv.bias)
+        u = norm_gate(v, u)
+        del v
+        return self.fc2(u)
 
 
 def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:

@@ -96,7 +96,14 @@ def _torch(
         image, ph, pw = F.pad(image, (pw, kw - 1 - pw, ph, kh - 1 - ph)), 0, 0
     weight, bias = weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.conv2d(image, weight, bias, padding=(ph, pw), groups=len(weight)).permute(0, 2, 3, 1)
-    return y if activation is None else F.silu(y) if activation == "silu" else F.gelu(y)
+    if activation == "silu":
+        return F.silu(y, inplace=in_place())
+    return y if activation is None else F.gelu(y)
+
+
+def in_place() -> bool:
+    """Whether an intermediate result may be written over, to save its memory: eagerly, in inference mode."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 @functools.cache

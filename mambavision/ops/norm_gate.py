@@ -12,7 +12,7 @@ from torch import Tensor
 from mambavision.ops import dispatch
 from mambavision.ops.choice import Around, choose
 from mambavision.ops.compile import register
-from mambavision.ops.depthwise_conv import Activation
+from mambavision.ops.depthwise_conv import Activation, in_place
 
 Norm = Literal["layer", "rms", "gated_rms"]
 WIDEST = 8192  # channels of a row, which a program holds in registers
@@ -82,7 +82,11 @@ def _torch(
     if z is None:
         return normalised(x)
     gate = z if activation is None else F.silu(z) if activation == "silu" else F.gelu(z)
-    return (normalised((x * gate).to(x.dtype)) if norm == "gated_rms" else normalised(x) * gate).to(x.dtype)
+    # nobody else sees the gate: it may become the product
+    ours = activation is not None and gate.dtype == x.dtype and in_place()
+    if norm == "gated_rms":
+        return normalised(gate.mul_(x) if ours else (x * gate).to(x.dtype))
+    return gate.mul_(normalised(x)) if ours else (normalised(x) * gate).to(x.dtype)
 
 
 @functools.cache

@@ -36,7 +36,11 @@ def test_pixels_are_conv2d(width, activation):
     conv = torch.nn.Conv2d(4, 4, width, padding=(width[0] // 2, width[1] // 2), groups=4)
     expected = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     expected = {None: expected, "silu": F.silu(expected), "gelu": F.gelu(expected)}[activation]
+    before = x.clone()
     torch.testing.assert_close(depthwise_conv(x, conv.weight, conv.bias, activation=activation), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(depthwise_conv(x, conv.weight, conv.bias, activation=activation), expected)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("padding", ["same", "past", "future"])

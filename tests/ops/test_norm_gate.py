@@ -26,6 +26,18 @@ def test_it_is_layer_norm_times_the_activated_gate(activation):
     torch.testing.assert_close(norm_gate(args["x"], weight=args["weight"]), normed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["layer", "rms", "gated_rms"])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu"])
+def test_inference_mode_changes_neither_the_result_nor_the_arguments(norm, activation, dtype):
+    args = {k: v.detach().to(dtype) for k, v in arguments("x", "z", "weight").items()}
+    before = {k: v.clone() for k, v in args.items()}
+    expected = norm_gate(**args, norm=norm, activation=activation)
+    with torch.inference_mode():
+        y = norm_gate(**args, norm=norm, activation=activation)
+    assert torch.equal(y, expected) and all(torch.equal(args[k], before[k]) for k in args)
+
+
 def test_gradcheck():
     args = arguments("x", "z", "weight", "bias", dtype=torch.float64)
     torch.autograd.gradcheck(norm_gate, tuple(args.values()))
