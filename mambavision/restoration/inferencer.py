@@ -39,6 +39,7 @@ OVERLAP = 32
 GRAY: dict[Task, Task] = {"denoise_color": "denoise_gray", "deblur": "deblur_gray", "jpeg": "jpeg_gray"}
 """Tasks in gray. Networks of colour take noise that is the same in all channels for part of the picture."""
 _TINT = 3  # of 255
+_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # of BT.601
 _NOISE: tuple[Task, ...] = ("denoise_color", "deblur")
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
 _BLOCK = 16  # pixels, of JPEG with chroma at half size; a multiple of the 8 of others
@@ -63,6 +64,8 @@ class RestorationInferencer:
             in fp32.
         self_ensemble: Restore each tile in its eight rotations and reflections, and average: eight times
             slower.
+        luminance: With ``task`` denoise_color, denoise the luminance of the result once more by the weights for gray:
+            for noise that the channels share, as that of cameras; twice as slow.
 
     Attributes:
         network, metadata: As the weights file gives them.
@@ -86,6 +89,7 @@ class RestorationInferencer:
         overlap: int = OVERLAP,
         precision: Precision = "fp32",
         self_ensemble: bool = False,
+        luminance: bool = False,
     ) -> None:
         if task is not None and task not in TASKS:
             raise ValueError(f"unknown task {task!r}; tasks are {', '.join(TASKS)}")
@@ -110,6 +114,11 @@ class RestorationInferencer:
         options = dict(device=device, sigma=sigma, tile=tile, overlap=overlap, precision=precision)
         self._options = dict(options, self_ensemble=self_ensemble) if weights is None else None
         self._gray: RestorationInferencer | None = None
+        self._luminance: RestorationInferencer | None = None
+        if luminance:
+            if self.task != "denoise_color" or self._options is None:
+                raise ValueError("luminance is denoised with the task denoise_color and the weights that come along")
+            self._luminance = RestorationInferencer("denoise_gray", **self._options | dict(sigma=None))
         self.redone = 0
         self.used: set[Path] = set()
         self._bytes_per_pixel: float | None = None
@@ -188,7 +197,7 @@ class RestorationInferencer:
             try:
                 restored = self._in_tiles(pixels, tile, progress)
                 self.used.add(self.weights)
-                return restored
+                return restored if self._luminance is None else self._smoothed(restored, progress)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -197,6 +206,13 @@ class RestorationInferencer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             tile = self._smaller(min(tile, max(height, width)))
+
+    def _smoothed(self, pixels: np.ndarray, progress: Progress | None) -> np.ndarray:
+        """Pixels (H, W, 3) with their luminance denoised."""
+        luminance = np.stack([(row @ _LUMINANCE).round() for row in pixels]).astype(pixels.dtype)[..., None]
+        denoised = self._luminance._restored(luminance, progress)
+        self.used |= self._luminance.used
+        return _tinted(denoised, np.concatenate([luminance, pixels], axis=2))[..., 1:]
 
     def _in_gray(self) -> bool:
         """Whether there are weights for the task in gray; loads them."""

@@ -211,6 +211,26 @@ def test_gray_pictures_are_restored_by_the_network_for_gray(tmp_path, monkeypatc
     assert np.array_equal(only(gray), by_colour) and only.used == {path}
 
 
+def test_luminance_is_denoised_once_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WEIGHTS_FOLDER", tmp_path)
+    path = save(tmp_path / "serpent_s_denoise_color.safetensors", sigma_input=True)
+    with pytest.raises(FileNotFoundError, match="no weights for denoise_gray"):
+        RestorationInferencer(device="cpu", luminance=True)
+    save(tmp_path / "serpent_s_denoise_gray.safetensors", "denoise_gray", in_channels=1, sigma_input=True)
+    once, gray = RestorationInferencer(device="cpu", sigma=9), RestorationInferencer("denoise_gray", device="cpu")
+    twice = RestorationInferencer(device="cpu", sigma=9, luminance=True)
+    picture = array(40, 50, 3)
+    first = once(picture)
+    luminance = (first @ np.array([0.299, 0.587, 0.114], np.float32)).round().astype(np.uint8)
+    change = gray(luminance).astype(int) - luminance
+    assert np.array_equal(twice(picture), (first + change[..., None]).clip(0, 255)) and len(twice.used) == 2
+    assert np.abs(change).max() > 0
+    assert np.array_equal(twice(picture[..., 0]), once(picture[..., 0]))
+    for options in (dict(weights=path), dict(task="denoise_gray")):
+        with pytest.raises(ValueError, match="luminance is denoised with the task denoise_color"):
+            RestorationInferencer(device="cpu", luminance=True, **options)
+
+
 @pytest.mark.parametrize("task", module.TASKS)
 def test_every_task_restores(make, task):
     scale = int(task[-1]) if task.startswith("sr_x") else 1
