@@ -38,6 +38,7 @@ SIZES = ("l", "b", "s", "t")  # of Serpent, the largest first
 OVERLAP = 32
 GRAY: dict[Task, Task] = {"denoise_color": "denoise_gray", "deblur": "deblur_gray", "jpeg": "jpeg_gray"}
 """Tasks in gray. Networks of colour take noise that is the same in all channels for part of the picture."""
+_TINT = 3  # of 255
 _NOISE: tuple[Task, ...] = ("denoise_color", "deblur")
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
 _BLOCK = 16  # pixels, of JPEG with chroma at half size; a multiple of the 8 of others
@@ -52,7 +53,7 @@ class RestorationInferencer:
 
     Args:
         task: What to do, with the weights that come with this project: blind colour denoising if neither is given. Gray
-            pictures (one channel, or three equal ones) are restored by the weights of the task in gray, if any.
+            pictures (:func:`is_gray`) are restored by the weights of the task in gray, if any.
         weights: Weights file, for all pictures; ``task``, if given too, must be its own.
         device: "cpu", "cuda" or "cuda:N"; by default a GPU where there is one.
         sigma: Noise level of the pictures in units of 1/255, for weights that take it; None: it is unknown.
@@ -172,7 +173,7 @@ class RestorationInferencer:
         height, width, channels = pixels.shape
         if self.channels == 3 and is_gray(pixels):
             if self._in_gray():
-                return self._gray._restored(pixels[..., :1], progress).repeat(channels, axis=2)
+                return _tinted(self._gray._restored(pixels[..., :1], progress), pixels)
             if self.task in _NOISE:
                 self._say(f"{self.weights.name} is for colour: of a gray picture, noise may stay")
         if channels > self.channels:
@@ -294,8 +295,23 @@ class RestorationInferencer:
 
 
 def is_gray(pixels: np.ndarray) -> bool:
-    """Whether pixels (H, W, C) have one channel, or three equal ones."""
-    return all(np.array_equal(pixels[..., 0], pixels[..., channel]) for channel in range(1, pixels.shape[2]))
+    """Whether pixels (H, W, C) have one channel, or three that differ by at most 3 of 255.
+
+    Decoders of videos and WebP give gray such tints.
+    """
+    most = _TINT * np.iinfo(pixels.dtype).max // 255
+    for part in (pixels[::16, ::16], pixels):  # of a photo in colour, few pixels tell
+        if (part.max(2) - part.min(2)).max() > most:
+            return False
+    return True
+
+
+def _tinted(gray: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """A restored first channel (H, W, 1) with the others of the picture (H, W, C) as far from it as they were."""
+    if pixels.shape[2] == 1:
+        return gray
+    tint = pixels.astype(np.int32) - pixels[..., :1]
+    return (gray + tint).clip(0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
 
 
 def find_weights(task: Task) -> Path:

@@ -201,7 +201,13 @@ def test_gray_pictures_are_restored_by_the_network_for_gray(tmp_path, monkeypatc
     assert np.array_equal(both(gray), expected) and not np.array_equal(expected, by_colour)
     assert both.used == {gray_path} and not capsys.readouterr().err
     assert np.array_equal(both(gray[..., None].repeat(3, 2)), expected[..., None].repeat(3, 2))
+    tint = np.array([0, 3, 1], np.uint8)
+    tinted = gray.clip(0, 252)[..., None] + tint
+    restored = both(tinted)
+    assert np.array_equal(restored[..., 0], both(gray.clip(0, 252))) and both.used == {gray_path}
+    assert np.array_equal(restored, (restored[..., :1].astype(int) + tint).clip(0, 255))
     assert np.array_equal(both(colour), only(colour)) and both.used == {path, gray_path}
+    assert np.array_equal(both(tinted + tint), only(tinted + tint))
     assert np.array_equal(only(gray), by_colour) and only.used == {path}
 
 
