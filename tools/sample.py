@@ -2,7 +2,7 @@
 """Sample pictures or clips from a diffusion model.
 
     python tools/sample.py --num 16 --steps 25 --seed 0 --out-dir out
-    python tools/sample.py --num 8 --classes cat 3 --guidance 2 --out-dir cats --weights my.safetensors
+    python tools/sample.py --num 8 --classes cat 8 --guidance 2 --out-dir cats --weights my.safetensors
     python tools/sample.py --video --num 4 --out-dir out
     python tools/sample.py --out-dir out --config my_config.py --weights work_dirs/my_config/iter_10000.pth
     python tools/sample.py --num 10000 --save npz --out-dir out --batch-size 500     (for tools/evaluate_samples.py)

@@ -81,14 +81,14 @@ def is_truncated(data: bytes) -> bool:
 
 
 def find_photos(path: str | os.PathLike, *, exclude: str | os.PathLike | None = None) -> list[tuple[Path, Path]]:
-    """List the photos of a path: itself, or all in a folder and its subfolders, except those in ``exclude``.
+    """List the photos of a path: itself, or all in a folder and its subfolders, except those in ``exclude`` below it.
 
     Returns:
         (file, path relative to the folder) of each photo, sorted.
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
-        DatasetError: If the folder holds no photo.
+        DatasetError: If the folder holds no photo, or is the one to exclude.
     """
     path = Path(path)
     if path.is_file():
@@ -96,6 +96,10 @@ def find_photos(path: str | os.PathLike, *, exclude: str | os.PathLike | None = 
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such photo, folder or video")
     excluded = Path(exclude).resolve() if exclude else None
+    if excluded == path.resolve():
+        raise DatasetError(f"{path}: the results would lie among the photos; choose another folder for them")
+    if excluded in path.resolve().parents:
+        excluded = None
     photos = [
         (file, file.relative_to(path))
         for file in sorted(path.rglob("*"))

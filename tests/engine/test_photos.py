@@ -52,6 +52,9 @@ def test_photos_of_a_folder(tmp_path):
     found = find_photos(tmp_path, exclude=tmp_path / "out")
     assert [str(relative) for _, relative in found] == ["b.PNG", "deep/a.jpg"]
     assert find_photos(tmp_path / "b.PNG")[0][1].name == "b.PNG"
+    assert find_photos(tmp_path / "deep", exclude=tmp_path)[0][1].name == "a.jpg"  # of an outer folder, nothing
+    with pytest.raises(DatasetError, match="choose another folder"):
+        find_photos(tmp_path, exclude=tmp_path / "deep" / "..")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="no photos in this folder"):
         find_photos(tmp_path / "empty")
