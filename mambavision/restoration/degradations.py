@@ -57,28 +57,39 @@ class GaussianNoise(Degradation):
     Args:
         sigma: (lowest, highest) standard deviation, of which each picture draws one, for pixel values 0..255.
         eight_bit: Share of the pictures that become 8-bit, 0 to 1. The field's protocol has none.
+        shared: (lowest, highest) share of sigma^2, of which each picture draws one, that is the same noise in all
+            channels, 0 to 1: cameras' noise is in part. The field's protocol has none.
     """
 
     sigma: tuple[float, float]
     eight_bit: float = 0.0
+    shared: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         _check_range("sigma", self.sigma, 0, 255)
         if not 0 <= self.eight_bit <= 1:
             raise ValueError(f"eight_bit must be a share of 0 to 1, got {self.eight_bit}")
+        _check_range("shared", self.shared, 0, 1)
 
     def __call__(self, gt: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         sigma = _uniform(self.sigma, len(gt), generator) / 255
-        lq = gt + sigma.view(-1, 1, 1, 1) * torch.randn(gt.shape, generator=generator, device=gt.device)
+        noise = torch.randn(gt.shape, generator=generator, device=gt.device)
+        if self.shared[1]:
+            share = _uniform(self.shared, len(gt), generator).view(-1, 1, 1, 1)
+            common = torch.randn(gt[:, :1].shape, generator=generator, device=gt.device)
+            noise = (1 - share).sqrt() * noise + share.sqrt() * common
+        lq = gt + sigma.view(-1, 1, 1, 1) * noise
         if self.eight_bit:
             drawn = torch.rand(len(gt), generator=generator, device=gt.device) < self.eight_bit
             lq = torch.where(drawn.view(-1, 1, 1, 1), _eight_bit(lq), lq)
         return dict(lq=lq, sigma=sigma)
 
     def for_evaluation(self, gt: Tensor) -> dict[str, Tensor]:
-        """Add np.random.seed(0)'s noise, drawn as (H, W, C), as SwinIR and Restormer do."""
-        sigma = _fixed("sigma", self.sigma) / 255
-        lq = gt + _standard_noise(gt, sigma)
+        """Add np.random.seed(0)'s noise, drawn as (H, W, C), as SwinIR and Restormer do; shared noise is of seed 1."""
+        sigma, share = _fixed("sigma", self.sigma) / 255, _fixed("shared", self.shared)
+        lq = gt + _standard_noise(gt, sigma * math.sqrt(1 - share))
+        if share:
+            lq = lq + _standard_noise(gt[:, :1], sigma * math.sqrt(share), seed=1)
         if self.eight_bit not in (0, 1):
             raise ValueError(f"for evaluation all pictures are 8-bit (eight_bit=1) or none (0), got {self.eight_bit}")
         return dict(lq=_eight_bit(lq) if self.eight_bit else lq, sigma=torch.full((1,), sigma))
@@ -253,9 +264,9 @@ def _uniform(bounds: tuple[float, float], count: int, generator: torch.Generator
     return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
 
 
-def _standard_noise(gt: Tensor, sigma: float) -> Tensor:
+def _standard_noise(gt: Tensor, sigma: float, seed: int = 0) -> Tensor:
     _, c, h, w = gt.shape
-    noise = np.random.RandomState(0).normal(0, sigma, (h, w, c)).astype(np.float32)
+    noise = np.random.RandomState(seed).normal(0, sigma, (h, w, c)).astype(np.float32)
     return torch.from_numpy(noise).permute(2, 0, 1)[None]
 
 

@@ -73,6 +73,16 @@ def test_a_share_of_the_pictures_is_as_8_bit_files_hold_them():
         GaussianNoise((40, 40), eight_bit=0.5).for_evaluation(gt[:1])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_channels_share_a_part_of_the_noise(share: float):
+    gt = torch.full((2, 3, 200, 200), 0.5)
+    noise = GaussianNoise((25, 25), shared=(share, share))
+    for lq in (noise(gt, _generator())["lq"], noise.for_evaluation(gt[:1])["lq"]):
+        for picture in (lq - gt[: len(lq)]).flatten(2) * 255:
+            assert picture.std().item() == pytest.approx(25, abs=0.3)
+            assert torch.corrcoef(picture)[0, 1:].tolist() == pytest.approx([share] * 2, abs=0.02)
+
+
 def test_evaluation_noise_is_numpys_of_seed_0(photo: Tensor):
     noisy = GaussianNoise((25, 25)).for_evaluation(photo)
     np.random.seed(0)
@@ -126,6 +136,7 @@ def test_mask_blackens_strokes_only(photo: Tensor):
         lambda: GaussianNoise((50, 10)),
         lambda: GaussianNoise((0, 300)),
         lambda: GaussianNoise((0, 50), eight_bit=50),
+        lambda: GaussianNoise((0, 50), shared=(0, 2)),
         lambda: GaussianBlur(taps=60),
         lambda: Downsample(1),
         lambda: JPEG((0, 40)),
