@@ -224,6 +224,7 @@ def test_bad_options_are_refused(restore, photos, tmp_path):
         (["--weights", tmp_path / "cut.safetensors"], "cut.safetensors"),
         (["--tile", -64], "tile -64 is too small"),
         (["--overlap", -1], "overlap -1"),
+        (["--luminance"], "luminance is denoised with the task denoise_color and the weights that come along"),
         (["--tile", 64, "--overlap", 100], "smaller than the tile"),
     ):
         line = refusal(restore(photos / "b.png", "-o", tmp_path / "out", *options))
