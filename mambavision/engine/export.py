@@ -128,8 +128,11 @@ def _write_onnx(what: Exportable, program: ExportedProgram, path: Path) -> None:
                 input_names=what.inputs, output_names=what.outputs,
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(f"torch {torch.__version__} cannot write this network as ONNX ({reason})") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().splitlines()[0]
+        raise ValueError(f"torch {torch.__version__} cannot write this network as ONNX: {reason}") from error
     for node in onnx.model.graph.all_nodes():
         node.metadata_props.clear()  # lines of our sources
     for name, value in what.metadata.items():

@@ -21,9 +21,9 @@ def advance(A, h, dt, w, b) -> FLOAT:
     """The state after Q steps from h (M, K, N, D): A (K, N, D), dt and w = dt u (Q, M, K, 1, D), b (Q, M, K, N, 1)."""
 
     @graph()
-    def step(state, dt_q, w_q, b_q):
-        following = op.Add(op.Mul(op.Exp(op.Mul(A, dt_q)), state), op.Mul(b_q, w_q))
-        return following
+    def step(h_q, dt_q, w_q, b_q):
+        h_next = op.Add(op.Mul(op.Exp(op.Mul(A, dt_q)), h_q), op.Mul(b_q, w_q))
+        return h_next
 
     return op.Scan(h, dt, w, b, body=step, num_scan_inputs=3)
 
@@ -33,13 +33,13 @@ def advance_and_read(A, h, dt, w, b, c) -> tuple[FLOAT, FLOAT]:
     """The same, and y (Q, M, K, 1, D) of all steps; c (Q, M, K, 1, N)."""
 
     @graph()
-    def step(state, dt_q, w_q, b_q, c_q):
-        following = op.Add(op.Mul(op.Exp(op.Mul(A, dt_q)), state), op.Mul(b_q, w_q))
-        y_q = op.MatMul(c_q, following)
-        return following, y_q
+    def step(h_q, dt_q, w_q, b_q, c_q):
+        h_next = op.Add(op.Mul(op.Exp(op.Mul(A, dt_q)), h_q), op.Mul(b_q, w_q))
+        y_q = op.MatMul(c_q, h_next)
+        return h_next, y_q
 
-    last, y = op.Scan(h, dt, w, b, c, body=step, num_scan_inputs=4)
-    return last, y
+    h_last, y_all = op.Scan(h, dt, w, b, c, body=step, num_scan_inputs=4)
+    return h_last, y_all
 
 
 @script(_domain)
@@ -47,12 +47,12 @@ def chain(h, total, end) -> FLOAT:
     """States (S, B, K, N, D) from which chunks start: the first from h, each other where the one before it ends."""
 
     @graph()
-    def step(state, total_s, end_s):
-        following = op.Add(op.Mul(total_s, state), end_s)
-        start = op.Identity(state)
-        return following, start
+    def step(h_s, total_s, end_s):
+        h_next = op.Add(op.Mul(total_s, h_s), end_s)
+        start = op.Identity(h_s)
+        return h_next, start
 
-    last, starts = op.Scan(h, total, end, body=step, num_scan_inputs=2)
+    h_last, starts = op.Scan(h, total, end, body=step, num_scan_inputs=2)
     return starts
 
 
