@@ -13,6 +13,8 @@ import argparse
 import time
 from pathlib import Path
 
+import torch
+
 from mambavision.detection import export as detection
 from mambavision.engine import runs
 from mambavision.engine.cli import run
@@ -48,11 +50,14 @@ def main() -> None:
     check_target(args.out)
     what = load(args)
     started = time.perf_counter()
-    difference = export(what, args.out, size=args.size and tuple(args.size), batch=args.batch)
+    found = export(what, args.out, size=args.size and tuple(args.size), batch=args.batch)
     seconds, megabytes = time.perf_counter() - started, Path(args.out).stat().st_size / 1e6
     names = f"{' and '.join(what.inputs)} to {' and '.join(what.outputs)}"
     print(f"{args.out}: {names}, {megabytes:.1f} MB, exported and compared in {seconds:.0f} s")
-    print(f"largest difference to the network: {difference:.1e} of the largest value")
+    print(f"largest difference to the network: {found.difference:.1e} of the largest value")
+    batch, height, width = found.shape
+    times = f"{1e3 * found.seconds:.0f} ms, the network {1e3 * found.network_seconds:.0f} ms"
+    print(f"{batch} of {height}x{width} pixels on {torch.get_num_threads()} CPU threads: {times}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import logging
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from mambavision.ops.dispatch import portable_scans
 SUFFIXES = (".onnx", ".pt2")
 TOLERANCE = 1e-4
 """Largest difference to the network that a file may have, in units of the largest value of an output, at least 1."""
+Run = Callable[..., Any]
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -49,6 +51,22 @@ class Exportable:
         return (pictures, torch.zeros(batch))[: len(self.inputs)]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A written file beside its network, on pictures of random values.
+
+    Attributes:
+        difference: The largest one of outputs, over the output's largest value, or 1 where that is smaller.
+        shape: (B, H, W) of the pictures that the times are of; sizes that were not traced, where they are left open.
+        seconds, network_seconds: A second run of each took, on as many threads.
+    """
+
+    difference: float
+    shape: tuple[int, int, int]
+    seconds: float
+    network_seconds: float
+
+
 def check_target(path: str | Path) -> None:
     """Check before any work that a file can be written.
 
@@ -69,7 +87,7 @@ def check_target(path: str | Path) -> None:
 
 def export(
     what: Exportable, path: str | Path, *, size: tuple[int, int] | None = None, batch: int | None = None
-) -> float:
+) -> Comparison:
     """Write a network to a file, run it, and compare: whole and right, or not at all.
 
     Args:
@@ -78,12 +96,8 @@ def export(
         size: (H, W) of the pictures; None leaves them open.
         batch: Pictures at a time; None leaves it open.
 
-    Returns:
-        The largest difference between an output of the file and of the network, over the output's largest value (or
-        1), on pictures of random values: of the fixed size, or of sizes that were not traced.
-
     Raises:
-        ValueError: If the network cannot be exported, or the file gives other values.
+        ValueError: If the network cannot be exported, or the file gives other values than :data:`TOLERANCE` allows.
     """
     check_target(path)
     for name, sides in (("size", size or ()), ("batch", (1 if batch is None else batch,))):
@@ -97,7 +111,7 @@ def export(
         else:
             torch.export.save(program, temporary)
             run = torch.export.load(temporary).module()
-        return _check(what, run, size, batch)
+        return _compare(what, run, size, batch)
 
 
 def _trace(what: Exportable, size: tuple[int, int] | None, batch: int | None) -> ExportedProgram:
@@ -140,10 +154,12 @@ def _write_onnx(what: Exportable, program: ExportedProgram, path: Path) -> None:
     onnx.save(path, external_data=False)
 
 
-def _onnx_runner(path: Path):
+def _onnx_runner(path: Path) -> Run:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 
     def run(*arguments: Tensor) -> list[Tensor]:
@@ -153,13 +169,11 @@ def _onnx_runner(path: Path):
     return run
 
 
-def _check(what: Exportable, run: Any, size: tuple[int, int] | None, batch: int | None) -> float:
-    """The largest difference to the network."""
-    worst = 0.0
-    for height, width in [size] if size else [(5 * what.multiple, 9 * what.multiple), (8 * what.multiple,) * 2]:
+def _compare(what: Exportable, run: Run, size: tuple[int, int] | None, batch: int | None) -> Comparison:
+    m, worst = what.multiple, 0.0
+    for height, width in [size] if size else [(5 * m, 9 * m), (8 * m, 8 * m)]:
         arguments = what.arguments(batch or 1, height, width)
-        with torch.no_grad():
-            found, wanted = _as_list(run(*arguments)), _as_list(what.network(*arguments))
+        (found, seconds), (wanted, network_seconds) = _timed(run, arguments), _timed(what.network, arguments)
         for name, y, expected in zip(what.outputs, found, wanted, strict=True):
             difference = ((y - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
             if not difference <= TOLERANCE:
@@ -168,11 +182,16 @@ def _check(what: Exportable, run: Any, size: tuple[int, int] | None, batch: int 
                     f"{TOLERANCE:.0e} is allowed: not written"
                 )
             worst = max(worst, difference)
-    return worst
+    return Comparison(worst, (batch or 1, height, width), seconds, network_seconds)
 
 
-def _as_list(values: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [values] if isinstance(values, Tensor) else list(values)
+@torch.no_grad()
+def _timed(run: Run, arguments: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    values = run(*arguments)
+    started = time.perf_counter()
+    run(*arguments)
+    seconds = time.perf_counter() - started
+    return [values] if isinstance(values, Tensor) else list(values), seconds
 
 
 @contextmanager
