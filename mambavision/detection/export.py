@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mambavision.detection.detector import MambaYOLO
@@ -30,11 +29,15 @@ def exportable(weights: str | Path, config: str | None = None) -> Exportable:
         FileNotFoundError: If one of them does not exist.
         ValueError: If they do not fit each other, or are of another detector.
     """
-    detector: BaseModel = load_detector(weights) if config is None else from_checkpoint(read_config(config), weights)
+    if config is None:
+        detector = load_detector(weights)
+        side = detector.input_size
+    else:
+        cfg = read_config(config)
+        detector = from_checkpoint(cfg, weights)
+        side = next((step.size for step in cfg.test_dataloader.dataset.pipeline if step.type == "LetterBox"), None)
     if not isinstance(detector, MambaYOLO):
         raise ValueError(f"{config}: only Mamba-YOLO is exported, this is a {type(detector).__name__}")
-    classes = detector.dataset_meta["classes"]
-    return Exportable(
-        BoxesAndScores(detector).eval(), 3, ("images",), ("boxes", "scores"), multiple=32,
-        metadata={"task": "detection", "classes": list(classes)},
-    )  # fmt: skip
+    said = {"task": "detection", "classes": list(detector.dataset_meta["classes"]), "input_size": side}
+    network = BoxesAndScores(detector).eval()
+    return Exportable(network, 3, ("images",), ("boxes", "scores"), multiple=32, metadata=said)

@@ -173,7 +173,7 @@ def _named_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tens
     if key not in _tables:
         with torch.inference_mode(False):
             table = torch.stack([scan_order(name, grid) for name in orders]).to(device=device, dtype=torch.int32)
-        if type(table) is not Tensor:  # a fake one, while torch.export looks at shapes
+        if type(table) is not Tensor:  # a fake one, of a FakeTensorMode
             return table
         _tables[key] = table
     return _tables[key]

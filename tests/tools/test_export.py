@@ -36,7 +36,8 @@ def test_a_detector_finds_the_same_boxes(tool, tmp_path, detector):
     assert "images to boxes and scores" in text and "largest difference to the network" in text
     session, net = session_of(tmp_path / "x.onnx"), load_detector(detector)
     said = session.get_modelmeta().custom_metadata_map
-    assert said["task"] == "detection" and json.loads(said["classes"]) == ["ring", "disc", "rod"]
+    assert said["task"] == "detection" and said["input_size"] == "96"
+    assert json.loads(said["classes"]) == ["ring", "disc", "rod"]
     images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     boxes, scores = (torch.from_numpy(y)[0] for y in session.run(None, {"images": images.numpy()}))
     with torch.no_grad():
