@@ -103,10 +103,11 @@ def export(
     for name, sides in (("size", size or ()), ("batch", (1 if batch is None else batch,))):
         if min(sides, default=1) < 1:
             raise ValueError(f"{name} must be at least 1, got {' '.join(map(str, sides))}")
-    program = _trace(what, size, batch)
+    axes = _open_axes(what, size, batch)
+    program = _trace(what, axes, size, batch)
     with atomic_path(path) as temporary:
         if Path(path).suffix == ".onnx":
-            _write_onnx(what, program, temporary)
+            _write_onnx(what, program, axes, temporary)
             run = _onnx_runner(temporary)
         else:
             torch.export.save(program, temporary)
@@ -114,32 +115,39 @@ def export(
         return _compare(what, run, size, batch)
 
 
-def _trace(what: Exportable, size: tuple[int, int] | None, batch: int | None) -> ExportedProgram:
+def _open_axes(what: Exportable, size: tuple[int, int] | None, batch: int | None) -> tuple[dict[int, Any], ...]:
+    """Of every input, axes whose size is left open, and their names."""
     free: dict[int, Any] = {} if batch else {0: Dim("batch")}
+    numbers = dict(free)
     if size is None:
         free |= {axis: Dim(name, min=2) * what.multiple for axis, name in ((2, "rows"), (3, "columns"))}
+    return (free, numbers)[: len(what.inputs)]
+
+
+def _trace(
+    what: Exportable, axes: tuple[dict[int, Any], ...], size: tuple[int, int] | None, batch: int | None
+) -> ExportedProgram:
     height, width = size or (6 * what.multiple, 7 * what.multiple)
     arguments = what.arguments(batch or 2, height, width)  # a batch of 1 would be taken for the only one
-    shapes = (free, {0: free[0]} if 0 in free else {})[: len(arguments)]
     what.network.requires_grad_(False)
     what.network(*arguments)  # says what it does not take
     try:
         with portable_scans(), torch.no_grad(), _quiet():
-            return torch.export.export(what.network, arguments, dynamic_shapes=shapes)
+            return torch.export.export(what.network, arguments, dynamic_shapes=axes)
     except Exception as error:  # Dynamo's and the tracer's are of many kinds
         advice = "" if size else "; a fixed --size may do"
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"torch {torch.__version__} cannot trace this network ({reason}){advice}") from error
 
 
-def _write_onnx(what: Exportable, program: ExportedProgram, path: Path) -> None:
+def _write_onnx(what: Exportable, program: ExportedProgram, axes: tuple[dict[int, Any], ...], path: Path) -> None:
     from mambavision.engine.onnx_ops import TRANSLATIONS
 
     try:
         with _quiet():
             onnx = torch.onnx.export(
                 program, dynamo=True, custom_translation_table=TRANSLATIONS, verbose=False,
-                input_names=what.inputs, output_names=what.outputs,
+                input_names=what.inputs, output_names=what.outputs, dynamic_shapes=axes,
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
         cause: BaseException = error
