@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mambavision.backbones.serpent import Serpent, serpent_debug
+from mambavision.backbones.serpent import Serpent
 from mambavision.detection.detector import build_mamba_yolo
 from mambavision.detection.head import TEST_CFG, select_boxes
 from mambavision.detection.weights import load_detector, save_weights
@@ -65,13 +65,12 @@ def test_a_restoration_network_takes_pictures_of_other_sizes(tool, tmp_path):
 
 
 def test_a_checkpoint_with_its_config(tool, tmp_path, in_the_repository):
-    torch.manual_seed(0)
-    state = {f"network.{name}": value for name, value in serpent_debug(1).state_dict().items()}
+    arguments = dict(in_channels=1, dims=[4], depths=[1], d_state=[1], strides=[1])
+    state = {f"network.{name}": value for name, value in Serpent(**arguments).state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "iter_1.pth")
     config = tmp_path / "gray.py"
-    config.write_text(
-        f'_base_ = ["{ROOT}/configs/serpent/serpent_debug.py"]\nmodel = dict(network=dict(in_channels=1))'
-    )
+    base = f'_base_ = ["{ROOT}/configs/serpent/serpent_debug.py"]'
+    config.write_text(f'{base}\nmodel = dict(network=dict(_delete_=True, type="Serpent", **{arguments}))')
     out = tmp_path / "x.pt2"
     options = ("--config", config, "--size", 7, 9, "--batch", 2)
     code, _, err = tool("export", out, "--weights", tmp_path / "iter_1.pth", *options)
