@@ -57,7 +57,8 @@ def main() -> None:
     print(f"largest difference to the network: {found.difference:.1e} of the largest value")
     batch, height, width = found.shape
     times = f"{1e3 * found.seconds:.0f} ms, the network {1e3 * found.network_seconds:.0f} ms"
-    print(f"{batch} of {height}x{width} pixels on {torch.get_num_threads()} CPU threads: {times}")
+    threads = torch.get_num_threads()
+    print(f"{batch} of {height}x{width} pixels on {threads} CPU thread{'s' * (threads > 1)}: {times}")
 
 
 if __name__ == "__main__":
