@@ -45,10 +45,10 @@ class Exportable:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self, batch: int, height: int, width: int) -> tuple[Tensor, ...]:
-        """Random pictures in [0, 1], and where there is a second input zeros for it."""
+        """Random pictures, and numbers where they are an input, in [0, 1]."""
         generator = torch.Generator().manual_seed(0)
         pictures = torch.rand(batch, self.channels, height, width, generator=generator)
-        return (pictures, torch.zeros(batch))[: len(self.inputs)]
+        return (pictures, torch.rand(batch, generator=generator))[: len(self.inputs)]
 
 
 @dataclass(frozen=True)
