@@ -18,6 +18,7 @@ THIRD_PARTY = {  # of each layer, beside the standard library
     "backbones": {"torch", "numpy", "timm"},
     "engine": {"torch", "torchvision", "numpy", "safetensors", "cv2", "tqdm"}
     | {"matplotlib"}  # comes with mmengine and mmdet
+    | {"onnx", "onnxscript", "onnxruntime"}  # the extra "export"
     | OPENMMLAB,
     "detection": {"torch", "torchvision", "numpy", "timm", "cv2", "PIL", "pycocotools", "safetensors", "rich", "tqdm"}
     | {"matplotlib"}  # comes with mmengine and mmdet

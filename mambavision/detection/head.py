@@ -274,11 +274,8 @@ class MambaYOLOHead(BaseDenseHead):
             Per image InstanceData with ``bboxes`` (n, 4) xyxy float32, ``scores`` and ``labels``, by falling score.
         """
         cfg = {**TEST_CFG, **(cfg or self.test_cfg or {})}
-        with torch.autocast(cls_maps[0].device.type, enabled=False):
-            sides, logits, points, strides = self._flatten(reg_maps, cls_maps)
-            batch_boxes, batch_scores = self._decode(sides, points) * strides, logits.sigmoid()
         results = []
-        for boxes, scores, meta in zip(batch_boxes, batch_scores, batch_img_metas, strict=True):
+        for boxes, scores, meta in zip(*self.decode(reg_maps, cls_maps), batch_img_metas, strict=True):
             found = select_boxes(boxes, scores, cfg, with_nms=with_nms)
             if rescale:
                 found.bboxes = to_original_image(found.bboxes, meta)
@@ -286,6 +283,12 @@ class MambaYOLOHead(BaseDenseHead):
                 found.bboxes = clip_boxes(found.bboxes, meta["img_shape"])
             results.append(found)
         return results
+
+    def decode(self, reg_maps: Sequence[Tensor], cls_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Boxes (B, A, 4) ``xyxy`` in pixels of the network input, not clipped, and scores (B, A, C), in float32."""
+        with torch.autocast(cls_maps[0].device.type, enabled=False):
+            sides, logits, points, strides = self._flatten(reg_maps, cls_maps)
+            return self._decode(sides, points) * strides, logits.sigmoid()
 
     def _flatten(self, reg_maps: Sequence[Tensor], cls_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Box logits (B, A, 4, reg_max), class logits (B, A, C), points (A, 2) in cells, strides (A, 1), in float32."""

@@ -23,6 +23,7 @@ from mambavision.ops.compile import constant_result, register
 Backend = Literal["reference", "chunked", "cpu", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT = "MAMBAVISION_BACKEND"
+AUTOMATIC = "automatic"  # in traced programs: the first that can serve when it runs
 FAST: dict[str, tuple[Backend, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 MOST_STATES: dict[Backend, int] = {"cuda": 128, "cpu": 1024}  # lanes that share a channel; a thread's stack
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -33,6 +34,7 @@ TYPED = ("x or u", "delta", "B", "C", "z")  # have one of them, the others are c
 
 _logger = logging.getLogger("mambavision")
 _chosen: list[Backend] = []
+_portable = False
 
 
 @contextlib.contextmanager
@@ -43,6 +45,20 @@ def use_backend(name: Backend) -> Iterator[None]:
         yield
     finally:
         _chosen.pop()
+
+
+@contextlib.contextmanager
+def portable_scans() -> Iterator[None]:
+    """Trace scans in the block as ``mambavision::scan``, which then runs on the first backend that can serve it there.
+
+    Without, a program of ``torch.export`` holds the backend that was chosen while it was traced.
+    """
+    global _portable
+    before, _portable = _portable, True
+    try:
+        yield
+    finally:
+        _portable = before
 
 
 def describe_backends() -> str:
@@ -176,8 +192,9 @@ def scan(
     else:
         layouts = [None if v is None else (v.shape, None, v.dtype, v.device) for v in tensors]
         chosen, scans = _served(asked, check, layouts), None
-    if z is not None and chosen not in GATING:
-        y, state = scan(*tensors[:8], order, delta_softplus, merge, chosen)
+    portable = _portable and not plain
+    if z is not None and (portable or chosen not in GATING):
+        y, state = scan(*tensors[:8], order, delta_softplus, merge, backend)
         dtype = torch.promote_types(x.dtype, torch.float32)
         return (y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype), state
     if scans is not None:
@@ -185,6 +202,8 @@ def scan(
             return _Scan.apply(scans, want_state, *tensors)
         return scans.forward(tensors, None, want_state)
     arguments = (_of_each(x), *tensors[1:9], delta_softplus, merge)
+    if portable:
+        return torch.ops.mambavision.scan(*arguments, None, False, AUTOMATIC)[:2]
     if chosen == "reference":
         return reference.scan(*arguments, z=z)
     if chosen == "chunked":
@@ -321,6 +340,7 @@ def _scan(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = (x, delta, A, B, C, D, delta_bias, initial_state, order, delta_softplus, merge)
+    backend = choose(None, x.device.type, x.dtype, A.shape[-1]) if backend == AUTOMATIC else backend
     starts = _empty_starts(x, delta, A, keep, backend)
     return *_kernel(backend).scan(*arguments, **_options(z, starts)), starts
 

@@ -26,7 +26,7 @@ PRESETS: dict[str, tuple[ScanOrder, ...]] = {
     "cross": ("row", "col", "row_reverse", "col_reverse"),
 }
 WINDOW = 8
-_NAMES = get_args(ScanOrder)
+ORDERS = get_args(ScanOrder)
 _tables: dict[tuple[tuple[ScanOrder, ...], Grid, str], Tensor] = {}
 
 
@@ -130,8 +130,8 @@ def scan_order(name: ScanOrder, grid: Grid) -> Tensor:
 
     Raises ValueError for an unknown name or grid, or for ``time`` on a grid without frames.
     """
-    if name not in _NAMES:
-        raise ValueError(f"unknown scan order {name!r}: use one of {', '.join(_NAMES)}, or a permutation")
+    if name not in ORDERS:
+        raise ValueError(f"unknown scan order {name!r}: use one of {', '.join(ORDERS)}, or a permutation")
     if len(grid) not in (2, 3) or min(grid) < 1:
         raise ValueError(f"grid must be (H, W) or (T, H, W) with positive sizes, got {tuple(grid)}")
     if name.startswith("time") and len(grid) == 2:
@@ -159,8 +159,8 @@ def order_table(
     if len(orders) == 0:
         raise ValueError("orders is empty: give at least one scan order")
     if all(isinstance(order, str) for order in orders):
-        if torch.compiler.is_dynamo_compiling():
-            named = [_NAMES.index(name) for name in orders]
+        if torch.compiler.is_compiling():
+            named = [ORDERS.index(name) for name in orders]
             return OrderTable(torch.ops.mambavision.order_table(named, grid, torch.device(device)))
         return OrderTable(_named_table(tuple(orders), tuple([operator.index(size) for size in grid]), str(device)))
     length = int(np.prod(grid))
@@ -173,7 +173,7 @@ def _named_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tens
     if key not in _tables:
         with torch.inference_mode(False):
             table = torch.stack([scan_order(name, grid) for name in orders]).to(device=device, dtype=torch.int32)
-        if type(table) is not Tensor:  # a fake one, while torch.export looks at shapes
+        if type(table) is not Tensor:  # a fake one, of a FakeTensorMode
             return table
         _tables[key] = table
     return _tables[key]
@@ -182,7 +182,7 @@ def _named_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tens
 # A compiled graph asks for its tables when it runs: Dynamo takes one constant tensor of a name, a network has a grid a
 # level. The copy is because Inductor may write over what an operator returned once it is read.
 def _table_in_graph(orders: Sequence[int], grid: Sequence[int], device: torch.device) -> Tensor:
-    return _named_table(tuple([_NAMES[order] for order in orders]), tuple(grid), str(device)).clone()
+    return _named_table(tuple([ORDERS[order] for order in orders]), tuple(grid), str(device)).clone()
 
 
 def _table_in_graph_like(orders: Sequence[int], grid: Sequence[int], device: torch.device) -> Tensor:

@@ -97,7 +97,7 @@ def selective_scan(
 def _grouped(name: str, v: Tensor, u: Tensor, N: int) -> Tensor:
     """B or C as (batch, G, N, L)."""
     batch, channels, length = u.shape
-    if v.shape == (channels, N):  # constant in time: one group a channel
+    if v.dim() == 2 and v.shape == (channels, N):  # constant in time: one group a channel
         return v[None, :, :, None].expand(batch, channels, N, length)
     if v.shape == (batch, N, length):
         return v[:, None]
