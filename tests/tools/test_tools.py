@@ -99,7 +99,9 @@ def test_checkpoints_carry_averaged_weights_as_state_dict(trained):
 
 
 def test_evaluation_prints_a_table_and_writes_json(trained, data, tool, tmp_path):
-    out = tmp_path / "metrics.json"
+    out = tmp_path / "new" / "metrics.json"
+    line = refusal(tool("test", CONFIG, "gone.pth", "--out", tmp_path))  # before the evaluation
+    assert f"--out {tmp_path}: this is a folder, a file is wanted" in line
     options = data_options(data)
     code, text, err = tool(
         "test", CONFIG, trained / "epoch_3.pth", "--work-dir", tmp_path / "work", "--out", out, *options
