@@ -142,6 +142,7 @@ def test_a_training_checkpoint_with_its_config(sample, tmp_path, monkeypatch, ca
     [
         (["--classes", "3"], "class 3 is out of range: there are 3, from 0 to 2"),
         (["--classes=-1"], "class -1 is out of range"),
+        (["--num", 1, "--classes", "cat", "cow"], "there is no class 'cow'"),
         (["--classes", "cow"], "there is no class 'cow': classes are cat, dog, fox"),
         (["--steps", 0], "0 steps cannot be taken: 1 to 1000 can"),
         (["--num", 0], "0 samples are asked for"),
