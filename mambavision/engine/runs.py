@@ -1,6 +1,7 @@
 """Training and test runs of any task: configs from the command line, and mmengine's Runner made of them."""
 
 import argparse
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
+from mmengine.logging import print_log
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 from torch.utils.data import Dataset
@@ -125,7 +127,7 @@ def train(
 
     Args:
         cfg: Config with ``work_dir`` and ``launcher``.
-        resume: Go on from the newest checkpoint of the work directory, or start where there is none.
+        resume: Go on from the newest checkpoint of the work directory, or start where there is none, and say so.
         load_from: Checkpoint or published weights whose fitting tensors a run that is not resumed starts from.
         amp: Mixed precision.
         seed: Seed of weights, data order and augmentation.
@@ -162,6 +164,9 @@ def train(
         for loop in (runner.train_loop, runner.val_loop):  # built here, so that errors of the data come before training
             if check and loop is not None:
                 check(model, loop.dataloader.dataset)
+    if resume and not latest:  # a mistyped work directory, or a session's first run
+        message = f"no checkpoint in {cfg.work_dir}: starting from the beginning"
+        print_log(message, logger="current", level=logging.WARNING)
     try:
         runner.train()
     except DatasetError:

@@ -226,7 +226,8 @@ def test_training_starts_from_weights_of_other_classes(data, tool, tmp_path):
         code, _, err = tool("train", CONFIG, "--work-dir", work, "--resume", *options)  # nothing to resume: starts
         assert code == 0, err
         (log,) = work.rglob("*.log")
-        (line,) = [line for line in log.read_text().splitlines() if "starting from" in line]
+        assert f"no checkpoint in {work}: starting from the beginning" in log.read_text()
+        (line,) = [line for line in log.read_text().splitlines() if "anew: " in line]
         assert "anew: bbox_head.cls_towers (" in line and line.endswith("not used: none")
         assert "size mismatch" not in log.read_text()
         trained = torch.load(work / "epoch_1.pth", weights_only=True)["state_dict"]
