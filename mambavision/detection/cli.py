@@ -82,7 +82,9 @@ def load_inferencer(
     if not Path(weights).is_file():
         raise FileNotFoundError(f"no weights at {weights}; name a file with --weights")
     if config is not None:
-        return DetInferencer.from_config(runs.read_config(config), weights, device=chosen, score_thr=score_thr)
+        cfg = runs.read_config(config)
+        runs.check_task(cfg, config, "detection")
+        return DetInferencer.from_config(cfg, weights, device=chosen, score_thr=score_thr)
     suffix = Path(weights).suffix
     if suffix == ".pth":
         raise ValueError(f"{weights} does not say what network it is of: pass its --config too")

@@ -18,7 +18,7 @@ from mambavision.engine.checkpoint import CheckpointError
 from mambavision.engine.cli import choose_device
 from mambavision.engine.files import atomic_path, check_folder
 from mambavision.engine.memory import free_memory
-from mambavision.engine.runs import read_config
+from mambavision.engine.runs import check_task, read_config
 from mambavision.engine.weights import build_from_checkpoint
 
 Output = Literal["grid", "single", "npz"]
@@ -69,8 +69,7 @@ def load_pipeline(
             raise ValueError(f"{path} is a training checkpoint: name the config it was trained by with --config")
         return DiffusionPipeline.from_pretrained(path, device=device, autoencoder=autoencoder)
     cfg, chosen = read_config(config), choose_device(device)
-    if cfg.get("task") != "diffusion":
-        raise ValueError(f"{config} is no config of a diffusion network")
+    check_task(cfg, config, "diffusion")
     cfg.model.compile = False
     model, checkpoint = build_from_checkpoint(cfg, path)
     loaded = None if autoencoder is None else load_autoencoder(autoencoder)

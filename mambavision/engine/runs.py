@@ -26,6 +26,12 @@ from mambavision.engine.weights import build_from_checkpoint, check_fits, fittin
 
 Task = Literal["detection", "restoration", "diffusion"]
 
+_TOOLS: dict[Task, str] = {
+    "detection": "tools/detect.py",
+    "restoration": "tools/publish.py, then tools/restore.py",
+    "diffusion": "tools/sample.py",
+}
+
 Check = Callable[[nn.Module, Dataset], None]
 """Raises ValueError if a model and a data set do not fit each other."""
 
@@ -81,6 +87,13 @@ def task_of(args: argparse.Namespace) -> Task:
     if task not in get_args(Task):
         raise ValueError(f"{args.config}: task must be one of {', '.join(get_args(Task))}, got {task!r}")
     return task
+
+
+def check_task(cfg: Config, path: str | Path, task: Task) -> None:
+    """Raise ValueError if a config is of another task than a tool's."""
+    found = cfg.get("task", "detection")
+    if found != task:
+        raise ValueError(f"{path} is a config for {found}, not for {task}: see {_TOOLS[found]}")
 
 
 def load_config(args: argparse.Namespace, adapt: Callable[[Config], None] | None = None) -> Config:
