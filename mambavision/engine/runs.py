@@ -168,6 +168,7 @@ def train(
         cfg.optim_wrapper.type = "BFloat16OptimWrapper"
     if seed is not None:
         cfg.randomness = dict(seed=seed)
+    _check_data_root(cfg, cfg.train_dataloader)
     with _build_runner(cfg, ShardedRunner if sharded else Runner) as runner:
         model = unwrapped(runner.model)
         if latest:
@@ -251,6 +252,7 @@ def test(cfg: Config, checkpoint: str | Path, *, check: Check | None = None) -> 
     """
     # strict, unlike mmengine's loading, which only logs what does not fit
     state = build_from_checkpoint(cfg, checkpoint)[0].state_dict()
+    _check_data_root(cfg, cfg.test_dataloader)
     with _build_runner(cfg) as runner:
         model = unwrapped(runner.model)
         if check:
@@ -277,6 +279,25 @@ def _build_runner(cfg: Config, kind: type[Runner] = Runner) -> Iterator[Runner]:
                 for folder in new_folders[1:]:
                     folder.rmdir()
         raise
+
+
+def _check_data_root(cfg: Config, loader: ConfigDict) -> None:
+    """Raise DatasetError, with the config's ``data_advice``, if a loader reads from a ``data_root`` that is not there.
+
+    Data sets say so too, but after pages of mmengine's log.
+    """
+    root = str(cfg.get("data_root") or "").rstrip("/")
+    if root and not Path(root).exists() and any(text.startswith(root) for text in _strings(loader)):
+        advice = cfg.get("data_advice", "name yours with --data-root")
+        raise DatasetError(f"{root}: no such folder of data; {advice}")
+
+
+def _strings(node: object) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict | list | tuple):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from _strings(value)
 
 
 def _start_processes(cfg: Config) -> None:

@@ -282,7 +282,10 @@ def test_two_processes_train_like_one(data, tmp_path):
     ("arguments", "message"),
     [
         (["no_config.py"], "no config at no_config.py"),
-        ([CONFIG, "--data-root", "nowhere"], "nowhere/train.json: no such file"),
+        (
+            [CONFIG, "--data-root", "nowhere"],
+            "name yours with --data-root and --train-json",
+        ),
         ([CONFIG, "--amp", "fp16"], "bf16"),
         ([CONFIG, "--load-from", "gone.pth"], "no weights at gone.pth"),
         ([ROOT / "configs/_base_/default_runtime.py"], "lacks model, train_dataloader, test_dataloader, optim_wrapper"),
@@ -293,7 +296,9 @@ def test_two_processes_train_like_one(data, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is possible here")
 def test_training_refuses_bad_arguments(tool, tmp_path, arguments, message):
     work = tmp_path / "runs" / "work"
-    assert message in refusal(tool("train", *arguments, "--work-dir", work))
+    code, text, err = tool("train", *arguments, "--work-dir", work)
+    assert message in refusal((code, text, err))
+    assert "--data-root" not in message or not text  # before mmengine's log
     assert not list(tmp_path.iterdir())
 
 
