@@ -16,7 +16,7 @@ from mambavision.diffusion.latents import load_autoencoder
 from mambavision.diffusion.pipeline import DiffusionPipeline
 from mambavision.engine.checkpoint import CheckpointError
 from mambavision.engine.cli import choose_device
-from mambavision.engine.files import atomic_path, check_folder
+from mambavision.engine.files import atomic_path, check_folder, check_free
 from mambavision.engine.memory import free_memory
 from mambavision.engine.runs import check_task, read_config
 from mambavision.engine.weights import build_from_checkpoint
@@ -155,9 +155,8 @@ def sample_files(
     names = [f"grid{suffix}" for suffix in writers] * ("grid" in save) + ["samples.npz"] * ("npz" in save)
     names += [f"{i:05d}{suffix}" for i in range(num) for suffix in writers] * ("single" in save)
     targets = [Path(out_dir, name) for name in (*names, "samples.json")]
-    for path in targets:
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists already: name another --out-dir, or pass --overwrite")
+    if not overwrite:
+        check_free(targets)
     batches = pipeline.batches(class_labels, num, seeds=range(seed, seed + num), **options)
     singles = writers if "single" in save else {}
     with _folder(Path(out_dir)):

@@ -1,7 +1,7 @@
 """Checking where output is to go, and writing files whole or not at all."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,13 @@ def check_file(path: str | Path, option: str) -> None:
     if Path(path).is_dir():
         raise IsADirectoryError(f"{option} {path}: this is a folder, a file is wanted; name one")
     check_folder(Path(path).parent, option)
+
+
+def check_free(paths: Iterable[Path]) -> None:
+    """Raise FileExistsError if a file that is to be written is there already."""
+    for path in paths:
+        if path.exists():
+            raise FileExistsError(f"{path} exists already: name another --out-dir, or pass --overwrite")
 
 
 @contextmanager

@@ -378,6 +378,20 @@ def test_detect_a_photo(data, tool, tmp_path, weights):
     assert line.endswith(f"written to {tmp_path} (weights debug.safetensors, 2 classes)")
 
 
+def test_detect_replaces_only_what_it_may(data, tool, tmp_path, weights):
+    out, photo = tmp_path / "out", data / "val" / "0.png"
+    out.mkdir()
+    for name in ("0.png", "detections.json"):
+        (out / name).write_text("mine")
+        line = refusal(tool("detect", photo, "--out-dir", out, "--weights", weights))
+        assert f"{out / name} exists already: name another --out-dir, or pass --overwrite" in line
+        assert (out / name).read_text() == "mine"
+        assert tool("detect", photo, "--out-dir", out, "--weights", weights, "--overwrite")[0] == 0
+        assert (out / name).read_bytes() != b"mine"
+        (out / "detections.json").unlink(missing_ok=True)
+        (out / "0.png").unlink()
+
+
 def test_detect_says_what_its_own_weights_are(data, tool, tmp_path):
     code, text, _ = tool("detect", "--help")
     assert code == 0 and "mamba_yolo_t_tinyimagenet.safetensors" in text and "200 classes" in " ".join(text.split())
@@ -409,6 +423,8 @@ def test_detect_a_video(tool, tmp_path, weights):
     assert code == 0, err
     assert len(detections(tmp_path / "out")["video"]["frames"]) == 5
     assert "(weights debug.safetensors, 2 classes)" in text
+    line = refusal(tool("detect", clip, "--out-dir", tmp_path / "out", "--weights", weights))
+    assert "exists already" in line
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 5 and capture.read()[1].shape == (64, 96, 3)
 
