@@ -29,6 +29,7 @@ from torch import nn
 
 from mambavision.backbones import dim, dit
 from mambavision.engine import cli
+from mambavision.engine.files import atomic_path, check_file
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     f.__name__: f
@@ -223,6 +224,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each figure")
     parser.add_argument("--csv", help="also write the figures to this file")
     args = parser.parse_args()
+    if args.csv:
+        check_file(args.csv, "--csv")
     device = cli.choose_device(args.device)
     if args.profile and device.type != "cuda":
         raise ValueError("--profile lists kernels of an NVIDIA GPU: pass --device cuda")
@@ -240,7 +243,7 @@ def main() -> None:
                 torch._dynamo.reset()
     report(rows, device)
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
+        with atomic_path(args.csv) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
 
 

@@ -31,6 +31,7 @@ from mambavision.backbones.dncnn import dncnn
 from mambavision.backbones.serpent import serpent_b, serpent_l, serpent_s, serpent_t
 from mambavision.backbones.window_transformer import window_transformer
 from mambavision.engine import cli
+from mambavision.engine.files import atomic_path, check_file
 from mambavision.engine.flops import count_macs
 from mambavision.engine.memory import measure_peak
 
@@ -103,6 +104,8 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="time a single call instead")
     parser.add_argument("--csv", help="also write the figures to this file")
     args = parser.parse_args()
+    if args.csv:
+        check_file(args.csv, "--csv")
     if args.device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device: use --device cpu")
     if args.device.type == "cpu":
@@ -133,7 +136,7 @@ def main() -> None:
         fits.append((name, exponent(sides, times), exponent(sides, peaks)))
     report(rows, fits, hardware)
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
+        with atomic_path(args.csv) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
 
 

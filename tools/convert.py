@@ -16,6 +16,7 @@ from mambavision.detection.convert import from_official, identify, unwrap
 from mambavision.detection.weights import save_weights
 from mambavision.engine import checkpoint
 from mambavision.engine.cli import run
+from mambavision.engine.files import check_file
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--classes", help="text file with one class name a line (default: COCO's for 80 classes)")
     parser.add_argument("--input-size", type=int, default=640, help="side of the network input in pixels (default 640)")
     args = parser.parse_args()
+    check_file(args.output, "OUT")
 
     lines = Path(args.classes).read_text().splitlines() if args.classes else []
     classes = [line.strip() for line in lines if line.strip()] or None

@@ -2,9 +2,9 @@
 """Detect objects in a photo, a folder of photos, a video or a webcam.
 
     python tools/detect.py photo.jpg --out-dir out
-    python tools/detect.py photos/ --out-dir out --weights weights/mamba_yolo_t_bccd.safetensors --score-thr 0.4
-    python tools/detect.py clip.mp4 --out-dir out --config my_config.py --weights work_dirs/my_config/epoch_100.pth
-    python tools/detect.py 0 --out-dir out          (webcam 0, until Ctrl-C)
+    python tools/detect.py photos/ --out-dir smears --weights weights/mamba_yolo_t_bccd.safetensors --score-thr 0.4
+    python tools/detect.py clip.mp4 --out-dir film --config my_config.py --weights work_dirs/my_config/epoch_100.pth
+    python tools/detect.py 0 --out-dir webcam       (webcam 0, until Ctrl-C)
 
 Writes the annotated pictures, or video, and detections.json into the output folder. Boxes are xyxy in input pixels.
 """
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--weights", default=DEFAULT_WEIGHTS, help=DEFAULT_HELP)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--score-thr", type=float, default=0.25, help="least score of a box (default: 0.25)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
     args = parser.parse_args()
 
     check_folder(args.out_dir, "--out-dir")
@@ -42,9 +43,9 @@ def main() -> None:
         photos, video = find_photos(video, exclude=args.out_dir), None
     inferencer = cli.load_inferencer(args.config, args.weights, device=args.device, score_thr=args.score_thr)
     if video is None:
-        detect_photos(inferencer, photos, args.out_dir)
+        detect_photos(inferencer, photos, args.out_dir, overwrite=args.overwrite)
     else:
-        detect_video(inferencer, video, args.out_dir)
+        detect_video(inferencer, video, args.out_dir, overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

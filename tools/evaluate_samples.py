@@ -25,7 +25,7 @@ from mambavision.diffusion import evaluation
 from mambavision.diffusion.features import find_features, load_features, over_frames
 from mambavision.diffusion.metrics import FeatureSet
 from mambavision.engine.cli import choose_device, run
-from mambavision.engine.files import atomic_path, check_folder
+from mambavision.engine.files import atomic_path, check_file
 
 
 def is_feature_file(path: Path) -> bool:
@@ -56,7 +56,7 @@ def main() -> None:
 
     for path, option in ((args.out, "--out"), (args.save_reference, "--save-reference")):
         if path is not None:
-            check_folder(path.parent, option)
+            check_file(path, option)
     if args.save_reference is not None and args.save_reference.suffix != ".npz":
         raise ValueError(f"--save-reference {args.save_reference}: features are written as .npz; name such a file")
     if args.batch_size < 1 or (args.num is not None and args.num < 2):
@@ -71,7 +71,6 @@ def main() -> None:
     if kept is None:
         kept = evaluation.features_of(reference, extractor, source=str(args.reference), batch_size=args.batch_size)
     if args.save_reference is not None:
-        args.save_reference.parent.mkdir(parents=True, exist_ok=True)
         kept.save(args.save_reference)
     options = dict(source=str(args.samples), num=args.num, batch_size=args.batch_size)
     found = evaluation.compare(evaluation.features_of(samples, extractor, **options), kept)
@@ -84,7 +83,6 @@ def main() -> None:
     if found["samples"] < len(kept.mean):
         print(f"  fewer samples than features ({len(kept.mean)}): the Fréchet distance is mostly bias")
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(args.out) as temporary:
             temporary.write_text(json.dumps({**found, "reference_source": kept.source}, indent=1) + "\n")
 

@@ -20,7 +20,7 @@ from mambavision.detection.weights import from_checkpoint, save_weights
 from mambavision.diffusion import weights as diffusion_weights
 from mambavision.engine import runs
 from mambavision.engine.cli import run
-from mambavision.engine.files import atomic_path
+from mambavision.engine.files import atomic_path, check_file
 from mambavision.engine.weights import build_from_checkpoint, read_checkpoint
 from mambavision.restoration import weights
 
@@ -108,6 +108,7 @@ def main() -> None:
         "--precision", choices=["fp16", "fp32"], default="fp16", help="of a network that restores or samples"
     )
     args = parser.parse_args()
+    check_file(args.out, "out")
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
     if args.metrics and not Path(args.metrics).is_file():

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--mask", help=mask_help)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
-    tile_help = f"largest side of a tile in pixels, at least {MIN_TILE}; 0: no tiles; default: as memory allows"
+    tile_help = f"largest side of a tile in pixels, at least {MIN_TILE}; 0: no tiles; default: auto, as memory allows"
     parser.add_argument("--tile", type=tile_side, default="auto", help=tile_help)
     parser.add_argument("--overlap", type=int, default=OVERLAP, help=f"of tiles, pixels (default: {OVERLAP})")
     parser.add_argument("--self-ensemble", action="store_true", help="average 8 rotations and flips: 8 times slower")

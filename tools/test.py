@@ -22,7 +22,7 @@ from mambavision.detection import cli as detection
 from mambavision.diffusion import runs as diffusion
 from mambavision.engine import runs
 from mambavision.engine.cli import run
-from mambavision.engine.files import atomic_path
+from mambavision.engine.files import atomic_path, check_file
 from mambavision.restoration import runs as restoration
 
 
@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("checkpoint", help="checkpoint (.pth) or published weights (.safetensors)")
     parser.add_argument("--out", help="JSON file to write the metrics to")
     args = parser.parse_args()
+    if args.out:
+        check_file(args.out, "--out")
     task = {"detection": detection, "restoration": restoration, "diffusion": diffusion}[runs.task_of(args)]
     metrics = {name: float(value) for name, value in task.test(task.load_config(args), args.checkpoint).items()}
     if not is_main_process():

@@ -30,7 +30,8 @@ def main() -> None:
     )
     runs.add_config_arguments(parser)
     detection.add_data_arguments(parser)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the work directory")
+    resume_help = "go on from the newest checkpoint of the work directory, if there is one"
+    parser.add_argument("--resume", action="store_true", help=resume_help)
     parser.add_argument("--load-from", help="checkpoint (.pth) or published weights (.safetensors) to start from")
     parser.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision; fp16 needs a GPU")
     parser.add_argument("--seed", type=int, help="seed of weights, data order and augmentation")

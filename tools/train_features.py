@@ -25,7 +25,7 @@ from mambavision.diffusion import features
 from mambavision.diffusion.datasets import ClassFolder
 from mambavision.diffusion.generated import BouncingShapes, MovingDigits
 from mambavision.engine.cli import choose_device, run
-from mambavision.engine.files import check_folder
+from mambavision.engine.files import check_file
 from mambavision.engine.photos import DatasetError, find_photos, imread_unchanged, read_all
 
 PAD = 4  # pixels by which crops of training pictures are moved at most
@@ -269,7 +269,7 @@ def main() -> None:
         kind.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     args = parser.parse_args()
 
-    check_folder(Path(args.out).parent, "out")
+    check_file(args.out, "out")
     if min(args.epochs, args.batch_size) < 1 or not args.max_seconds > 0:
         raise ValueError("--epochs and --batch-size must be at least 1, --max-seconds more than 0")
     device = choose_device(args.device)
@@ -278,7 +278,6 @@ def main() -> None:
     start = time.perf_counter()
     net, classes, found, data = args.train(args, device)
     seconds = time.perf_counter() - start
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     features.save(net, args.out, classes=classes, metadata={"training_data": data, "test_accuracy": f"{found:.4f}"})
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     print(f"{args.out}: {millions:.2f} M parameters, test accuracy {found:.4f}, read and trained in {seconds:.0f} s")

@@ -1,10 +1,11 @@
 _base_ = ["../_base_/models/mamba_yolo_t.py", "../_base_/schedule_300e.py", "../_base_/default_runtime.py"]
 
-# pictures composed of Tiny-ImageNet-200's photos and boxes; tools/tinyimagenet.py makes the pack.
+# pictures composed of Tiny-ImageNet-200's photos and boxes.
 # No picture comes twice: an epoch is the next 64,000 of an endless set (500 iterations). Sessions continue each other
 # with --resume, or from published weights: --load-from, and sampler.start after the last picture seen. The rate is
 # constant until the last half of train_cfg.max_epochs, which the last session may choose.
 data_root = "data/tinyimagenet_pack"
+data_advice = "tools/tinyimagenet.py pack makes it (see its --help), or name yours with --data-root"
 model = dict(bbox_head=dict(num_classes=200))
 train_dataloader = dict(
     batch_size=128,

@@ -4,8 +4,9 @@ _base_ = [
     "../_base_/diffusion/default_runtime.py",
 ]
 
-# four actions of nine people, as README.md cuts them out
+# four actions of nine people
 data_root = "data/weizmann"
+data_advice = "configs/video_unet/README.md says how to make it, or name yours with --data-root"
 clips = (48, 32, 32)
 model = dict(network=dict(type="video_unet_t", in_channels=3, input_size=clips, temporal="attention", num_classes=4))
 train_dataloader = dict(

@@ -13,6 +13,7 @@ from mambavision.detection.datasets import coco_classes
 from mambavision.detection.inferencer import DetInferencer
 from mambavision.engine import runs
 from mambavision.engine.cli import choose_device
+from mambavision.engine.photos import DatasetError
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,11 +61,13 @@ def train(
     """Train a detector: :func:`mambavision.engine.runs.train`, for a data set whose classes fit the network."""
     if "batch_size_per_gpu" in cfg.optim_wrapper.get("paramwise_cfg", {}):
         cfg.optim_wrapper.paramwise_cfg.batch_size_per_gpu = cfg.train_dataloader.batch_size
+    _check_json(cfg.train_dataloader.dataset, "--train-json")
     return runs.train(cfg, resume=resume, load_from=load_from, amp=amp, seed=seed, check=_check_classes)
 
 
 def test(cfg: Config, checkpoint: str | Path) -> dict[str, float]:
     """Evaluate a detector: :func:`mambavision.engine.runs.test`, for a data set whose classes fit the network."""
+    _check_json(cfg.test_dataloader.dataset, "--val-json")
     return runs.test(cfg, checkpoint, check=_check_classes)
 
 
@@ -82,7 +85,9 @@ def load_inferencer(
     if not Path(weights).is_file():
         raise FileNotFoundError(f"no weights at {weights}; name a file with --weights")
     if config is not None:
-        return DetInferencer.from_config(runs.read_config(config), weights, device=chosen, score_thr=score_thr)
+        cfg = runs.read_config(config)
+        runs.check_task(cfg, config, "detection")
+        return DetInferencer.from_config(cfg, weights, device=chosen, score_thr=score_thr)
     suffix = Path(weights).suffix
     if suffix == ".pth":
         raise ValueError(f"{weights} does not say what network it is of: pass its --config too")
@@ -98,6 +103,12 @@ def _check_classes(model: nn.Module, dataset: Dataset) -> None:
             f"the data set has {len(classes)} classes ({', '.join(classes[:5])}{', ...' * (len(classes) > 5)}), "
             f"the network {num_classes}: pass --cfg-options model.bbox_head.num_classes={len(classes)}"
         )
+
+
+def _check_json(dataset: ConfigDict, option: str) -> None:
+    path = Path(dataset.get("data_root") or "", dataset.get("ann_file") or "")
+    if dataset.type == "CocoDetDataset" and not path.is_file():
+        raise DatasetError(f"{path}: no such file; name yours with --data-root and {option}")
 
 
 def _use_coco_json(dataset: ConfigDict, root: Path, json_path: str, images: str | None) -> None:

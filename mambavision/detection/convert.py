@@ -101,6 +101,8 @@ def to_official(detector: MambaYOLO) -> dict[str, Tensor]:
 
 def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """Tensors of a checkpoint, which may lie under the key "model"; raises ValueError where there are none."""
+    if isinstance(checkpoint, Mapping) and "message_hub" in checkpoint:
+        raise ValueError("this is a checkpoint of tools/train.py, not an official one: tools/publish.py is for it")
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError("the checkpoint holds no state dict: expected names and tensors, or such a dict under 'model'")

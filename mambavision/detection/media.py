@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from mambavision.detection.inferencer import DetInferencer, draw
 from mambavision.detection.photos import imread
-from mambavision.engine.files import atomic_path
+from mambavision.engine.files import atomic_path, check_free
 from mambavision.engine.photos import DatasetError
 from mambavision.engine.video import Video, open_video, write_video
 
@@ -18,7 +18,9 @@ _WRITABLE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _JSON_NAME = "detections.json"
 
 
-def detect_photos(inferencer: DetInferencer, photos: Sequence[tuple[Path, Path]], out_dir: str | Path) -> None:
+def detect_photos(
+    inferencer: DetInferencer, photos: Sequence[tuple[Path, Path]], out_dir: str | Path, *, overwrite: bool = False
+) -> None:
     """Detect on photos one by one, write annotated copies and ``detections.json``.
 
     Photos that cannot be read are left out, and listed under ``errors`` in the JSON.
@@ -27,24 +29,27 @@ def detect_photos(inferencer: DetInferencer, photos: Sequence[tuple[Path, Path]]
         inferencer: Finds the boxes.
         photos: (file, relative path of its copy), as :func:`find_photos` returns them.
         out_dir: Output folder, made when the first photo is done.
+        overwrite: Replace files that are there already; never the photos themselves.
 
     Raises:
+        FileExistsError: Before it begins, if a file is there already.
         DatasetError: At the end, if some photo could not be read.
     """
     out_dir = Path(out_dir)
+    jobs = [(file, out_dir / _copy(relative)) for file, relative in photos]
+    for file, target in jobs:
+        if target.resolve() == file.resolve():
+            raise DatasetError(f"{file}: the output folder is the input's own, the photo would be overwritten")
+    if not overwrite:
+        check_free([out_dir / _JSON_NAME, *(target for _, target in jobs)])
     images, errors = [], []
-    for file, relative in tqdm(photos, unit="photo", disable=len(photos) == 1):
+    for file, target in tqdm(jobs, unit="photo", disable=len(jobs) == 1):
         try:
             picture = imread(file)
         except DatasetError as error:
             errors.append(str(error))
             continue
-        suffix = "" if relative.suffix.lower() in _WRITABLE_SUFFIXES else ".png"
-        target = out_dir / relative.with_name(relative.name + suffix)
-        if target.resolve() == file.resolve():
-            raise DatasetError(f"{file}: the output folder is the input's own, the photo would be overwritten")
         (found,) = inferencer([picture])
-        target.parent.mkdir(parents=True, exist_ok=True)
         _write_picture(target, draw(picture, found, inferencer.classes))
         height, width = picture.shape[:2]
         boxes = found.as_dicts(inferencer.classes)
@@ -58,12 +63,22 @@ def detect_photos(inferencer: DetInferencer, photos: Sequence[tuple[Path, Path]]
         raise DatasetError(errors[0] + others)
 
 
-def detect_video(inferencer: DetInferencer, video: str | Path | int, out_dir: str | Path) -> None:
+def _copy(relative: Path) -> Path:
+    """Name of a photo's annotated copy."""
+    suffix = "" if relative.suffix.lower() in _WRITABLE_SUFFIXES else ".png"
+    return relative.with_name(relative.name + suffix)
+
+
+def detect_video(
+    inferencer: DetInferencer, video: str | Path | int, out_dir: str | Path, *, overwrite: bool = False
+) -> None:
     """Detect on every frame of a video file or of a webcam (its number; until Ctrl-C).
 
-    Writes ``<name>.mp4`` and ``detections.json``, both complete or not at all.
+    Writes ``<name>.mp4`` and ``detections.json``, both complete or not at all; ``overwrite`` replaces those that are
+    there already.
 
     Raises:
+        FileExistsError: If one is there already.
         FileNotFoundError: If there is no such file or webcam.
         DatasetError: If it cannot be decoded, or holds no frame.
     """
@@ -73,7 +88,8 @@ def detect_video(inferencer: DetInferencer, video: str | Path | int, out_dir: st
     with open_video(video) as clip:
         if not isinstance(video, int) and target.resolve() == Path(video).resolve():
             raise DatasetError(f"{video}: the output folder is the input's own, the video would be overwritten")
-        out_dir.mkdir(parents=True, exist_ok=True)
+        if not overwrite:
+            check_free([out_dir / _JSON_NAME, target])
         results = _annotate(inferencer, clip, target)
     content = {"file": str(video), "width": clip.width, "height": clip.height, "fps": clip.rate, "frames": results}
     _write_json(out_dir, {**_header(inferencer), "video": content})

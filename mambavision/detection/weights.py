@@ -59,7 +59,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is no safetensors file, or one that :func:`save_weights` did not write.
     """
-    return weights.read_metadata(path, _FIELDS, of="detector")
+    return weights.read_metadata(path, _FIELDS, of="detection")
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> BaseModel:

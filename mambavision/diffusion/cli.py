@@ -16,9 +16,9 @@ from mambavision.diffusion.latents import load_autoencoder
 from mambavision.diffusion.pipeline import DiffusionPipeline
 from mambavision.engine.checkpoint import CheckpointError
 from mambavision.engine.cli import choose_device
-from mambavision.engine.files import atomic_path, check_folder
+from mambavision.engine.files import atomic_path, check_folder, check_free
 from mambavision.engine.memory import free_memory
-from mambavision.engine.runs import read_config
+from mambavision.engine.runs import check_task, read_config
 from mambavision.engine.weights import build_from_checkpoint
 
 Output = Literal["grid", "single", "npz"]
@@ -69,8 +69,7 @@ def load_pipeline(
             raise ValueError(f"{path} is a training checkpoint: name the config it was trained by with --config")
         return DiffusionPipeline.from_pretrained(path, device=device, autoencoder=autoencoder)
     cfg, chosen = read_config(config), choose_device(device)
-    if cfg.get("task") != "diffusion":
-        raise ValueError(f"{config} is no config of a diffusion network")
+    check_task(cfg, config, "diffusion")
     cfg.model.compile = False
     model, checkpoint = build_from_checkpoint(cfg, path)
     loaded = None if autoencoder is None else load_autoencoder(autoencoder)
@@ -156,9 +155,8 @@ def sample_files(
     names = [f"grid{suffix}" for suffix in writers] * ("grid" in save) + ["samples.npz"] * ("npz" in save)
     names += [f"{i:05d}{suffix}" for i in range(num) for suffix in writers] * ("single" in save)
     targets = [Path(out_dir, name) for name in (*names, "samples.json")]
-    for path in targets:
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists already: name another --out-dir, or pass --overwrite")
+    if not overwrite:
+        check_free(targets)
     batches = pipeline.batches(class_labels, num, seeds=range(seed, seed + num), **options)
     singles = writers if "single" in save else {}
     with _folder(Path(out_dir)):

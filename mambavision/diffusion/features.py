@@ -207,10 +207,10 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> tup
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is not one of ours.
     """
-    metadata = weights.read_metadata(path, _FIELDS, of="feature network")
-    if metadata["task"] != "features" or metadata["class"] not in _BY_NAME:
+    metadata = weights.read_metadata(path, _FIELDS, of="features")
+    if metadata["class"] not in _BY_NAME:
         raise CheckpointError(
-            f"{path} is a {metadata['class']} for {metadata['task']}: feature networks are {', '.join(_BY_NAME)}"
+            f"{path} is of a {metadata['class']}, which is not known here: networks are {', '.join(_BY_NAME)}"
         )
     net = _BY_NAME[metadata["class"]](**json.loads(metadata["config"]))
     weights.load_state(net, weights.read_published(path), path)

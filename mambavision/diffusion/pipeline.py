@@ -282,7 +282,8 @@ class DiffusionPipeline:
         names = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
         if not names:
             raise ValueError("an empty list of classes: name some, or leave it out")
-        return list(islice(cycle(map(self._index, names)), num or len(names)))
+        indices = [self._index(name) for name in names]  # all of them, though num may be smaller
+        return list(islice(cycle(indices), num or len(names)))
 
     def _index(self, label: int | str) -> int:
         count = self.network.num_classes

@@ -75,9 +75,6 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is no safetensors file, or one that :func:`save` did not write.
     """
-    task = weights.read_metadata(path, of="denoising network").get("task", "diffusion")
-    if task != "diffusion":
-        raise CheckpointError(f"{path} holds weights for {task}: those of a denoising network are wanted")
-    metadata = weights.read_metadata(path, _FIELDS, of="denoising network")
+    metadata = weights.read_metadata(path, _FIELDS, of="diffusion")
     said = {name: json.loads(value) if name in _JSON_FIELDS else value for name, value in metadata.items()}
     return {"class_names": None, **said}

@@ -1,7 +1,7 @@
-"""Checking output folders, and writing files whole or not at all."""
+"""Checking where output is to go, and writing files whole or not at all."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,14 +23,35 @@ def check_folder(path: str | Path, option: str) -> None:
             raise NotADirectoryError(f"{option} {path}: {folder} is a file, a folder is wanted; name another")
 
 
+def check_file(path: str | Path, option: str) -> None:
+    """Check that a file could be written, its folder made if need be; makes nothing. Arguments as of check_folder.
+
+    Raises:
+        NotADirectoryError: If a folder above the path is a file.
+        IsADirectoryError: If the path is a folder.
+    """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{option} {path}: this is a folder, a file is wanted; name one")
+    check_folder(Path(path).parent, option)
+
+
+def check_free(paths: Iterable[Path]) -> None:
+    """Raise FileExistsError if a file that is to be written is there already."""
+    for path in paths:
+        if path.exists():
+            raise FileExistsError(f"{path} exists already: name another --out-dir, or pass --overwrite")
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; rename it onto ``path`` on success, delete it on an error.
 
-    The temporary name keeps the suffix, by which image and video writers choose a format.
+    The folder is made if it is not there. The temporary name keeps the suffix, by which image and video writers choose
+    a format.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         os.replace(temporary, path)

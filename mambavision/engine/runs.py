@@ -1,6 +1,7 @@
 """Training and test runs of any task: configs from the command line, and mmengine's Runner made of them."""
 
 import argparse
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
+from mmengine.logging import print_log
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 from torch.utils.data import Dataset
@@ -23,6 +25,12 @@ from mambavision.engine.sharded import ShardedRunner
 from mambavision.engine.weights import build_from_checkpoint, check_fits, fitting_tensors
 
 Task = Literal["detection", "restoration", "diffusion"]
+
+_TOOLS: dict[Task, str] = {
+    "detection": "tools/detect.py",
+    "restoration": "tools/publish.py, then tools/restore.py",
+    "diffusion": "tools/sample.py",
+}
 
 Check = Callable[[nn.Module, Dataset], None]
 """Raises ValueError if a model and a data set do not fit each other."""
@@ -81,6 +89,13 @@ def task_of(args: argparse.Namespace) -> Task:
     return task
 
 
+def check_task(cfg: Config, path: str | Path, task: Task) -> None:
+    """Raise ValueError if a config is of another task than a tool's."""
+    found = cfg.get("task", "detection")
+    if found != task:
+        raise ValueError(f"{path} is a config for {found}, not for {task}: see {_TOOLS[found]}")
+
+
 def load_config(args: argparse.Namespace, adapt: Callable[[Config], None] | None = None) -> Config:
     """Read the config that the arguments name and apply the other arguments of :func:`add_config_arguments` to it.
 
@@ -125,7 +140,7 @@ def train(
 
     Args:
         cfg: Config with ``work_dir`` and ``launcher``.
-        resume: Go on from the newest checkpoint of the work directory, or start where there is none.
+        resume: Go on from the newest checkpoint of the work directory, or start where there is none, and say so.
         load_from: Checkpoint or published weights whose fitting tensors a run that is not resumed starts from.
         amp: Mixed precision.
         seed: Seed of weights, data order and augmentation.
@@ -153,6 +168,7 @@ def train(
         cfg.optim_wrapper.type = "BFloat16OptimWrapper"
     if seed is not None:
         cfg.randomness = dict(seed=seed)
+    _check_data_root(cfg, cfg.train_dataloader)
     with _build_runner(cfg, ShardedRunner if sharded else Runner) as runner:
         model = unwrapped(runner.model)
         if latest:
@@ -162,6 +178,9 @@ def train(
         for loop in (runner.train_loop, runner.val_loop):  # built here, so that errors of the data come before training
             if check and loop is not None:
                 check(model, loop.dataloader.dataset)
+    if resume and not latest:  # a mistyped work directory, or a session's first run
+        message = f"no checkpoint in {cfg.work_dir}: starting from the beginning"
+        print_log(message, logger="current", level=logging.WARNING)
     try:
         runner.train()
     except DatasetError:
@@ -233,6 +252,7 @@ def test(cfg: Config, checkpoint: str | Path, *, check: Check | None = None) -> 
     """
     # strict, unlike mmengine's loading, which only logs what does not fit
     state = build_from_checkpoint(cfg, checkpoint)[0].state_dict()
+    _check_data_root(cfg, cfg.test_dataloader)
     with _build_runner(cfg) as runner:
         model = unwrapped(runner.model)
         if check:
@@ -259,6 +279,25 @@ def _build_runner(cfg: Config, kind: type[Runner] = Runner) -> Iterator[Runner]:
                 for folder in new_folders[1:]:
                     folder.rmdir()
         raise
+
+
+def _check_data_root(cfg: Config, loader: ConfigDict) -> None:
+    """Raise DatasetError, with the config's ``data_advice``, if a loader reads from a ``data_root`` that is not there.
+
+    Data sets say so too, but after pages of mmengine's log.
+    """
+    root = str(cfg.get("data_root") or "").rstrip("/")
+    if root and not Path(root).exists() and any(text.startswith(root) for text in _strings(loader)):
+        advice = cfg.get("data_advice", "name yours with --data-root")
+        raise DatasetError(f"{root}: no such folder of data; {advice}")
+
+
+def _strings(node: object) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict | list | tuple):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from _strings(value)
 
 
 def _start_processes(cfg: Config) -> None:

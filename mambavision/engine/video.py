@@ -54,7 +54,8 @@ def open_video(source: str | os.PathLike | int) -> Iterator[Video]:
     camera = isinstance(source, int)
     if not camera and not Path(source).is_file():
         raise FileNotFoundError(f"{source}: no such video")
-    capture = cv2.VideoCapture(source if camera else str(source))
+    with _silent():
+        capture = cv2.VideoCapture(source if camera else str(source))
     try:
         if not capture.isOpened():
             if camera:
@@ -70,6 +71,18 @@ def open_video(source: str | os.PathLike | int) -> Iterator[Video]:
         yield Video(frames, height, width, rate if 0 < rate < 1000 else 25.0, announced)
     finally:
         capture.release()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Open in this block without the lines of OpenCV and FFmpeg on stderr: what is wrong is said in one of ours."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet; read once, at the first opening of a process
+    logging = cv2.utils.logging
+    level = logging.setLogLevel(logging.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        logging.setLogLevel(level)
 
 
 def _frames(
@@ -99,14 +112,16 @@ def write_video(path: str | os.PathLike, *, height: int, width: int, rate: float
         count += 1
 
     with atomic_path(path) as temporary:
-        writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
+        with _silent():
+            writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
         if not writer.isOpened():
             raise OSError(f"{path}: this OpenCV cannot write a {Path(path).suffix} video of {width}x{height}")
         try:
             yield append
         finally:
             writer.release()
-        written = cv2.VideoCapture(str(temporary))  # the writer does not say that the disk is full
+        with _silent():
+            written = cv2.VideoCapture(str(temporary))  # the writer does not say that the disk is full
         whole = int(written.get(cv2.CAP_PROP_FRAME_COUNT)) >= count
         written.release()
         if not whole:

@@ -22,6 +22,15 @@ from mambavision.engine.files import atomic_path
 
 FORMAT = "mambavision-zoo/1"
 
+Kind = Literal["detection", "restoration", "diffusion", "features"]
+_KINDS: dict[Kind, tuple[str, str]] = {
+    "detection": ("a detector", "tools/detect.py --weights"),
+    "restoration": ("a restoration network", "tools/restore.py --weights"),
+    "diffusion": ("a diffusion model", "tools/sample.py --weights"),
+    "features": ("a feature network", "tools/evaluate_samples.py --features"),
+}
+"""What weights are of, in words, and the argument that takes a published file of them."""
+
 
 def save_published(
     state: Mapping[str, Tensor],
@@ -55,17 +64,18 @@ def save_published(
         save_file(tensors, str(temporary), metadata={**metadata, "format": FORMAT})
 
 
-def read_metadata(path: str | Path, fields: Sequence[str] = (), *, of: str = "network") -> dict[str, str]:
+def read_metadata(path: str | Path, fields: Sequence[str] = (), *, of: Kind | None = None) -> dict[str, str]:
     """Return the metadata of a published file.
 
     Args:
         path: The file.
         fields: What the metadata must hold.
-        of: What the file is of, for the message.
+        of: What it must be of; None: anything.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is no safetensors file, or one that :func:`save_published` did not write.
+        CheckpointError: If it is no safetensors file, or one that :func:`save_published` did not write, or is of
+            something else; then the message says of what, and for which tool.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights file at {path}")
@@ -73,14 +83,30 @@ def read_metadata(path: str | Path, fields: Sequence[str] = (), *, of: str = "ne
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file, or is cut short ({error})") from error
+        advice = "; of a training checkpoint tools/publish.py makes one" if Path(path).suffix == ".pth" else ""
+        raise CheckpointError(f"{path} is not a safetensors file, or is cut short ({error}){advice}") from error
+    if metadata.get("format") != FORMAT:
+        found = f"format {metadata.get('format')!r}, expected {FORMAT!r}"
+        raise CheckpointError(f"{path} does not say how to rebuild its network ({found})")
+    kind = _kind(metadata)
+    if of and kind and kind != of:
+        tool = _KINDS[kind][1]
+        raise CheckpointError(f"{path} holds {_described(metadata)}, not {_KINDS[of][0]}: it is for {tool}")
     missing = [field for field in fields if field not in metadata]
-    if metadata.get("format") != FORMAT or missing:
-        raise CheckpointError(
-            f"{path} does not say how to rebuild its {of} (format {metadata.get('format')!r}, expected "
-            f"{FORMAT!r}; fields missing: {', '.join(missing) or 'none'})"
-        )
+    if missing:
+        raise CheckpointError(f"{path} does not say how to rebuild its network (fields missing: {', '.join(missing)})")
     return metadata
+
+
+def _kind(metadata: Mapping[str, str]) -> Kind | None:
+    task = metadata.get("task")
+    return task if task is None or task in _KINDS else "restoration"  # which says what it restores
+
+
+def _described(metadata: Mapping[str, str]) -> str:
+    kind, task, network = _kind(metadata), metadata["task"], metadata.get("class")
+    said = ", ".join(filter(None, (network, None if task == kind else task)))
+    return _KINDS[kind][0] + (f" ({said})" if said else "")
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
@@ -106,14 +132,13 @@ def rebuild(
     Raises:
         CheckpointError: If the class is none of ``classes`` or does not take the arguments, or the tensors do not fit.
     """
+    by_name, name = {network.__name__: network for network in classes}, metadata["class"]
+    if name not in by_name:
+        raise CheckpointError(f"{path} is of a {name}, which is not known here: networks are {', '.join(by_name)}")
     try:
-        (network,) = (network for network in classes if network.__name__ == metadata["class"])
-        net = network(**metadata["config"])
+        net = by_name[name](**metadata["config"])
     except (ValueError, TypeError) as error:  # another version's, or a damaged one
-        raise CheckpointError(
-            f"{path} is of a {metadata['class']} with arguments {metadata['config']}, which cannot be built here; the "
-            f"networks are {', '.join(network.__name__ for network in classes)}"
-        ) from error
+        raise CheckpointError(f"{path} is of a {name} that cannot be built here: {error}") from error
     load_state(net, read_published(path), path)
     return net.to(device).eval()
 
@@ -174,7 +199,8 @@ def fitting_tensors(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     own, state = model.state_dict(), _named_for(model, read_checkpoint(path), path)
     fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
     if not fitting:
-        raise CheckpointError(f"{path}: none of its {len(state)} tensors fits one of this network's {len(own)}")
+        of = _published(path)
+        raise CheckpointError(f"{path}{of}: none of its {len(state)} tensors fits one of this network's {len(own)}")
     anew, unused = _groups(own.keys() - fitting.keys()), _groups(state.keys() - own.keys())
     message = f"{path}: starting from {len(fitting)} of the network's {len(own)} tensors"
     print_log(f"{message}; anew: {anew or 'none'}; not used: {unused or 'none'}", logger="current")
@@ -218,9 +244,15 @@ def _compare(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str |
     if missing or unknown or misfits:
         examples = ", ".join((missing + unknown + sorted(misfits))[:3])
         raise CheckpointError(
-            f"{path} does not fit this network: {len(missing)} tensors missing, {len(unknown)} unknown, "
-            f"{len(misfits)} of another shape (such as {examples})"
+            f"{path}{_published(path)} does not fit this network: {len(missing)} tensors missing, "
+            f"{len(unknown)} unknown, {len(misfits)} of another shape (such as {examples})"
         )
+
+
+def _published(path: str | Path) -> str:
+    """What a published file is of, for a message; nothing of other files."""
+    metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+    return f", of {_described(metadata)}," if "task" in metadata else ""
 
 
 def _groups(names: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambavision.layers.ssm import check_channels_last
 from mambavision.ops import Padding, conv_ssd, depthwise_conv, norm_gate, ssd
 
 
@@ -58,7 +59,8 @@ class Mamba2Mixer(nn.Module):
         init_mamba2(self.A_log, self.dt_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix x (B, L, d_model); same shape."""
+        """Mix x (B, L, d_model); same shape. Raises ValueError if x has another."""
+        check_channels_last(x, "(B, L, C)", self.in_proj.in_features)
         weight = self.in_proj.weight
         if x.device.type == "cuda" and len(weight) % 64:  # tokens at multiples of 128 bytes, as torch.compile lays them
             weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))
@@ -140,7 +142,8 @@ class HydraMixer(nn.Module):
         nn.init.zeros_(self.A_log)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix x (B, L, d_model); same shape."""
+        """Mix x (B, L, d_model); same shape. Raises ValueError if x has another."""
+        check_channels_last(x, "(B, L, C)", self.in_proj.in_features)
         d_inner, wide, _ = self.sizes
         z, xBC, dt = self.in_proj(x).split(self.sizes, -1)
         xBC = depthwise_conv(xBC, self.conv1d.weight, self.conv1d.bias, activation="silu")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambavision.layers.ssm import SSMInit, init_mamba, ssm_scan, two_linear
+from mambavision.layers.ssm import SSMInit, check_channels_last, init_mamba, ssm_scan, two_linear
 from mambavision.ops import depthwise_conv, norm_gate
 
 
@@ -52,7 +52,8 @@ class MambaMixer(nn.Module):
         init(self.A_log, self.D, self.dt_proj.weight, self.dt_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix x (B, L, d_model); same shape."""
+        """Mix x (B, L, d_model); same shape. Raises ValueError if x has another."""
+        check_channels_last(x, "(B, L, C)", self.in_proj.in_features)
         x, z = two_linear(x, self.in_proj)
         y = mamba_direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         return self.out_proj(norm_gate(y, z))
@@ -99,7 +100,8 @@ class BiMambaMixer(MambaMixer):
         init(self.A_b_log, self.D_b, self.dt_proj_b.weight, self.dt_proj_b.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix x (B, L, d_model); same shape."""
+        """Mix x (B, L, d_model); same shape. Raises ValueError if x has another."""
+        check_channels_last(x, "(B, L, C)", self.in_proj.in_features)
         x, z = two_linear(x, self.in_proj)
         y = mamba_direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         y_b = mamba_direction(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor, nn
 
-from mambavision.layers.ssm import Orders, SelectiveSSM, SSMInit, init_mamba, two_linear
+from mambavision.layers.ssm import Orders, SelectiveSSM, SSMInit, check_channels_last, init_mamba, two_linear
 from mambavision.ops import Activation, depthwise_conv, norm_gate
 
 
@@ -60,7 +60,12 @@ class SS2D(SelectiveSSM):
         self.gated = gated
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix x (B, H, W, C); same shape. The permuted view of a channels_last image is not copied."""
+        """Mix x (B, H, W, C); same shape. The permuted view of a channels_last image is not copied.
+
+        Raises:
+            ValueError: If x has another layout or number of channels.
+        """
+        check_channels_last(x, "(B, H, W, C)", self.in_proj.in_features)
         x, z = two_linear(x, self.in_proj) if self.gated else (self.in_proj(x), None)
         activation = _fused(self.act)
         x = depthwise_conv(x, self.conv2d.weight, self.conv2d.bias, activation=activation)

@@ -5,6 +5,7 @@ B batch, L tokens, D d_inner, N d_state, K scans, R dt_rank.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,12 @@ def ssm_scan(
     """
     A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
     return projected_scan(x, x_proj, dt_weight, A, D, orders=orders, grid=grid, delta_bias=dt_bias)
+
+
+def check_channels_last(x: Tensor, layout: Literal["(B, L, C)", "(B, H, W, C)"], channels: int) -> None:
+    """Raise ValueError if x is not of this layout, with so many channels C."""
+    if x.ndim != (4 if "H" in layout else 3) or x.shape[-1] != channels:
+        raise ValueError(f"the input must be channels-last {layout} with C = {channels}, got {tuple(x.shape)}")
 
 
 def two_linear(x: Tensor, projection: nn.Linear) -> tuple[Tensor, Tensor]:

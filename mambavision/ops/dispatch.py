@@ -62,7 +62,7 @@ def portable_scans() -> Iterator[None]:
 
 
 def describe_backends() -> str:
-    """One line per backend, available or why not, and the versions that a bug report needs."""
+    """One line per backend, available or why not; what is chosen, and the versions that a bug report needs."""
     rows = [f"mambavision scan backends (torch {torch.__version__}, Python {platform.python_version()}):"]
     for name in BACKENDS:
         device = "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
@@ -73,6 +73,11 @@ def describe_backends() -> str:
     rows.append(f"  automatic: {automatic('cpu', torch.float32)} on CPU tensors")
     if torch.cuda.is_available():
         rows[-1] += f", {automatic('cuda', torch.float32)} on {torch.cuda.get_device_name()}"
+    if _chosen:
+        rows.append(f"  in effect: {_chosen[-1]}, by use_backend")
+    if name := os.environ.get(ENVIRONMENT):
+        state = "passed over for use_backend" if _chosen else "in effect" if name in BACKENDS else "an unknown backend"
+        rows.append(f"  ${ENVIRONMENT}={name}: {state}")
     return "\n".join(rows)
 
 

@@ -120,7 +120,6 @@ def write_photo_file(path: str | os.PathLike, photo: PhotoFile) -> None:
     wide_or_bmp = photo.pixels.dtype == np.uint16 or (path.suffix.lower() == ".bmp" and photo.alpha is not None)
     data = _encode_by_opencv(path, photo) if wide_or_bmp else _encode_by_pillow(path, photo)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             temporary.write_bytes(data)
     except OSError as error:

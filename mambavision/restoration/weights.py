@@ -81,7 +81,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is no safetensors file, or one that :func:`save` did not write.
+        CheckpointError: If it is no safetensors file, or one that :func:`save` did not write
     """
-    metadata = weights.read_metadata(path, _FIELDS, of="restoration network")
+    metadata = weights.read_metadata(path, _FIELDS, of="restoration")
     return {name: json.loads(value) if name in _JSON_FIELDS else value for name, value in metadata.items()}

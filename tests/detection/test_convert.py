@@ -70,7 +70,12 @@ def test_wrong_shape_is_named():
 
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
-    [({"epoch": 3}, "no state dict"), ({}, "no state dict"), ({"backbone.conv1.weight": torch.zeros(1)}, "is missing")],
+    [
+        ({"epoch": 3}, "no state dict"),
+        ({}, "no state dict"),
+        ({"backbone.conv1.weight": torch.zeros(1)}, "is missing"),
+        ({"state_dict": {}, "message_hub": {}}, "a checkpoint of tools/train.py.* tools/publish.py is for it"),
+    ],
 )
 def test_other_checkpoints_are_refused(checkpoint, message):
     with pytest.raises(ValueError, match=message):

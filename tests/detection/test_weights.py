@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from mambavision.detection import build_mamba_yolo
 from mambavision.detection.weights import load_detector, read_metadata, save_weights
+from mambavision.engine.weights import FORMAT
 
 CLASSES = ["cell", "Zelle ä"]
 
@@ -64,6 +65,12 @@ def test_bad_files_are_refused_in_one_line(detector, tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match="does not say how to rebuild"):
         load_detector(tmp_path / "foreign.safetensors")
+    save_file({"x": torch.ones(1)}, tmp_path / "jpeg.safetensors", metadata={"format": FORMAT, "task": "jpeg"})
+    with pytest.raises(ValueError, match=r"holds a restoration network \(jpeg\), not a detector: it is for tools/rest"):
+        load_detector(tmp_path / "jpeg.safetensors")
+    (tmp_path / "x.pth").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="of a training checkpoint tools/publish.py makes one"):
+        load_detector(tmp_path / "x.pth")
     wrong = save(detector, tmp_path / "wrong.safetensors", variant="aaai")
     with pytest.raises(ValueError, match=r"does not fit this network: 0 tensors missing, \d+ unknown") as error:
         load_detector(wrong)

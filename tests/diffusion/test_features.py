@@ -116,7 +116,7 @@ def test_files_that_hold_no_features(tmp_path):
         load_features(tmp_path / "text.pt")
     said = {"format": "mambavision-zoo/1", "task": "jpeg", "class": "Serpent", "config": "{}", "classes": "[]"}
     save_file({"x": torch.ones(1)}, tmp_path / "s.safetensors", metadata=said)
-    with pytest.raises(CheckpointError, match="is a Serpent for jpeg: feature networks are SmallClassifier"):
+    with pytest.raises(CheckpointError, match="holds a restoration network .*, not a feature network: it is for"):
         load_features(tmp_path / "s.safetensors")
 
 

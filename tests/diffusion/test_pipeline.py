@@ -132,6 +132,7 @@ def test_classes_by_name_and_index(make_pipeline):
     [
         (dict(class_labels=[3]), "class 3 is out of range: there are 3, from 0 to 2"),
         (dict(class_labels=[-1]), "class -1 is out of range"),
+        (dict(class_labels=["cat", "cow"], num=1), "there is no class 'cow'"),
         (dict(class_labels="cow"), "there is no class 'cow': classes are cat, dog, fox"),
         (dict(class_labels=[]), "empty list of classes"),
         (dict(num=0), "0 samples are asked for"),

@@ -1,6 +1,6 @@
 import pytest
 
-from mambavision.engine.files import atomic_path
+from mambavision.engine.files import atomic_path, check_file
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
@@ -15,3 +15,16 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
         temporary.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_in_a_new_folder_is_checked_first_and_then_made(tmp_path):
+    target = tmp_path / "new" / "deep" / "a.json"
+    check_file(target, "--out")
+    assert not list(tmp_path.iterdir())
+    with atomic_path(target) as temporary:
+        temporary.write_text("{}")
+    assert target.read_text() == "{}"
+    with pytest.raises(IsADirectoryError, match="--out .*deep: this is a folder, a file is wanted"):
+        check_file(target.parent, "--out")
+    with pytest.raises(NotADirectoryError, match="--out .*a.json is a file, a folder is wanted"):
+        check_file(target / "b", "--out")

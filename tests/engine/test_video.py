@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -32,6 +34,26 @@ def test_what_is_no_video_is_named(tmp_path):
             pass
 
 
+def test_openings_that_fail_print_nothing(tmp_path):
+    whole = tmp_path / "whole1.mp4"
+    with write_video(whole, height=48, width=64, rate=10) as append:
+        for value in range(5):
+            append(np.full((48, 64, 3), value, np.uint8))
+    for name, data in (("text1.mp4", b"this is no video"), ("cut1.mp4", whole.read_bytes()[:400])):
+        (tmp_path / name).write_bytes(data)
+    code = (
+        "import sys; from mambavision.engine.video import open_video\n"
+        "for source in (sys.argv[1], sys.argv[2], 97):\n"
+        "    try:\n"
+        "        open_video(source).__enter__()\n"
+        "    except (OSError, ValueError) as error:\n"
+        "        print(type(error).__name__)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "text1.mp4"), str(tmp_path / "cut1.mp4")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # FFmpeg's level is one of a process
+    assert done.stdout.split() == ["DatasetError", "DatasetError", "FileNotFoundError"] and not done.stderr
+
+
 def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     path, frame = tmp_path / "a.mp4", np.zeros((48, 64, 3), np.uint8)
 
@@ -46,7 +68,7 @@ def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         append(frame)
         raise KeyError("anything")
     assert not list(tmp_path.iterdir())
-    gone = tmp_path / "gone" / "a.mp4"
+    gone = tmp_path / "a.nothing"
     with pytest.raises(OSError, match="cannot write"), write_video(gone, height=48, width=64, rate=10):
         pass
     monkeypatch.setattr(cv2, "VideoWriter", FullDisk)

@@ -3,7 +3,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mambavision.layers import SS2D, BiMambaMixer, MambaMixer, SelectiveSSM, init_mamba_yolo
+from mambavision.layers import (
+    SS2D,
+    BiMamba2Mixer,
+    BiMambaMixer,
+    HydraMixer,
+    Mamba2Mixer,
+    MambaMixer,
+    SelectiveSSM,
+    init_mamba_yolo,
+)
 from tests.parity import check_module, load
 
 
@@ -115,6 +124,27 @@ def test_ss2d_compiles_without_a_graph_break():
     module, x = SS2D(8), torch.randn(1, 4, 6, 8)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("mixer", [SS2D, MambaMixer, BiMambaMixer, Mamba2Mixer, BiMamba2Mixer, HydraMixer])
+def test_other_layouts_are_refused(mixer):
+    layer, right = mixer(32), (2, 6, 8, 32) if mixer is SS2D else (2, 48, 32)
+    layout = r"\(B, H, W, C\)" if mixer is SS2D else r"\(B, L, C\)"
+    channels_first = (right[0], right[-1], *right[1:-1])
+    for shape in (channels_first, right[1:], (*right[:-1], 16), (1, *right)):
+        wrong = rf"channels-last {layout} with C = 32, got \({', '.join(map(str, shape))}\)"
+        with pytest.raises(ValueError, match=wrong):
+            layer(torch.zeros(shape))
+
+
+def test_lengths_stay_dynamic_when_compiled_or_exported():
+    module, x = SS2D(8).eval(), torch.randn(2, 5, 6, 8)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(module, (x,), dynamic_shapes=({0: batch},)).module()
+    for call, other in ((compiled, torch.randn(3, 4, 7, 8)), (exported, torch.randn(3, 5, 6, 8))):
+        with torch.no_grad():
+            torch.testing.assert_close(call(other), module(other))
 
 
 def step(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

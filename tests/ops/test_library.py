@@ -446,6 +446,17 @@ def test_describe_backends_tells_each_ones_state(no_environment):
     assert torch.__version__ in "\n".join(lines)
 
 
+def test_describe_backends_tells_which_one_was_asked_for(no_environment, monkeypatch):
+    assert "effect" not in describe_backends()
+    monkeypatch.setenv("MAMBAVISION_BACKEND", "chunked")
+    assert describe_backends().endswith("  $MAMBAVISION_BACKEND=chunked: in effect")
+    with use_backend("reference"):
+        *_, chosen, variable = describe_backends().splitlines()
+    assert chosen == "  in effect: reference, by use_backend" and "passed over" in variable
+    monkeypatch.setenv("MAMBAVISION_BACKEND", "fastest")
+    assert describe_backends().endswith("fastest: an unknown backend")
+
+
 def python(code, root=ROOT, **environment):
     clean = {k: v for k, v in os.environ.items() if k not in ("MAMBAVISION_BACKEND", "TRITON_INTERPRET")}
     clean |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"} | environment

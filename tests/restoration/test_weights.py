@@ -55,9 +55,17 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
         weights.load(path)
     fields = {"format": "mambavision-zoo/1", "task": "jpeg", "class": "Serpent", "config": "{}"}
     for change, message in (
-        ({"format": "other"}, "does not say how to rebuild its restoration network"),
-        ({"class": "Nessie"}, "is of a Nessie with arguments {}, which cannot be built here"),
-        ({"config": '{"wings": 2}'}, "which cannot be built here; the networks are Serpent, DnCNN"),
+        ({"format": "other"}, "does not say how to rebuild its network"),
+        ({"class": "Nessie"}, "is of a Nessie, which is not known here: networks are Serpent, DnCNN"),
+        (
+            {"task": "diffusion", "class": "DiM"},
+            r"holds a diffusion model \(DiM\), not a .* tools/sample.py",
+        ),
+        ({"task": "detection"}, r"holds a detector .*: it is for tools/detect.py --weights"),
+        (
+            {"config": '{"wings": 2}'},
+            "is of a Serpent that cannot be built here: .*argument 'wings'",
+        ),
     ):
         save_file({"x": torch.ones(1)}, path, metadata=fields | change)
         with pytest.raises(CheckpointError, match=message) as error:

@@ -187,7 +187,7 @@ def test_wall_time_ends_a_run(tmp_path, tool):
     ("options", "message"),
     [
         (["--train-json", "x.json"], "--train-json is for detection; diffusion takes --data-root"),
-        (["--data-root", "nowhere"], "nowhere/train"),
+        (["--data-root", "nowhere"], "nowhere: no such folder of data; name yours with --data-root"),
         (
             ["--cfg-options", "model.network.in_channels=1"],
             "has items of (3, 16, 16) (channels, size), the network takes",

@@ -148,7 +148,7 @@ def test_evaluation_of_checkpoint_and_published_weights(whole, tmp_path, tool):
     ("options", "message"),
     [
         (["--train-json", "x.json"], "--train-json is for detection; restoration takes --data-root"),
-        (["--data-root", "nowhere"], "nowhere/train"),
+        (["--data-root", "nowhere"], "nowhere: no such folder of data; tools/prepare_restoration_data.py makes it"),
         (["--cfg-options", "model.network.in_channels=1"], "have 3 channels and scale 1, the network takes 1"),
         (["--cfg-options", "model.network.scale=2"], "has scale 2: change model.network"),
         (["--cfg-options", "train_dataloader.schedule=[(5,0,4)]"], "at least 1"),

@@ -211,6 +211,11 @@ def test_bad_inputs_are_refused(restore, photos, tmp_path):
         assert not out.exists(), (source, written(out))
 
 
+def test_help_names_the_tiles_there_are(tool):
+    code, text, _ = tool("restore", "--help")
+    assert code == 0 and "0: no tiles; default: auto, as memory allows" in " ".join(text.split())
+
+
 def test_bad_options_are_refused(restore, photos, tmp_path):
     gray = save(tmp_path / "gray.safetensors", task="denoise_gray", in_channels=1)
     (tmp_path / "cut.safetensors").write_bytes(gray.read_bytes()[:1000])

@@ -134,7 +134,7 @@ def test_a_training_checkpoint_with_its_config(sample, tmp_path, monkeypatch, ca
     config.write_text(config.read_text().replace("input_size=(8, 8)", "input_size=(9, 8)"))
     assert "9 x 8 cannot be cut into patches" in refusal(sample("--config", config, "--weights", path))
     config.write_text(config.read_text().replace("'diffusion'\n", "'restoration'\n"))
-    assert "is no config of a diffusion network" in refusal(sample("--config", config, "--weights", path))
+    assert "is a config for restoration, not for diffusion" in refusal(sample("--config", config, "--weights", path))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,7 @@ def test_a_training_checkpoint_with_its_config(sample, tmp_path, monkeypatch, ca
     [
         (["--classes", "3"], "class 3 is out of range: there are 3, from 0 to 2"),
         (["--classes=-1"], "class -1 is out of range"),
+        (["--num", 1, "--classes", "cat", "cow"], "there is no class 'cow'"),
         (["--classes", "cow"], "there is no class 'cow': classes are cat, dog, fox"),
         (["--steps", 0], "0 steps cannot be taken: 1 to 1000 can"),
         (["--num", 0], "0 samples are asked for"),
@@ -179,7 +180,7 @@ def test_weights_of_another_task_or_size_are_refused(sample, tmp_path):
     fields = {"format": "mambavision-zoo/1", "task": "sr_x2", "class": "Serpent", "config": "{}"}
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors", metadata=fields)
     line = refusal(sample("--weights", tmp_path / "other.safetensors"))
-    assert "holds weights for sr_x2: those of a denoising network are wanted" in line
+    assert "holds a restoration network (Serpent, sr_x2), not a diffusion model: it is for tools/restore.py" in line
     path = save_video(tmp_path / "v.safetensors")
     from safetensors import safe_open
 

@@ -99,7 +99,9 @@ def test_checkpoints_carry_averaged_weights_as_state_dict(trained):
 
 
 def test_evaluation_prints_a_table_and_writes_json(trained, data, tool, tmp_path):
-    out = tmp_path / "metrics.json"
+    out = tmp_path / "new" / "metrics.json"
+    line = refusal(tool("test", CONFIG, "gone.pth", "--out", tmp_path))  # before the evaluation
+    assert f"--out {tmp_path}: this is a folder, a file is wanted" in line
     options = data_options(data)
     code, text, err = tool(
         "test", CONFIG, trained / "epoch_3.pth", "--work-dir", tmp_path / "work", "--out", out, *options
@@ -224,7 +226,8 @@ def test_training_starts_from_weights_of_other_classes(data, tool, tmp_path):
         code, _, err = tool("train", CONFIG, "--work-dir", work, "--resume", *options)  # nothing to resume: starts
         assert code == 0, err
         (log,) = work.rglob("*.log")
-        (line,) = [line for line in log.read_text().splitlines() if "starting from" in line]
+        assert f"no checkpoint in {work}: starting from the beginning" in log.read_text()
+        (line,) = [line for line in log.read_text().splitlines() if "anew: " in line]
         assert "anew: bbox_head.cls_towers (" in line and line.endswith("not used: none")
         assert "size mismatch" not in log.read_text()
         trained = torch.load(work / "epoch_1.pth", weights_only=True)["state_dict"]
@@ -279,7 +282,10 @@ def test_two_processes_train_like_one(data, tmp_path):
     ("arguments", "message"),
     [
         (["no_config.py"], "no config at no_config.py"),
-        ([CONFIG, "--data-root", "nowhere"], "nowhere/train.json: no such file"),
+        (
+            [CONFIG, "--data-root", "nowhere"],
+            "name yours with --data-root and --train-json",
+        ),
         ([CONFIG, "--amp", "fp16"], "bf16"),
         ([CONFIG, "--load-from", "gone.pth"], "no weights at gone.pth"),
         ([ROOT / "configs/_base_/default_runtime.py"], "lacks model, train_dataloader, test_dataloader, optim_wrapper"),
@@ -290,7 +296,9 @@ def test_two_processes_train_like_one(data, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is possible here")
 def test_training_refuses_bad_arguments(tool, tmp_path, arguments, message):
     work = tmp_path / "runs" / "work"
-    assert message in refusal(tool("train", *arguments, "--work-dir", work))
+    code, text, err = tool("train", *arguments, "--work-dir", work)
+    assert message in refusal((code, text, err))
+    assert "--data-root" not in message or not text  # before mmengine's log
     assert not list(tmp_path.iterdir())
 
 
@@ -370,6 +378,20 @@ def test_detect_a_photo(data, tool, tmp_path, weights):
     assert line.endswith(f"written to {tmp_path} (weights debug.safetensors, 2 classes)")
 
 
+def test_detect_replaces_only_what_it_may(data, tool, tmp_path, weights):
+    out, photo = tmp_path / "out", data / "val" / "0.png"
+    out.mkdir()
+    for name in ("0.png", "detections.json"):
+        (out / name).write_text("mine")
+        line = refusal(tool("detect", photo, "--out-dir", out, "--weights", weights))
+        assert f"{out / name} exists already: name another --out-dir, or pass --overwrite" in line
+        assert (out / name).read_text() == "mine"
+        assert tool("detect", photo, "--out-dir", out, "--weights", weights, "--overwrite")[0] == 0
+        assert (out / name).read_bytes() != b"mine"
+        (out / "detections.json").unlink(missing_ok=True)
+        (out / "0.png").unlink()
+
+
 def test_detect_says_what_its_own_weights_are(data, tool, tmp_path):
     code, text, _ = tool("detect", "--help")
     assert code == 0 and "mamba_yolo_t_tinyimagenet.safetensors" in text and "200 classes" in " ".join(text.split())
@@ -401,6 +423,8 @@ def test_detect_a_video(tool, tmp_path, weights):
     assert code == 0, err
     assert len(detections(tmp_path / "out")["video"]["frames"]) == 5
     assert "(weights debug.safetensors, 2 classes)" in text
+    line = refusal(tool("detect", clip, "--out-dir", tmp_path / "out", "--weights", weights))
+    assert "exists already" in line
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 5 and capture.read()[1].shape == (64, 96, 3)
 
@@ -457,7 +481,11 @@ def test_detect_refuses_bad_options(data, tool, tmp_path, weights):
         (["--weights", weights, "--device", "meta"], "device 'meta' cannot be used: pass --device cpu, cuda or cuda:N"),
         (["--weights", weights, "--device", "cuda:x"], "device 'cuda:x' cannot be used"),
         (["--weights", weights, "--score-thr", "1.5"], "1.5"),
-        (["--weights", weights, "--config", CONFIG], "does not fit this network"),
+        (["--weights", weights, "--config", CONFIG], "debug.safetensors, of a detector, does not fit this network"),
+        (
+            ["--weights", weights, "--config", ROOT / "configs/dim/dim_debug.py"],
+            "for diffusion, not for detection: see",
+        ),
     ):
         assert message in refusal(tool("detect", photo, "--out-dir", out, *options))
         assert not out.exists()

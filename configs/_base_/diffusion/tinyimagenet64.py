@@ -1,6 +1,7 @@
 _base_ = "evaluation.py"
 
-data_root = "data/tinyimagenet"  # made by tools/tinyimagenet.py pack
+data_root = "data/tinyimagenet"
+data_advice = "tools/tinyimagenet.py pack makes it (see its --help), or name yours with --data-root"
 train_dataloader = dict(
     dataset=dict(
         type="ImageArrays",

@@ -1,7 +1,7 @@
 _base_ = "evaluation.py"
 
 restores = "denoise_color"  # task of the weights
-data_root = "data/restoration"  # made by tools/prepare_restoration_data.py
+data_root = "data/restoration"
 train_roots = [f"{data_root}/train/{name}" for name in ("bsd400", "t91", "coco128")]
 train_dataloader = dict(
     photos=dict(type="CleanFolder", root=train_roots),

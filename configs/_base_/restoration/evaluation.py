@@ -1,3 +1,4 @@
+data_advice = "tools/prepare_restoration_data.py makes it (see its --help), or name yours with --data-root"
 # Whole photos, one at a time; the config of a task gives the sets.
 val_dataloader = dict(
     batch_size=1,
