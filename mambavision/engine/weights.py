@@ -199,8 +199,8 @@ def fitting_tensors(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     own, state = model.state_dict(), _named_for(model, read_checkpoint(path), path)
     fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
     if not fitting:
-        of = _published(path)
-        raise CheckpointError(f"{path}{of}: none of its {len(state)} tensors fits one of this network's {len(own)}")
+        held = _held(path)
+        raise CheckpointError(f"{path}{held}: none of its {len(state)} tensors fits one of this network's {len(own)}")
     anew, unused = _groups(own.keys() - fitting.keys()), _groups(state.keys() - own.keys())
     message = f"{path}: starting from {len(fitting)} of the network's {len(own)} tensors"
     print_log(f"{message}; anew: {anew or 'none'}; not used: {unused or 'none'}", logger="current")
@@ -242,17 +242,17 @@ def _compare(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str |
     unknown = sorted(state.keys() - own.keys())
     misfits = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if missing or unknown or misfits:
-        examples = ", ".join((missing + unknown + sorted(misfits))[:3])
+        examples, held = ", ".join((missing + unknown + sorted(misfits))[:3]), _held(path)
         raise CheckpointError(
-            f"{path}{_published(path)} does not fit this network: {len(missing)} tensors missing, "
+            f"{path}{held and held + ' and'} does not fit this network: {len(missing)} tensors missing, "
             f"{len(unknown)} unknown, {len(misfits)} of another shape (such as {examples})"
         )
 
 
-def _published(path: str | Path) -> str:
-    """What a published file is of, for a message; nothing of other files."""
+def _held(path: str | Path) -> str:
+    """What a published file holds, for a message; nothing of other files."""
     metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
-    return f", of {_described(metadata)}," if "task" in metadata else ""
+    return f" holds {_described(metadata)}" if "task" in metadata else ""
 
 
 def _groups(names: Iterable[str]) -> str:

@@ -481,11 +481,8 @@ def test_detect_refuses_bad_options(data, tool, tmp_path, weights):
         (["--weights", weights, "--device", "meta"], "device 'meta' cannot be used: pass --device cpu, cuda or cuda:N"),
         (["--weights", weights, "--device", "cuda:x"], "device 'cuda:x' cannot be used"),
         (["--weights", weights, "--score-thr", "1.5"], "1.5"),
-        (["--weights", weights, "--config", CONFIG], "debug.safetensors, of a detector, does not fit this network"),
-        (
-            ["--weights", weights, "--config", ROOT / "configs/dim/dim_debug.py"],
-            "for diffusion, not for detection: see",
-        ),
+        (["--weights", weights, "--config", CONFIG], "holds a detector and does not fit this network"),
+        (["--weights", weights, "--config", ROOT / "configs/dim/dim_debug.py"], "for diffusion, not for detection"),
     ):
         assert message in refusal(tool("detect", photo, "--out-dir", out, *options))
         assert not out.exists()
