@@ -106,12 +106,14 @@ def load_config(args: argparse.Namespace, adapt: Callable[[Config], None] | None
     Raises:
         FileNotFoundError: If the config does not exist.
         NotADirectoryError: If the work directory is a file.
-        ValueError: If the config cannot be read, or ``adapt`` raises it.
+        ValueError: If the config cannot be read, has no data root to replace, or ``adapt`` raises it.
     """
     if args.work_dir:
         check_folder(args.work_dir, "--work-dir")
     cfg = read_config(args.config)
     if args.data_root:
+        if not cfg.get("data_root"):
+            raise ValueError(f"{args.config} has no data_root that --data-root could replace; leave it out")
         _replace_prefix(cfg._cfg_dict, str(cfg.get("data_root", "")).rstrip("/"), args.data_root.rstrip("/"))
     if adapt:
         adapt(cfg)

@@ -208,6 +208,12 @@ def test_training_refuses_bad_arguments(tool, tmp_path, options, message):
     assert not (tmp_path / "work").exists()
 
 
+def test_a_data_root_for_a_config_that_draws_its_data_is_refused(tool, tmp_path):
+    config = "configs/video_unet/video_unet_debug.py"
+    line = refusal(tool("train", config, "--data-root", tmp_path, "--work-dir", tmp_path / "work"))
+    assert line == f"error: {config} has no data_root that --data-root could replace; leave it out"
+
+
 def test_an_empty_folder_and_another_networks_checkpoint_are_refused(whole, tool, tmp_path):
     (tmp_path / "photos").mkdir()
     found = refusal(tool("train", small_config(tmp_path), "--work-dir", tmp_path / "work"))
