@@ -7,6 +7,7 @@ of its batch: it can be replayed as a CUDA graph, resumed exactly, and be the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -203,8 +204,12 @@ class RectifiedFlow(Objective):
     Liu et al., "Flow straight and fast", 2023; Ma et al., "SiT", 2024; logit-normal times: Esser et al., "Scaling
     rectified flow transformers for high-resolution image synthesis", 2024, section 3.1.
 
+    Samples take their steps where the training was: a mean other than 0 shifts the scheduler's s, by the same factor
+    exp(mean) of s / (1 - s) (there, section 5.3.2).
+
     Args:
-        times: Uniform s, or s = sigmoid(mean + std * normal), which dwells where it is neither picture nor noise.
+        times: Uniform s, or s = sigmoid(mean + std * normal), which dwells where it is neither picture nor noise. Long
+            clips show what is in them through more noise than pictures: they want a mean above 0.
         mean, std: Of logit-normal times.
 
     Raises:
@@ -238,12 +243,13 @@ class RectifiedFlow(Objective):
             FlowMatchHeunDiscreteScheduler,
         )
 
+        shift = math.exp(self.mean) if self.distribution == "logit_normal" else 1.0
         if kind == "dpm-solver++":
             return DPMSolverMultistepScheduler(
-                num_train_timesteps=NUM_STEPS, prediction_type="flow_prediction", use_flow_sigmas=True
+                num_train_timesteps=NUM_STEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
             )
         flow = FlowMatchEulerDiscreteScheduler if kind == "euler" else FlowMatchHeunDiscreteScheduler
-        return flow(num_train_timesteps=NUM_STEPS)
+        return flow(num_train_timesteps=NUM_STEPS, shift=shift)
 
     def config(self) -> dict[str, Any]:
         return {"type": "RectifiedFlow", "times": self.distribution, "mean": self.mean, "std": self.std}

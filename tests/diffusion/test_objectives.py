@@ -119,6 +119,19 @@ def test_schedulers_sample_what_was_trained(objective, kind):
     assert float(x.std()) == pytest.approx(SIGMA, rel=0.06)
 
 
+@pytest.mark.parametrize("kind", RectifiedFlow.schedulers)
+def test_samplers_step_where_a_flow_was_trained(kind):
+    plain, shifted = (RectifiedFlow("logit_normal", mean=mean).scheduler(kind) for mean in (0.0, 1.2))
+    for scheduler in (plain, shifted):
+        scheduler.set_timesteps(9)
+    middle = len(plain.timesteps) // 2
+    before, after = (torch.logit(s.timesteps[middle].double() / 1000) for s in (plain, shifted))
+    assert float(after - before) == pytest.approx(1.2, abs=0.02)
+    uniform = RectifiedFlow("uniform", mean=1.2).scheduler(kind)
+    uniform.set_timesteps(9)
+    assert torch.equal(uniform.timesteps, plain.timesteps)
+
+
 @pytest.mark.parametrize("objective", ALL, ids=ids)
 def test_config_makes_the_same_objective(objective):
     again = objective_from(json.loads(json.dumps(objective.config())))
