@@ -254,11 +254,11 @@ class VideoUNet(nn.Module):
         heads, head_dim: of attention over frames; attention over pixels has head_dim 32.
         groups: of group normalisation.
         num_classes: of labels; the label num_classes is that of no class. 0: unconditional.
+        gradient_checkpointing: keep of each level only its input, and compute it again in the backward pass.
 
     Attributes:
-        config: these arguments, JSON-able.
+        config: these arguments but the last, JSON-able.
         out_channels: in_channels.
-        gradient_checkpointing: whether a training step keeps of each level only its input, and computes it twice.
 
     Raises:
         ValueError: arguments that do not fit.
@@ -278,6 +278,7 @@ class VideoUNet(nn.Module):
         head_dim: int = 64,
         groups: int = 8,
         num_classes: int = 0,
+        gradient_checkpointing: bool = False,
     ) -> None:
         if temporal not in get_args(Temporal):
             raise ValueError(f"temporal must be one of {', '.join(get_args(Temporal))}, got {temporal!r}")
@@ -296,7 +297,7 @@ class VideoUNet(nn.Module):
         self.in_channels = self.out_channels = in_channels
         self.input_size, self.num_classes = tuple(input_size), num_classes
         self.multiple = 2 ** (len(dim_mults) - 1)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = gradient_checkpointing
         self._check_sides(*input_size[1:])
 
         def over_frames(channels: int) -> Residual:
