@@ -246,7 +246,7 @@ class DiM(nn.Module):
         for block, table, sequences in zip(self.blocks, self.tables, self.sequences, strict=False):
             orders = None if table is None else getattr(self, table)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, orders, sequences, use_reentrant=False)
+                h = checkpoint(block, h, c, orders, sequences, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, c, orders, sequences)
         return unpatchify(self.final(h, c), self.patch_size, self.input_size).to(x.dtype)

@@ -145,7 +145,7 @@ class DiT(nn.Module):
         h = h + self.positions.to(h.dtype)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, use_reentrant=False)
+                h = checkpoint(block, h, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, c)
         return unpatchify(self.final(h, c), self.patch_size, self.input_size).to(x.dtype)

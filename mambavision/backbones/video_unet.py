@@ -373,7 +373,7 @@ class VideoUNet(nn.Module):
 
     def _run(self, level: Level, *arguments: Tensor) -> tuple[Tensor, Tensor]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(level, *arguments, use_reentrant=False)
+            return checkpoint(level, *arguments, use_reentrant=False, preserve_rng_state=False)
         return level(*arguments)
 
     def _check_sides(self, height: int, width: int) -> None:

@@ -74,7 +74,9 @@ def test_dropout_out_of_range_is_refused(build):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("network", [{}, {"mixer": "mamba"}, {"type": "dit_debug"}])
+@pytest.mark.parametrize(
+    "network", [{}, {"mixer": "mamba"}, {"type": "dit_debug"}, {"type": "dit_debug", "gradient_checkpointing": True}]
+)
 def test_replayed_steps_are_the_eager_ones(build, network, compile):
     model = build(network, compile=compile, objective=dict(type="VPrediction", min_snr_gamma=5.0)).cuda().train()
     other = build(network, objective=dict(type="VPrediction", min_snr_gamma=5.0)).cuda().train()
