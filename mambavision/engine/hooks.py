@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.dist import get_world_size, is_main_process, master_only
+from mmengine.dist import all_reduce, get_world_size, is_main_process, master_only
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook, RuntimeInfoHook
 from mmengine.model import is_model_wrapper
@@ -121,7 +121,7 @@ class DeferredRuntimeInfoHook(RuntimeInfoHook):
     mmengine's waits for the GPU in every iteration to read its losses. Here they stay on the device until iteration
     ``interval``, 2 ``interval`` ..., a validation, a checkpoint, or the end; then every single one is recorded.
     Whatever reads them in an iteration, such as LoggerHook and :class:`LossCurveHook`, wants an interval that is a
-    multiple of this one. An optimiser wrapper's ``grad_norm`` is recorded too.
+    multiple of this one. Losses are means over the processes. An optimiser wrapper's ``grad_norm`` is recorded too.
 
     Args:
         interval: Iterations between two readings; 1 waits for every loss.
@@ -141,8 +141,12 @@ class DeferredRuntimeInfoHook(RuntimeInfoHook):
     ) -> None:
         """Keep this iteration's losses, and read all that were kept every ``interval`` iterations."""
         norm = getattr(runner.optim_wrapper, "grad_norm", None)
-        values = {**(outputs or {}), **({} if norm is None else {"grad_norm": norm})}
-        self._pending.append({name: torch.as_tensor(value).detach() for name, value in values.items()})
+        values = {name: torch.as_tensor(value).detach() for name, value in (outputs or {}).items()}
+        for value in values.values():
+            all_reduce(value, "mean")  # nothing in one process
+        if norm is not None:
+            values["grad_norm"] = torch.as_tensor(norm).detach()
+        self._pending.append(values)
         if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
             self._read(runner)
 

@@ -104,12 +104,14 @@ def test_killed_run_resumes_with_the_same_losses(whole, killed, tmp_path, tool):
 
 
 def test_two_processes_train_like_one(whole, tmp_path):
-    arguments = [small_config(tmp_path), "--launcher", "pytorch", "--work-dir", tmp_path / "work", *SEED]
+    config = small_config(tmp_path, interval=1)
+    arguments = [config, "--launcher", "pytorch", "--work-dir", tmp_path / "work", *SEED]
     assert [rank.wait() for rank in start_ranks("train", *arguments)] == [0, 0]
     ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
     compare(ours, theirs, rtol=1e-3, atol=1e-4)
     found, expected = (rows(folder / "work/loss_curve.csv")[-1]["held_out/loss"] for folder in (tmp_path, whole))
     assert float(found) == pytest.approx(float(expected), rel=1e-3)
+    np.testing.assert_allclose(losses(tmp_path / "work"), losses(whole / "work"), rtol=1e-3)
 
 
 def test_weights_spread_over_two_processes_train_as_one_and_go_on_with_its_checkpoint(whole, killed, tmp_path):
