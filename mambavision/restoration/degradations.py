@@ -59,28 +59,34 @@ class GaussianNoise(Degradation):
         eight_bit: Share of the pictures that become 8-bit, 0 to 1. The field's protocol has none.
         shared: (lowest, highest) share of sigma^2, of which each picture draws one, that is the same noise in all
             channels, 0 to 1: cameras' noise is in part. The field's protocol has none.
+        sharing: Share of the pictures that ``shared`` is of, 0 to 1; all, in evaluation.
     """
 
     sigma: tuple[float, float]
     eight_bit: float = 0.0
     shared: tuple[float, float] = (0.0, 0.0)
+    sharing: float = 1.0
 
     def __post_init__(self) -> None:
         _check_range("sigma", self.sigma, 0, 255)
-        if not 0 <= self.eight_bit <= 1:
-            raise ValueError(f"eight_bit must be a share of 0 to 1, got {self.eight_bit}")
+        for name in ("eight_bit", "sharing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share of 0 to 1, got {getattr(self, name)}")
         _check_range("shared", self.shared, 0, 1)
 
     def __call__(self, gt: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         sigma = _uniform(self.sigma, len(gt), generator) / 255
         noise = torch.randn(gt.shape, generator=generator, device=gt.device)
         if self.shared[1]:
-            share = _uniform(self.shared, len(gt), generator).view(-1, 1, 1, 1)
+            share = _uniform(self.shared, len(gt), generator)
+            if self.sharing < 1:
+                share = share * _drawn(self.sharing, len(gt), generator)
+            share = share.view(-1, 1, 1, 1)
             common = torch.randn(gt[:, :1].shape, generator=generator, device=gt.device)
             noise = (1 - share).sqrt() * noise + share.sqrt() * common
         lq = gt + sigma.view(-1, 1, 1, 1) * noise
         if self.eight_bit:
-            drawn = torch.rand(len(gt), generator=generator, device=gt.device) < self.eight_bit
+            drawn = _drawn(self.eight_bit, len(gt), generator)
             lq = torch.where(drawn.view(-1, 1, 1, 1), _eight_bit(lq), lq)
         return dict(lq=lq, sigma=sigma)
 
@@ -257,6 +263,11 @@ def _fixed(name: str, bounds: tuple[float, float]) -> float:
     if bounds[0] != bounds[1]:
         raise ValueError(f"{name} is drawn from {bounds}; evaluation needs one value, as in ({bounds[0]}, {bounds[0]})")
     return bounds[0]
+
+
+def _drawn(share: float, count: int, generator: torch.Generator) -> Tensor:
+    """True for a share of `count` pictures."""
+    return torch.rand(count, generator=generator, device=generator.device) < share
 
 
 def _uniform(bounds: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:

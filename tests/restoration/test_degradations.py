@@ -83,6 +83,15 @@ def test_channels_share_a_part_of_the_noise(share: float):
             assert torch.corrcoef(picture)[0, 1:].tolist() == pytest.approx([share] * 2, abs=0.02)
 
 
+def test_a_share_of_the_pictures_shares_noise():
+    gt = torch.full((200, 3, 16, 16), 0.5)
+    lq = GaussianNoise((25, 25), shared=(1, 1), sharing=0.3)(gt, _generator())["lq"]
+    shares = (lq - lq[:, :1]).abs().amax((1, 2, 3)) < 1e-6
+    assert 0.2 < shares.float().mean() < 0.4
+    apart = torch.corrcoef((lq - gt)[~shares].transpose(0, 1).flatten(1))[0, 1:]
+    assert apart.abs().max() < 0.02
+
+
 def test_evaluation_noise_is_numpys_of_seed_0(photo: Tensor):
     noisy = GaussianNoise((25, 25)).for_evaluation(photo)
     np.random.seed(0)
@@ -137,6 +146,7 @@ def test_mask_blackens_strokes_only(photo: Tensor):
         lambda: GaussianNoise((0, 300)),
         lambda: GaussianNoise((0, 50), eight_bit=50),
         lambda: GaussianNoise((0, 50), shared=(0, 2)),
+        lambda: GaussianNoise((0, 50), shared=(0, 1), sharing=2),
         lambda: GaussianBlur(taps=60),
         lambda: Downsample(1),
         lambda: JPEG((0, 40)),

@@ -1,9 +1,12 @@
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mambavision.restoration.resize import imresize, mirror
 from tests.restoration.conftest import bytes_of
@@ -24,6 +27,27 @@ def test_equals_matlab_on_floats(set5: list[Path]):
         gt = bytes_of(path)
         h, w = (side // 8 * 8 for side in gt.shape[1:])
         assert torch.equal(imresize(gt[:, :h, :w].double(), scale=1 / 8).clamp(0, 255).round(), bytes_of(lr).double())
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("name", ["Set5", "Set14", "BSD100"])
+def test_equals_the_small_photos_of_selfexsr(name: str, scale: int):
+    root = Path(os.environ.get("RESTORATION_CLONES", "clones"), "SelfExSR", "data", name, f"image_SRF_{scale}")
+    if not root.is_dir():
+        pytest.skip(f"{root} is not here: RESTORATION_CLONES names a folder with a clone of jbhuang0604/SelfExSR")
+    photos = sorted(root.glob("*_HR.png"))
+    assert len(photos) == {"Set5": 5, "Set14": 14, "BSD100": 100}[name]
+    border = 4
+    for path in photos[:5]:
+        gt, lr = bytes_of(path), bytes_of(path.with_name(path.name.replace("_HR", "_LR")))
+        assert torch.equal(_inner(imresize(gt, scale=1 / scale), border), _inner(lr, border))
+        # theirs has the outermost pixels repeated instead of mirrored
+        repeated = F.pad(gt[None].double(), [border * scale] * 4, mode="replicate")[0].byte()
+        assert torch.equal(_inner(imresize(repeated, scale=1 / scale), border), lr)
+
+
+def _inner(x: Tensor, border: int) -> Tensor:
+    return x[:, border:-border, border:-border]
 
 
 def _by_definition(signal: np.ndarray, out: int, scale: float) -> np.ndarray:

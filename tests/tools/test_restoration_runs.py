@@ -144,6 +144,24 @@ def test_evaluation_of_checkpoint_and_published_weights(whole, tmp_path, tool):
     assert torch.equal(started["network.embed.weight"], averaged.half().float())
 
 
+def test_pairs_of_photos_train_and_are_tested(tmp_path, tool):
+    photo = cv2.imread(str(ROOT / "demo/cells/val/smear_000.jpg"))[:40, :48]
+    for part in ("train", "test"):
+        for kind, picture in (("blur", cv2.GaussianBlur(photo, (5, 5), 2)), ("sharp", photo)):
+            (tmp_path / part / kind).mkdir(parents=True)
+            cv2.imwrite(str(tmp_path / part / kind / "a.png"), picture)
+    config, work = ROOT / "configs/serpent/serpent_s_motion_deblur.py", tmp_path / "work"
+    options = ["--data-root", tmp_path, "--work-dir", work, "--cfg-options", "model.network.type=serpent_debug"]
+    steps = ["train_dataloader.schedule=[(4,16,2)]", "train_cfg.max_iters=4", "train_cfg.val_interval=4"]
+    ramp = ["param_scheduler.0.end=2", "param_scheduler.1.begin=2"]
+    code, _, err = tool("train", config, *options, *steps, *ramp, "--seed", 0)
+    assert code == 0, err
+    code, _, err = tool("test", config, work / "iter_4.pth", *options, "--out", tmp_path / "a.json")
+    assert code == 0, err
+    blurred = -10 * np.log10(np.mean((cv2.GaussianBlur(photo, (5, 5), 2) / 255 - photo / 255) ** 2))
+    assert json.loads((tmp_path / "a.json").read_text())["gopro/PSNR"] == pytest.approx(blurred, abs=1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
