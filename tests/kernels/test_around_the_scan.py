@@ -226,13 +226,23 @@ def test_twice_gives_the_same_bits(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("call", ["conv", "gate"])
 def test_offsets_beyond_32_bits(call):
-    """x has 2.3e9 elements: addresses of the last image do not fit an int32."""
-    x = torch.randn(36, 1024, 1024, 64, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(64, 1, 3, 3, device="cuda")
-    with torch.no_grad():
-        whole = depthwise_conv(x, weight) if call == "conv" else norm_gate(x, x)
-        last = depthwise_conv(x[-1:], weight) if call == "conv" else norm_gate(x[-1:], x[-1:])
-    assert torch.equal(whole[-1:], last)
+    """x has 2.4e9 elements: addresses of the last image do not fit an int32."""
+    leaf = torch.randn(36, 1024, 1024, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(64, 1, 3, 3, device="cuda") if call == "conv" else torch.ones(64, device="cuda")
+    weight.requires_grad_()
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = depthwise_conv(x, weight) if call == "conv" else norm_gate(x, x.detach(), weight)
+        return y.detach(), *torch.autograd.grad(y, (x, weight), x.detach())
+
+    y, dx, dw = step(leaf)
+    total = torch.zeros_like(dw, dtype=torch.float64)
+    for i in range(len(leaf)):
+        one, *gradients = step(leaf[i : i + 1].detach().requires_grad_())
+        total += gradients[1]
+        if i in (0, 17, len(leaf) - 1):
+            assert torch.equal(y[i : i + 1], one) and torch.equal(dx[i : i + 1], gradients[0])
+    assert relative(dw.detach().double(), total) < 1e-4
 
 
 def main() -> None:

@@ -55,12 +55,14 @@ class Case:
     merge: bool = True
     delta: float | None = None
     decay: float | None = None
+    size: float | None = None  # of the largest element of x
 
     def __str__(self):
         words = [self.op, f"L{self.length}", f"N{self.d_state}", f"D{self.dim}", self.dtype]
         words += [word for word in ("strided",) if getattr(self, word)]
         words += [] if self.merge else ["unmerged"]
-        words += [f"{k}{v}" for k, v in (("rank", self.rank), ("delta", self.delta), ("A", self.decay)) if v]
+        numbers = {"rank": self.rank, "delta": self.delta, "A": self.decay, "size": self.size}
+        words += [f"{name}{v}" for name, v in numbers.items() if v]
         return "-".join(words if self.options else [*words, "bare"])
 
 
@@ -104,6 +106,9 @@ def make(case: Case) -> dict[str, Tensor]:
         args["delta"] = torch.full_like(args["delta"], case.delta)
     if case.decay is not None:
         args["A"] = torch.full_like(args["A"], case.decay)
+    if case.size is not None:
+        x = next(iter(args.values()))
+        x *= case.size / x.abs().max()
     fp32 = {"A", "D", "delta_bias", "initial_state"}
     return {k: v.to(torch.float32 if k in fp32 else DTYPES[case.dtype]) for k, v in args.items()}
 
@@ -219,6 +224,7 @@ EXTREME = [
     Case(65, 4, "fp32", 5, delta=-100.0),
     Case(300, 2, "fp32", 5, delta=0.5, decay=-1e-6),
     Case(64, 2, "fp32", 5, delta=0.1, decay=-16.0),
+    *(Case(65, 4, dtype, 5, op, size=1e3) for dtype, op in product(("bf16", "fp16"), ("multi_scan", "selective_scan"))),
 ]
 TINY = [
     Case(1, 1, "fp32", 3),
@@ -229,6 +235,7 @@ TINY = [
     Case(33, 1, "fp32", 2, "selective_scan", options=False, strided=True),
     Case(35, 2, "fp32", 3, orders=("serpentine_col",), merge=False),
     Case(9, 2, "fp32", 3, delta=20.0, decay=-16.0),
+    Case(17, 2, "fp16", 3, size=1e3),
 ]
 FULL = [
     Case(

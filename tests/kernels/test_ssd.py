@@ -137,7 +137,7 @@ def check_forward(case: Case, device: str = "cpu") -> None:
 
     ``chunked`` computes in float32 and rounds y alone. Pairs of a strip are rounded to bfloat16 twice more (score and
     weight), others five times (score, decays from a border and to it, both products). A last state is a sum of rounded
-    ones; few numbers make no mean.
+    ones; few numbers, or sums over few states, make no mean.
     """
     args, options = inputs(case, device=device)
     actual, again = forward(args, options, "cuda"), forward(args, options, "cuda")
@@ -146,7 +146,7 @@ def check_forward(case: Case, device: str = "cpu") -> None:
     wrong = {}
     for name, value in exact.items():
         errors = [relative(v[name].double(), value) for v in (actual, peer)]
-        few = value.numel() < 4000
+        few = value.numel() < 4000 or case.d_state < 4
         least = FORWARD_LIMIT["bf16"] if value.numel() < 100 else 4e-3 if few or name == "last_state" else 0.0
         if not errors[0] <= max(2 * errors[1], least):
             wrong[name] = errors
@@ -174,7 +174,10 @@ EXTREME = [
     Case(300, "sum", dt=0.5, decay=-1e-6, options=False),
     Case(300, "free", dt=0.1, decay=-16.0, options=False),
 ]
-LARGE = [Case(65, "sum", dtype=dtype, size=1e3, options=False) for dtype in ("bf16", "fp32")]
+LARGE = [  # x and B; their products and sums stay within float16
+    Case(65, "sum", dtype=dtype, size=size, options=False)
+    for dtype, size in (("bf16", 1e3), ("fp32", 1e3), ("fp16", 16.0))
+]
 TINY = [
     Case(1, "sum"),
     Case(7, "causal", groups=3, strided=True),
@@ -184,6 +187,7 @@ TINY = [
     Case(70, "sum", 2, options=False),
     Case(33, "sum", 2, headdim=6, d_state=70, chunk=64),
     Case(9, "sum", dt=20.0, decay=-16.0),
+    Case(33, "sum", dtype="fp16", size=16.0, options=False),
 ]
 SIZES = [(4, 64, 64, 1), (6, 64, 16, 2), (3, 40, 33, 3), (4, 32, 64, 2), (2, 5, 4, 1)]
 FULL = [
@@ -192,6 +196,15 @@ FULL = [
         product((1, 7, 64, 65, 100, 196, 197, 1024, 3136), ("causal", "sum", "free"), ("bf16", "fp16"))
     )
     for heads, headdim, d_state, groups in [SIZES[i % 5]]
+]
+_served = {(case.length, case.d_state) for case in FULL}
+FULL += [  # DESIGN.md's lengths and states: each length and each number of states with every form and type
+    Case(length, form, heads, headdim, d_state, heads, dtype, options=i % 4 != 3, strided=i % 5 == 2)
+    for j, length in enumerate((1, 2, 7, 49, 63, 65, 196, 257, 1134))
+    for i, d_state in enumerate((1, 2, 8, 16, 17, 64), j)
+    if (length, d_state) not in _served
+    for form, dtype in [(("causal", "sum", "free")[i % 3], ("bf16", "fp16")[i % 2])]
+    for heads, headdim in [((1, 33), (2, 5), (1, 64))[j % 3]]
 ]
 
 

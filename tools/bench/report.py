@@ -111,7 +111,7 @@ def cpu_table(figures: Figures) -> str:
             cells = [number(figures.get("median_ms", row, name, call)) for call in CALLS]
             cells += [number(figures.get("vs_reference", row, name, c), ".1f", "x") for c in CALLS]
             rows.append([line.shape, name, *cells])
-    header = ["(B, D, L, N, G)", "implementation", "forward ms", "backward ms", "fwd vs reference", "bwd vs reference"]
+    header = ["shape", "implementation", "forward ms", "backward ms", "fwd vs reference", "bwd vs reference"]
     return markdown(header, rows)
 
 

@@ -9,6 +9,7 @@ CPU_ROWS: dict[str, Row] = {
     "384x196": SelectiveScan(1, 384, 196, 16),
     "256x1600": SelectiveScan(1, 256, 1600, 16),
     "96x16384": SelectiveScan(1, 96, 16384, 16),
+    "cross": MultiScan(1, 384, (14, 14), 16),
 }
 CUDA_ROWS: dict[str, Row] = {
     "vmamba-t": MultiScan(64, 192, (56, 56), 1),
