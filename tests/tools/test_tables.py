@@ -63,17 +63,9 @@ def test_models_without_results_are_named_below():
     bare = [dict(Name="b", Config="configs/b.py", Metrics={"x": None}, Weights=None), dict(Name="c", Metrics=None)]
     below = "Without results yet: [b](b.py), c.\n"
     assert table(bare, Path("configs")) == below
-    rows = table(
-        [*bare, dict(Name="a", Metrics={"y": 1}), dict(Name="d", Metrics={"x": None}, Weights="w.pt")], Path("configs")
-    )
-    assert [row.split(" | ")[0] for row in rows.splitlines()] == [
-        "| model",
-        "|---|---|---|---|---|---|",
-        "| a",
-        "| d",
-        "",
-        below.strip(),
-    ]
+    shown = [dict(Name="a", Metrics={"y": 1}), dict(Name="d", Metrics={"x": None}, Weights="w.pt")]
+    first = [row.split(" | ")[0] for row in table([*bare, *shown], Path("configs")).splitlines()]
+    assert first[0] == "| model" and first[2:] == ["| a", "| d", "", below.strip()]
 
 
 def test_a_model_without_a_table_is_named(tmp_path, tool):
