@@ -21,14 +21,16 @@ pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 CONFIG = ROOT / "configs/dim/dim_debug.py"
 SEED = ("--seed", 3)
-SMALL = """
-_base_ = "{config}"
-{imports}
+PHOTOS = """
 model = dict(network=dict(input_size=(8, 8), num_classes=2))
 train_dataloader = dict(dataset=dict(type="ClassFolder", root="{photos}", size=(8, 8)), batch_size=4)
 held_out = dict(type="ClassFolder", root="{photos}", size=(8, 8))
 val_dataloader = dict(dataset=dict(dataset=held_out))
 test_dataloader = dict(dataset=dict(dataset=held_out))
+"""
+SMALL = """
+_base_ = "{config}"
+{imports}
 train_cfg = dict(max_iters=12, val_interval=6)
 default_hooks = dict(runtime_info=dict(interval={interval}), checkpoint=dict(interval=4))
 """
@@ -44,18 +46,38 @@ def small_config(folder, *, interval=4, imports="", more=""):
             path.parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(path), rng.integers(0, 60, (9, 9, 3), dtype=np.uint8) + np.uint8(0 if i % 2 else 190))
         path.write_bytes(path.read_bytes()[:50])
+    return drawn_config(folder, CONFIG, interval=interval, imports=imports, more=PHOTOS.format(photos=photos) + more)
+
+
+def drawn_config(folder, config=ROOT / "configs/video_unet/video_unet_debug.py", *, interval=4, imports="", more=""):
+    """A debug config on its own data, in twelve steps."""
     path = folder / "small.py"
-    path.write_text(SMALL.format(config=CONFIG, photos=photos, interval=interval, imports=imports) + more)
+    path.write_text(SMALL.format(config=config, interval=interval, imports=imports) + more)
     return path
+
+
+def train_whole(folder, config=small_config):
+    """The work directory of a whole run is made beside its config; returns their folder."""
+    run_here("train", config(folder, interval=1), "--work-dir", folder / "work", *SEED)
+    return folder
+
+
+def train_and_kill(folder, config=small_config):
+    """The same of a run that is killed after its checkpoint of iteration 8."""
+    killing = 'custom_imports = dict(imports=["mambavision.diffusion.register", "tests.tools.kill_hook"])'
+    hook = 'custom_hooks = [*_base_.custom_hooks, dict(type="KillHook", iteration=9)]\n'
+    path = config(folder, imports=killing, more=hook)
+    assert start_tool("train", path, "--work-dir", folder / "work", *SEED).wait() == -signal.SIGKILL
+    assert (folder / "work/last_checkpoint").read_text().endswith("iter_8.pth")
+    config(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Folder of a config, and the work directory of its whole run."""
     os.chdir(ROOT)
-    folder = tmp_path_factory.mktemp("whole")
-    run_here("train", small_config(folder, interval=1), "--work-dir", folder / "work", *SEED)
-    return folder
+    return train_whole(tmp_path_factory.mktemp("whole"))
 
 
 def compare(ours, theirs, **tolerances):
@@ -82,17 +104,18 @@ def test_a_run_leaves_curves_and_averaged_weights(whole):
 def killed(tmp_path_factory):
     """Folder of a config, and the work directory of a run that was killed after its checkpoint of iteration 8."""
     os.chdir(ROOT)
-    folder = tmp_path_factory.mktemp("killed")
-    killing = 'custom_imports = dict(imports=["mambavision.diffusion.register", "tests.tools.kill_hook"])'
-    hook = 'custom_hooks = [*_base_.custom_hooks, dict(type="KillHook", iteration=9)]\n'
-    config = small_config(folder, imports=killing, more=hook)
-    assert start_tool("train", config, "--work-dir", folder / "work", *SEED).wait() == -signal.SIGKILL
-    assert (folder / "work/last_checkpoint").read_text().endswith("iter_8.pth")
-    small_config(folder)
-    return folder
+    return train_and_kill(tmp_path_factory.mktemp("killed"))
 
 
-def test_killed_run_resumes_with_the_same_losses(whole, killed, tmp_path, tool):
+@pytest.mark.parametrize("clips", [False, True], ids=["photos", "clips"])
+def test_killed_run_resumes_with_the_same_losses(request, clips, tmp_path, tool):
+    if clips:
+        (tmp_path / "killed").mkdir()
+        (tmp_path / "whole").mkdir()
+        whole = train_whole(tmp_path / "whole", drawn_config)
+        killed = train_and_kill(tmp_path / "killed", drawn_config)
+    else:
+        whole, killed = (request.getfixturevalue(name) for name in ("whole", "killed"))
     shutil.copytree(killed / "work", tmp_path / "work")
     # without --seed: it is the checkpoint's
     code, _, err = tool("train", killed / "small.py", "--work-dir", tmp_path / "work", "--resume")
