@@ -55,7 +55,7 @@ def test_wrong_input(options, message, monkeypatch):
 @pytest.mark.parametrize("options", [(), ("--graphs", "--profile")], ids=["launched", "graphs"])
 def test_on_a_gpu(options, tmp_path, monkeypatch, capsys):
     path = tmp_path / "figures.csv"
-    options += ("--device", "cuda", "--tokens", "64", "--batch", "2", "--blocks", "2", "--csv", str(path))
+    options += ("--device", "cuda", "--eager", "--tokens", "64", "--batch", "2", "--blocks", "2", "--csv", str(path))
     run(monkeypatch, *options)
     rows = list(csv.DictReader(path.open()))
     assert len(rows) == 4 and all(float(row["MB"]) > 0 and float(row["ms"]) > 0 for row in rows)
