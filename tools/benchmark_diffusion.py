@@ -3,14 +3,15 @@
 
     python tools/benchmark_diffusion.py --device cuda --csv diffusion.csv            # DiM-XL against DiT-XL
     python tools/benchmark_diffusion.py --device cuda --orders raster cross          # and what another order costs
+    python tools/benchmark_diffusion.py --device cuda --graphs                       # each call as a CUDA graph
     python tools/benchmark_diffusion.py --device cuda --profile --tokens 256 4096    # kernels of a block, with times
 
 Class-conditional networks on latents of 4 channels in patches of 2 x 2. "forward" is a prediction without gradients,
 weights in bfloat16; "training step" is forward, mean squared error, backward and AdamW, weights in float32 under
-bfloat16 autocast; both in float32 on a CPU. Every block is compiled (torch.compile, whole) on a GPU. Networks take
-turns at every number of tokens, DiM once for each of its orders; medians. Memory is the most that is allocated beyond
-weights and inputs, for a training step beyond weights, gradients and moments too. What does not fit is a row "out of
-memory".
+bfloat16 autocast; both in float32 on a CPU. Every block is compiled (torch.compile, whole) on a GPU. With --graphs
+forward, loss and backward are one CUDA graph, as in training on one GPU (CudaGraphHook): what the host takes to launch
+them is left out. Networks take turns at every number of tokens, DiM once for each of its orders; medians. Memory is the
+most that is allocated beyond weights, moments and inputs. What does not fit is a row "out of memory".
 """
 
 import argparse
@@ -71,8 +72,8 @@ def build(name: str, orders: str, tokens: int, device: torch.device, args: argpa
     return net
 
 
-def calls_of(net: nn.Module, batch: int, phase: str) -> Callable[[], None]:
-    """One call of a phase, its memory for weights, gradients and moments taken beforehand."""
+def calls_of(net: nn.Module, batch: int, phase: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A phase's work, which a CUDA graph can hold, and what follows it: AdamW, whose moments are there already."""
     device = next(net.parameters()).device
     x = torch.randn(batch, net.in_channels, *net.input_size, device=device)
     t, labels = torch.rand(batch, device=device) * 1000, torch.randint(1000, (batch,), device=device)
@@ -86,18 +87,25 @@ def calls_of(net: nn.Module, batch: int, phase: str) -> Callable[[], None]:
             with torch.no_grad():
                 net(x, t, labels)
 
-        return forward
+        return forward, lambda: None
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=device.type == "cuda")
     target = torch.randn_like(x)
 
-    def step() -> None:
+    def gradients() -> None:
+        optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = (net(x, t, labels).float() - target).square().mean()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
 
-    return step
+    return gradients, optimizer.step
+
+
+def record(work: Callable[[], None], stream: torch.cuda.Stream, pool: tuple[int, int] | None) -> torch.cuda.CUDAGraph:
+    """The work as a graph; graphs that are replayed one after another may share a pool of memory."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        work()
+    return graph
 
 
 def wait(device: torch.device) -> None:
@@ -105,14 +113,15 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def peak_mb(call: Callable[[], None], device: torch.device) -> float:
-    """The most MB that a call holds beyond what was there; NaN on a CPU."""
+def peak_mb(call: Callable[[], None], device: torch.device, stream: torch.cuda.Stream | None = None) -> float:
+    """The most MB that a call, on a stream of its own if given, holds beyond what was there; NaN on a CPU."""
     if device.type != "cuda":
         return math.nan
     wait(device)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    call()
+    with torch.cuda.stream(stream):
+        call()
     wait(device)
     return (torch.cuda.max_memory_allocated() - held) / 1e6
 
@@ -150,23 +159,33 @@ def kernels_of(call: Callable[[], None]) -> list[tuple[str, int, float]]:
 
 
 def measure(phase: str, tokens: int, batch: int, device: torch.device, args: argparse.Namespace) -> list[tuple]:
-    """A row of COLUMNS for each network; with --profile, its kernels printed instead of other networks' turns."""
-    calls, about, memory = {}, {}, {}
+    """A row of COLUMNS for each network; with --profile, its kernels are printed too."""
+    calls, about, memory, graphs = {}, {}, {}, []
+    stream = torch.cuda.Stream(device) if args.graphs else None  # what runs before a recording runs where it is made
     for contender in contenders(args):
+        net = work = follow = None
         try:
             net = build(*contender, tokens, device, args)
             about[contender] = (len(net.blocks), sum(p.numel() for p in net.parameters()))
-            call = calls_of(net, batch, phase)
-            for _ in range(WARM_UP):
-                call()
-            memory[contender] = peak_mb(call, device)
-            calls[contender] = call
+            work, follow = calls_of(net, batch, phase)
+            wait(device)
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    work()
+                    follow()
+            net.zero_grad()
+            memory[contender] = peak_mb(work, device, stream)
+            if args.graphs:
+                net.zero_grad()
+                graphs.append(record(work, stream, graphs[0].pool() if graphs else None))
+                work = graphs[-1].replay
+            calls[contender] = lambda work=work, follow=follow: (work(), follow())
             if args.profile:
                 title = f"{' '.join(contender)}, {phase}, {batch} x {tokens} tokens"
-                report_kernels(title, kernels_of(call), len(net.blocks))
+                report_kernels(title, kernels_of(calls[contender]), len(net.blocks))
         except torch.OutOfMemoryError:
             memory[contender] = math.inf
-            net = None
+            net = work = follow = None
             gc.collect()
             torch.cuda.empty_cache()
     times = median_ms(calls, device, args.seconds)
@@ -176,7 +195,8 @@ def measure(phase: str, tokens: int, batch: int, device: torch.device, args: arg
         name, orders = contender
         ms = times.get(contender, math.inf)
         mixer = args.mixer if orders else "attention"
-        figures = (phase, tokens, batch, ms, 1e3 * batch / ms, memory[contender], hardware)
+        what = f"{phase}, graph" if args.graphs else phase
+        figures = (what, tokens, batch, ms, 1e3 * batch / ms, memory[contender], hardware)
         rows.append((name, mixer, orders, *about.get(contender, (0, 0)), *figures))
     return rows
 
@@ -219,6 +239,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--blocks", type=int, help="the first so many blocks alone, to try things out")
     parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--graphs", action="store_true", help="replay all but AdamW as one CUDA graph")
     parser.add_argument("--profile", action="store_true", help="also list the kernels of every network")
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N; by default cuda where there is one")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each figure")
@@ -227,8 +248,9 @@ def main() -> None:
     if args.csv:
         check_file(args.csv, "--csv")
     device = cli.choose_device(args.device)
-    if args.profile and device.type != "cuda":
-        raise ValueError("--profile lists kernels of an NVIDIA GPU: pass --device cuda")
+    for option, does in (("profile", "lists kernels"), ("graphs", "records launches")):
+        if getattr(args, option) and device.type != "cuda":
+            raise ValueError(f"--{option} {does} of an NVIDIA GPU: pass --device cuda")
     rows = []
     for tokens in args.tokens:
         for phase in args.what:

@@ -9,6 +9,7 @@
 --record takes the PSNR of each set from what tools/test.py --out wrote: set12_s25 is the metafile's "Set12 25", or its
 "Set12" where there is no other level. A table stands between `<!-- tables: GROUP -->` and `<!-- end -->`, GROUP being
 the models' `Table` in the metafile. Its columns are the metrics of these models; a number that is not there is a dash.
+Models with neither metrics nor weights are named below it.
 """
 
 import argparse
@@ -27,25 +28,41 @@ _TABLE = re.compile(r"(<!-- tables: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(models: list[dict], folder: Path) -> str:
-    """Markdown rows of the models of a table: name, parameters, metrics, weights, and where it was measured."""
+    """Markdown rows of the models of a table: name, parameters, metrics, weights, and where it was measured.
+
+    Below them, the names of models that have neither metrics nor weights.
+    """
+    bare = [model for model in models if not model.get("Weights") and set((model["Metrics"] or {}).values()) <= {None}]
+    models = [model for model in models if model not in bare]
+    lines = _rows(models, folder) if models else []
+    if bare:
+        names = ", ".join(_linked(model["Name"], model.get("Config"), folder) for model in bare)
+        lines += [*([""] if lines else []), f"Without results yet: {names}."]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(models: list[dict], folder: Path) -> list[str]:
     metrics = list(dict.fromkeys(name for model in models for name in model["Metrics"] or {}))
     measured = [model["Metrics"] for model in models if model["Metrics"]]
     places = {metric: max(_places(values.get(metric)) for values in measured) for metric in metrics}
     head = ["model", "params (M)", *metrics, "weights", "source"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for model in models:
-        name = model["Name"]
-        config, weights = model.get("Config"), model.get("Weights")
+        weights = model.get("Weights")
         values = model["Metrics"] or {}
         cells = [
-            f"[{name}]({os.path.relpath(config, folder)})" if config else name,
+            _linked(model["Name"], model.get("Config"), folder),
             _number(model.get("Parameters"), 1e6, ".2f"),
             *(_metric(values.get(metric), places[metric]) for metric in metrics),
-            f"[{Path(weights).stem}]({os.path.relpath(weights, folder)})" if weights else "—",
+            _linked(Path(weights).stem, weights, folder) if weights else "—",
             ", ".join(str(model[key]) for key in ("Source", "Hardware", "Seeds") if model.get(key)) or "—",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _linked(name: str, path: str | None, folder: Path) -> str:
+    return f"[{name}]({os.path.relpath(path, folder)})" if path else name
 
 
 def _number(value: float | None, unit: float, form: str) -> str:

@@ -16,13 +16,13 @@ from mambavision.diffusion.latents import load_autoencoder
 from mambavision.diffusion.pipeline import DiffusionPipeline
 from mambavision.engine.checkpoint import CheckpointError
 from mambavision.engine.cli import choose_device
-from mambavision.engine.files import atomic_path, check_folder, check_free
+from mambavision.engine.files import atomic_path, check_folder, check_free, shipped_weights
 from mambavision.engine.memory import free_memory
 from mambavision.engine.runs import check_task, read_config
 from mambavision.engine.weights import build_from_checkpoint
 
 Output = Literal["grid", "single", "npz"]
-WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
+WEIGHTS_FOLDER = shipped_weights()
 
 Writer = Callable[[Path, np.ndarray], None]
 PICTURE_WRITERS: dict[str, Writer] = {".png": outputs.write_png}

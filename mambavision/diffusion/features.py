@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from mambavision.engine import weights
 from mambavision.engine.checkpoint import CheckpointError
+from mambavision.engine.files import shipped_weights
 
 Modality = Literal["image", "video"]
-WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
+WEIGHTS_FOLDER = shipped_weights()
 _FIELDS = ("task", "class", "config", "classes")
 
 

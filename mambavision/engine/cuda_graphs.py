@@ -82,7 +82,7 @@ class CudaGraphs(_Recorder):
             return method(x)
         key = (trains, x.shape, x.dtype, x.device, _autocast_dtype())
         with torch.cuda.device(x.device):
-            if key in self._recorded and self._recorded_state[trains] != self._state():
+            if trains in self._recorded_state and self._recorded_state[trains] != self._state():
                 self.forget()  # the network was moved, cast, frozen or given other weights
             if key not in self._recorded:
                 self._calls[key] += 1

@@ -6,6 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def shipped_weights() -> Path:
+    """Folder of the weights that come along: of the checkout that this package lies in, as after `pip install -e .`.
+
+    Of a package installed elsewhere, `weights` where the process was started, as in a checkout.
+    """
+    beside = Path(__file__).resolve().parents[2] / "weights"
+    return beside if beside.is_dir() else Path("weights").resolve()
+
+
 def check_folder(path: str | Path, option: str) -> None:
     """Check that a folder is there or could be made; makes nothing.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mambavision.backbones.serpent import pad_to_multiple
 from mambavision.engine.cli import choose_device
+from mambavision.engine.files import shipped_weights
 from mambavision.engine.memory import free_memory, give_freed_memory_back, is_out_of_memory
 from mambavision.engine.photos import find_photos
 from mambavision.restoration import weights as weight_files
@@ -41,7 +42,7 @@ GRAY: dict[Task, Task] = {"denoise_color": "denoise_gray", "deblur": "deblur_gra
 _TINT = 3  # of 255
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # of BT.601
 _NOISE: tuple[Task, ...] = ("denoise_color", "deblur")
-WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
+WEIGHTS_FOLDER = shipped_weights()
 _BLOCK = 16  # pixels, of JPEG with chroma at half size; a multiple of the 8 of others
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -339,6 +340,11 @@ def find_weights(task: Task) -> Path:
     named = [WEIGHTS_FOLDER / f"serpent_{size}_{task}.safetensors" for size in SIZES]
     found = [path for path in named if path.is_file()]
     if not found:
+        if not WEIGHTS_FOLDER.is_dir():
+            raise FileNotFoundError(
+                f"no weights for {task}: there is no folder {WEIGHTS_FOLDER}; they come with the checkout: "
+                "start there, install it by pip install -e, or name a file"
+            )
         there = [name for name in TASKS if any(WEIGHTS_FOLDER.glob(f"serpent_?_{name}.safetensors"))]
         raise FileNotFoundError(
             f"no weights for {task} in {WEIGHTS_FOLDER}, only for {', '.join(there) or 'nothing'}: name a file, or "

@@ -156,4 +156,5 @@ def test_batches_lie_on_the_gpu():
         assert numbers(batch["inputs"].cpu()) == numbers(loader().batch(0)["inputs"])
     held_out = HeldOutBatches(Drawn(), 4, device="cuda")[0]
     expected = HeldOutBatches(Drawn(), 4, device="cpu")[0]
-    assert all(torch.equal(held_out[name].cpu(), expected[name]) for name in expected)
+    for name in expected:  # a GPU divides by 127.5 with another last bit
+        torch.testing.assert_close(held_out[name].cpu(), expected[name], rtol=0, atol=2e-7 * (name == "inputs"))

@@ -112,6 +112,16 @@ def test_other_weights_are_not_replayed(network, change):
     assert network.graphs(Picture(1)) is None
 
 
+@torch.no_grad()
+def test_a_shape_recorded_after_the_change_does_not_vouch_for_older_ones(network):
+    network.eval()
+    for _ in range(3):
+        network.graphs(Picture(1))
+    network.weight.data = network.weight.data.clone()
+    assert [network.graphs(Picture(2)) for _ in range(3)] == [None, None, "replayed"]
+    assert network.graphs(Picture(1)) is None and network.recordings == [(1,), (2,)]
+
+
 def test_training_records_its_first_shape_only(network):
     network.graphs.record_training = True
     for shape in (4, 4, 4, 3, 3, 3, 3, 4):

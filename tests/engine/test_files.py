@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
-from mambavision.engine.files import atomic_path, check_file
+from mambavision.engine import files
+from mambavision.engine.files import atomic_path, check_file, shipped_weights
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
@@ -28,3 +31,12 @@ def test_a_file_in_a_new_folder_is_checked_first_and_then_made(tmp_path):
         check_file(target.parent, "--out")
     with pytest.raises(NotADirectoryError, match="--out .*a.json is a file, a folder is wanted"):
         check_file(target / "b", "--out")
+
+
+def test_weights_are_beside_the_package_or_where_the_process_started(tmp_path, monkeypatch):
+    assert shipped_weights().parent == Path(files.__file__).resolve().parents[2]
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "site-packages" / "mambavision" / "engine" / "files.py"))
+    monkeypatch.chdir(tmp_path)
+    assert shipped_weights() == tmp_path.resolve() / "weights"
+    (tmp_path / "site-packages" / "weights").mkdir(parents=True)
+    assert shipped_weights() == tmp_path.resolve() / "site-packages" / "weights"

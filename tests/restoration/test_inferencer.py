@@ -173,7 +173,10 @@ def test_weights_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
         RestorationInferencer(weights=tmp_path / "gone.safetensors")
     monkeypatch.setattr(module, "WEIGHTS_FOLDER", tmp_path)
-    with pytest.raises(FileNotFoundError, match="no weights for sr_x8"):
+    with pytest.raises(FileNotFoundError, match="no weights for sr_x8 in"):
+        RestorationInferencer("sr_x8")
+    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError, match="come with the checkout: start there"):
+        patch.setattr(module, "WEIGHTS_FOLDER", tmp_path / "none")
         RestorationInferencer("sr_x8")
     for size in ("t", "l", "s"):
         save(tmp_path / f"serpent_{size}_denoise_color.safetensors")

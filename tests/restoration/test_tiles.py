@@ -100,6 +100,18 @@ def test_tiles_follow_the_memory():
         check_fits(100000, 100000, 100, "cpu")
 
 
+def test_one_piece_leaves_room_for_the_allocator(monkeypatch):
+    """On an H100, 8192x8192 pixels of 1068 bytes ran out of memory, 7168x7168 did not."""
+    a_pixel = 1068
+    monkeypatch.setattr(tiles, "free_memory", lambda device: int(83.9e9))
+    check_fits(7168, 7168, a_pixel, "cuda")
+    with pytest.raises(
+        MemoryError, match=r"8192x8192 .* need about 89\.6 GB on cuda, 83\.9 GB are free: use --tile auto"
+    ):
+        check_fits(8192, 8192, a_pixel, "cuda")
+    check_fits(8192, 8192, a_pixel, "cpu")
+
+
 def test_memory_is_measured():
     def hungry(x):
         return x.repeat(1, 200, 1, 1).sum(1, keepdim=True)  # 600 floats a pixel

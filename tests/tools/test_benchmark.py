@@ -20,7 +20,7 @@ def _tools_on_path(monkeypatch):
 
 
 @pytest.fixture
-def benchmark(monkeypatch, capfd):
+def run_tool(monkeypatch, capfd):
     """Run the tool in this process; returns exit code, stdout and stderr."""
 
     def call(*arguments):
@@ -216,11 +216,11 @@ def test_runs_take_turns_and_quantiles_are_in_order():
         assert 0 < t.low <= t.median <= t.high
 
 
-def test_ops_prints_the_table_and_writes_csv(benchmark, tmp_path):
+def test_ops_prints_the_table_and_writes_csv(run_tool, tmp_path):
     from bench import report
 
     path = tmp_path / "ops.csv"
-    code, text, err = benchmark("ops", "--rows", "384x196", "--budget", 0.02, "--csv", path)
+    code, text, err = run_tool("ops", "--rows", "384x196", "--budget", 0.02, "--csv", path)
     assert code == 0, err
     lines = report.read(str(path))
     figures = report.Figures(lines)
@@ -238,16 +238,16 @@ def test_ops_prints_the_table_and_writes_csv(benchmark, tmp_path):
     assert "triton: not timed" in err and text.rstrip().endswith("|")
 
 
-def test_some_implementations_alone(benchmark, tmp_path):
+def test_some_implementations_alone(run_tool, tmp_path):
     from bench import report
 
     path = tmp_path / "ops.csv"
-    code, _, err = benchmark(
+    code, _, err = run_tool(
         "ops", "--rows", "384x196", "--only", "chunked", "reference", "--budget", 0.01, "--csv", path
     )
     assert code == 0 and "not timed" not in err
     assert {line.implementation for line in report.read(str(path))} == {"chunked", "reference"}
-    code, _, err = benchmark("ops", "--rows", "384x196", "--only", "nobody")
+    code, _, err = run_tool("ops", "--rows", "384x196", "--only", "nobody")
     assert code == 1 and err.splitlines()[-1] == "benchmark: nothing was timed"
 
 
@@ -264,16 +264,16 @@ def test_some_implementations_alone(benchmark, tmp_path):
         (["tables", str(TOOLS / "benchmark.py")], "is no CSV of tools/benchmark.py"),
     ],
 )
-def test_bad_options_are_one_line(benchmark, arguments, message):
-    code, text, err = benchmark(*arguments)
+def test_bad_options_are_one_line(run_tool, arguments, message):
+    code, text, err = run_tool(*arguments)
     assert code == 2 and not text
     (line,) = err.splitlines()
     assert line.startswith("benchmark: ") and message in line
 
 
-def test_a_missing_gpu_is_one_line(benchmark, monkeypatch):
+def test_a_missing_gpu_is_one_line(run_tool, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, _, err = benchmark("ops", "--device", "cuda")
+    code, _, err = run_tool("ops", "--device", "cuda")
     assert code == 2 and err.splitlines() == ["benchmark: --device cuda needs an NVIDIA GPU that torch can use"]
 
 
@@ -289,7 +289,7 @@ def line_of(row, implementation, call, ms, **more):
     )  # fmt: skip
 
 
-def test_tables_say_what_was_reached(benchmark, tmp_path):
+def test_tables_say_what_was_reached(run_tool, tmp_path):
     from bench import report
 
     lines = [
@@ -309,7 +309,7 @@ def test_tables_say_what_was_reached(benchmark, tmp_path):
     path = tmp_path / "ops.csv"
     report.write(str(path), lines)
     assert report.read(str(path)) == lines
-    code, text, err = benchmark("tables", path)
+    code, text, err = run_tool("tables", path)
     assert code == 0, err
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     p2 = "yolo-p2: B16 D128 K4 L25600 N16"
@@ -320,7 +320,7 @@ def test_tables_say_what_was_reached(benchmark, tmp_path):
     assert [p5, "1.000", "1.500", "1.5", "-", "9"] in rows
     assert ["ssd 4 x 4096", "0.200", "1.000", "0.2", "1.000", "5", "-", "-", "-", "-"] in rows
     assert ["ssd", "3.00", "0.20", "**5.10**", "0.00"] in rows
-    text = benchmark("tables", path, "--roofs", 1.0, 1000)[1]  # 734 MB
+    text = run_tool("tables", path, "--roofs", 1.0, 1000)[1]  # 734 MB
     assert "copy 1.00 TB/s" in text and "| 0.734 | 1.36 *" in " ".join(text.split())
 
 
@@ -332,11 +332,11 @@ def test_first_call_says_why_it_failed():
 
 
 @pytest.mark.gpu
-def test_ops_on_a_gpu(benchmark, tmp_path):
+def test_ops_on_a_gpu(run_tool, tmp_path):
     from bench import report
 
     path = tmp_path / "ops.csv"
-    code, text, err = benchmark("ops", "--device", "cuda", "--rows", "yolo-p5", "first-call", "--csv", path)
+    code, text, err = run_tool("ops", "--device", "cuda", "--rows", "yolo-p5", "first-call", "--csv", path)
     assert code == 0, err
     figures = report.Figures(report.read(str(path)))
     for call in report.CALLS:
@@ -345,4 +345,4 @@ def test_ops_on_a_gpu(benchmark, tmp_path):
         assert figures.get("launches", "yolo-p5", "default", call) >= 1
     assert figures.get("memory_mb", "yolo-p5", "default", "forward") >= 400 * 512 * 2 / 1e6  # y
     assert set(report.first_calls(figures)) == {"multi_scan", "ssd"}
-    assert "yolo-p5" in text and benchmark("tables", path)[0] == 0
+    assert "yolo-p5" in text and run_tool("tables", path)[0] == 0

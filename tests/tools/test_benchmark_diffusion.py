@@ -42,7 +42,46 @@ def test_what_does_not_fit_is_a_row(tmp_path, monkeypatch, capsys):
     assert [float(row["ms"]) for row in csv.DictReader(path.open())] == [math.inf] * 2
 
 
-@pytest.mark.parametrize("options, message", [(("--tokens", "15"), "no square"), (("--profile",), "NVIDIA GPU")])
+@pytest.mark.parametrize(
+    "options, message",
+    [(("--tokens", "15"), "no square"), (("--profile",), "NVIDIA GPU"), (("--graphs",), "NVIDIA GPU")],
+)
 def test_wrong_input(options, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
         run(monkeypatch, *options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [(), ("--graphs", "--profile")], ids=["launched", "graphs"])
+def test_on_a_gpu(options, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "figures.csv"
+    options += ("--device", "cuda", "--tokens", "64", "--batch", "2", "--blocks", "2", "--csv", str(path))
+    run(monkeypatch, *options)
+    rows = list(csv.DictReader(path.open()))
+    assert len(rows) == 4 and all(float(row["MB"]) > 0 and float(row["ms"]) > 0 for row in rows)
+    assert all(row["what"].endswith("graph") == ("--graphs" in options) for row in rows)
+
+
+@pytest.mark.gpu
+def test_a_graph_trains_as_its_work_does():
+    torch = TOOL["torch"]
+    args = TOOL["argparse"].Namespace(mixer="ssd", blocks=2, eager=True)
+    found = []
+    for graph in (False, True):
+        net = TOOL["build"]("dim_s", "cross", 64, torch.device("cuda"), args)
+        torch.manual_seed(1)
+        work, follow = TOOL["calls_of"](net, 2, "training step")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                work(), follow()
+        torch.cuda.synchronize()
+        if graph:
+            net.zero_grad()
+            work = TOOL["record"](work, stream, None).replay
+        for _ in range(3):
+            work(), follow()
+        found.append([p.detach().clone() for p in net.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)

@@ -58,6 +58,16 @@ def test_a_column_has_as_many_places_throughout():
     assert [row.split(" | ")[2:4] for row in rows] == [["0.1530", "9"], ["0.1526", "—"], ["31.46", "—"]]
 
 
+def test_models_without_results_are_named_below():
+    table = runpy.run_path(str(ROOT / "tools/tables.py"))["table"]
+    bare = [dict(Name="b", Config="configs/b.py", Metrics={"x": None}, Weights=None), dict(Name="c", Metrics=None)]
+    below = "Without results yet: [b](b.py), c.\n"
+    assert table(bare, Path("configs")) == below
+    shown = [dict(Name="a", Metrics={"y": 1}), dict(Name="d", Metrics={"x": None}, Weights="w.pt")]
+    first = [row.split(" | ")[0] for row in table([*bare, *shown], Path("configs")).splitlines()]
+    assert first[0] == "| model" and first[2:] == ["| a", "| d", "", below.strip()]
+
+
 def test_a_model_without_a_table_is_named(tmp_path, tool):
     (tmp_path / "metafile.yml").write_text("Models:\n  - Name: one\n    Metrics: {AP: 0.5}\n")
     (tmp_path / "README.md").write_text("# No tables\n")
