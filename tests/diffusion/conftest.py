@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from mambavision.backbones.dim import dim_debug
+from mambavision.diffusion.latents import load_autoencoder
 from mambavision.diffusion.objectives import RectifiedFlow
 from mambavision.diffusion.pipeline import DiffusionPipeline
 
@@ -28,17 +31,9 @@ def make_pipeline():
     return untrained
 
 
-def small_autoencoder():
-    """A diffusers AutoencoderKL that halves both sides, random weights."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(1)
-    return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.5,
-    ).eval()  # fmt: skip
+AUTOENCODER = Path(__file__).with_name("autoencoder")  # trained by train_autoencoder.py; halves both sides
 
 
 @pytest.fixture
 def tiny_autoencoder():
-    return small_autoencoder()
+    return load_autoencoder(AUTOENCODER)

@@ -2,7 +2,9 @@
 
 import copy
 import json
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,14 @@ def test_latents_are_scaled_modes_and_come_back(autoencoder):
     assert of_video.shape == (2, 2, 3, 4, 4)
     torch.testing.assert_close(of_video[:, :, 0], z)
     assert decode(autoencoder, of_video).shape == video.shape
+
+
+def test_a_trained_autoencoder_gives_the_photo_back(tiny_autoencoder):
+    photo = cv2.imread(str(Path(__file__).parents[2] / "demo/cells/val/smear_001.jpg"))[:128, :128]
+    x = torch.from_numpy(photo[None, ..., ::-1] / np.float32(127.5) - 1).permute(0, 3, 1, 2)
+    z = encode(tiny_autoencoder, x)
+    assert z.shape == (1, 4, 64, 64) and 0.5 < z.std() < 2
+    assert (decode(tiny_autoencoder, z) - x).square().mean() < 4 * 10 ** (-26 / 10)  # over 26 dB
 
 
 def test_shards_hold_every_item_and_its_mirror_image(autoencoder, tmp_path):

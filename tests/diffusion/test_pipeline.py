@@ -227,7 +227,7 @@ def test_latents_are_scaled_for_the_autoencoder(tiny_autoencoder):
 
     x = DiffusionPipeline(Constant(), RectifiedFlow(), tiny_autoencoder)(num=1, **QUIET).images
     with torch.no_grad():
-        want = tiny_autoencoder.decode(torch.full((1, 4, 4, 4), 0.6 / 0.5)).sample
+        want = tiny_autoencoder.decode(torch.full((1, 4, 4, 4), 0.6 / tiny_autoencoder.config.scaling_factor)).sample
     torch.testing.assert_close(x, (want / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
 
 

@@ -14,7 +14,7 @@ from mambavision.diffusion import weights
 from mambavision.diffusion.diffusion import Diffusion
 from mambavision.diffusion.objectives import RectifiedFlow
 from mambavision.engine.checkpoint import load
-from tests.diffusion.conftest import small_autoencoder
+from tests.diffusion.conftest import AUTOENCODER
 from tests.tools.running import ROOT, losses, refusal, rows, run_here, start_ranks, start_tool
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
@@ -175,9 +175,8 @@ def test_evaluation_of_checkpoint_and_published_weights(whole, tmp_path, tool):
 
 def test_latents_from_photos_to_samples(tmp_path, tool):
     small_config(tmp_path)
-    latents, autoencoder, work = tmp_path / "latents", tmp_path / "autoencoder", tmp_path / "work"
-    small_autoencoder().save_pretrained(autoencoder)
-    made = ["cache_latents", tmp_path / "photos", latents, "--autoencoder", autoencoder, "--size", 16, "--classes"]
+    latents, work = tmp_path / "latents", tmp_path / "work"
+    made = ["cache_latents", tmp_path / "photos", latents, "--autoencoder", AUTOENCODER, "--size", 16, "--classes"]
     code, text, err = tool(*made)
     assert code == 0 and f"{latents}: 14 items of 4 x 8 x 8" in text and "1 items were left out, first" in err, err
     config = tmp_path / "latents.py"
@@ -196,7 +195,7 @@ def test_latents_from_photos_to_samples(tmp_path, tool):
     assert tool("publish", work / "iter_6.pth", published, "--config", config)[0] == 0
     sample = ["sample", "--weights", published, "--num", 2, "--steps", 2, "--classes", "dark", *out]
     assert "makes latents of 4 channels: give their autoencoder too" in refusal(tool(*sample))
-    code, _, err = tool(*sample, "--autoencoder", autoencoder)
+    code, _, err = tool(*sample, "--autoencoder", AUTOENCODER)
     assert code == 0 and cv2.imread(str(tmp_path / "out/00001.png")).shape == (16, 16, 3), err
 
 
