@@ -11,7 +11,7 @@ from mambavision.ops.depthwise_conv import MOST_TAPS, Padding, depthwise_conv
 from mambavision.ops.depthwise_conv import _kernel as _conv_kernel
 from mambavision.ops.norm_gate import WIDEST, norm_gate
 from mambavision.ops.norm_gate import _kernel as _gate_kernel
-from mambavision.ops.ssd import FAST, _choose, ssd
+from mambavision.ops.ssd import FAST, _asked, _choose, ssd
 from mambavision.ops.ssd import _kernel as _ssd_kernel
 
 
@@ -85,7 +85,7 @@ def _kernels(projected: Tensor, parameters: tuple[Tensor, ...], P: int, N: int) 
         return None
     learns = torch.is_grad_enabled() and any(v.requires_grad for v in (projected, *parameters))
     device, dtype = projected.device.type, projected.dtype
-    backend = _choose(None, device, dtype, operator.index(P), operator.index(N), None, learns)
+    backend = _choose(None, _asked(None), device, dtype, operator.index(P), operator.index(N), None, learns)
     return backend if backend in FAST else None
 
 

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mambavision.kernels import ssd_chunked, ssd_cuda, ssd_cuda_backward, ssd_reference
 from mambavision.ops import dispatch
@@ -78,58 +79,82 @@ def ssd(
     Source: Dao and Gu, "Transformers are SSMs", arXiv 2405.21060, sections 5 and 6; the quasi-separable form: Hwang et
     al., "Hydra", arXiv 2407.09941, section 3 (there row i takes C_{i-1} and the decay up to i-1).
     """
-    if x.dim() != 4 or x.shape[1] == 0:
-        raise ValueError(f"x must be (batch, L, H, P) with L at least 1, got {tuple(x.shape)}")
-    batch, length, H, P = x.shape
-    if B.dim() != 4 or B.shape[2] == 0 or H % B.shape[2]:
-        raise ValueError(f"B must be (batch, L, G, N) with G dividing {H} heads, got {tuple(B.shape)}")
+    given = (x, dt, A, B, C, D, dt_bias, initial_state, z)
+    plain, learns = dispatch._untraced(given), torch.is_grad_enabled() and dispatch._learns(given[:8])
+    layouts = [None if v is None else (v.shape, v.dtype, v.device) for v in given]
+    serve = _planned if plain else _served
+    chosen = serve(backend, _asked(backend), bidirectional, diagonal, chunk_size, learns, *layouts)
+
+    D = D if D is None else D.expand(x.shape[:3])
+    if initial_state is not None and not bidirectional:
+        initial_state = initial_state[:, None]
+    arguments = (x, dt, A, B, C, D, dt_bias, initial_state)
+    options = (dt_softplus, bidirectional, diagonal == "scanned", chunk_size, return_last_state)
+    if chosen == "reference":
+        y, last = ssd_reference.ssd(*arguments, *options)
+    elif chosen == "chunked":
+        y, last = ssd_chunked.ssd(*arguments, *options)
+    elif not plain:
+        y, last = torch.ops.mambavision.ssd(*arguments, *options, chosen)
+    elif learns:
+        y, last = _SSD.apply(*arguments, *options, chosen)
+    else:
+        y, last = _kernel(chosen).ssd(*arguments, *options)
+    if z is not None:
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        y = (y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)
+    return (y, last if bidirectional else last[:, 0]) if return_last_state else y
+
+
+def _served(
+    backend: str | None,
+    asked: str | None,
+    bidirectional: bool,
+    diagonal: str,
+    chunk_size: int | None,
+    learns: bool,
+    *layouts: tuple | None,
+) -> SSDBackend:
+    """The backend of a call whose tensors fit together: ``layouts`` holds shape, dtype and device of each."""
+    (shape, dtype, device), _, _, (of_B, *_), _, of_D, *_ = layouts
+    if len(shape) != 4 or shape[1] == 0:
+        raise ValueError(f"x must be (batch, L, H, P) with L at least 1, got {tuple(shape)}")
+    batch, length, H, P = shape
+    if len(of_B) != 4 or of_B[2] == 0 or H % of_B[2]:
+        raise ValueError(f"B must be (batch, L, G, N) with G dividing {H} heads, got {tuple(of_B)}")
     if diagonal not in get_args(Diagonal):
         raise ValueError(f"diagonal must be one of {', '.join(get_args(Diagonal))}, got {diagonal!r}")
     if diagonal == "free" and not bidirectional:
         raise ValueError('diagonal="free" is a form of the bidirectional mixer: set bidirectional=True')
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    G, N = B.shape[2:]
+    G, N = of_B[2:]
     directions = (2,) if bidirectional else ()
     expected = {
-        "z": (z, (batch, length, H, P)),
-        "dt": (dt, (batch, length, H)),
-        "A": (A, (H,)),
-        "B": (B, (batch, length, G, N)),
-        "C": (C, (batch, length, G, N)),
-        "D": (D, (H,) if D is None or D.dim() == 1 else (batch, length, H)),
-        "dt_bias": (dt_bias, (H,)),
-        "initial_state": (initial_state, (batch, *directions, H, P, N)),
+        "x": (batch, length, H, P),
+        "dt": (batch, length, H),
+        "A": (H,),
+        "B": (batch, length, G, N),
+        "C": (batch, length, G, N),
+        "D": (H,) if of_D is None or len(of_D[0]) == 1 else (batch, length, H),
+        "dt_bias": (H,),
+        "initial_state": (batch, *directions, H, P, N),
+        "z": (batch, length, H, P),
     }
-    for name, (v, shape) in expected.items():
-        if v is not None and tuple(v.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(v.shape)}")
-        if v is not None and v.device != x.device:
-            raise ValueError(f"{name} is on {v.device}, x on {x.device}: move one of them")
-    allowed = (torch.float64,) if x.dtype == torch.float64 else dispatch.KERNEL_DTYPES
-    for name, v in (("x", x), ("dt", dt), ("B", B), ("C", C)):
-        if v.dtype not in allowed:
-            raise ValueError(f"{name} must be {' or '.join(str(d)[6:] for d in allowed)}, got {str(v.dtype)[6:]}")
+    allowed = (torch.float64,) if dtype == torch.float64 else dispatch.KERNEL_DTYPES
+    for (name, want), layout in zip(expected.items(), layouts, strict=True):
+        if layout is None:
+            continue
+        if tuple(layout[0]) != want:
+            raise ValueError(f"{name} must be {want}, got {tuple(layout[0])}")
+        if layout[2] != device:
+            raise ValueError(f"{name} is on {layout[2]}, x on {device}: move one of them")
+        if name in ("x", "dt", "B", "C") and layout[1] not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(str(d)[6:] for d in allowed)}, got {str(layout[1])[6:]}")
+    return _choose(backend, asked, device.type, dtype, operator.index(P), operator.index(N), chunk_size, learns)
 
-    D = D if D is None else D.expand(batch, length, H)
-    if initial_state is not None and not bidirectional:
-        initial_state = initial_state[:, None]
-    arguments = (x, dt, A, B, C, D, dt_bias, initial_state)
-    learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in arguments)
-    backend = _choose(backend, x.device.type, x.dtype, operator.index(P), operator.index(N), chunk_size, learns)
-    options = (dt_softplus, bidirectional, diagonal == "scanned", chunk_size, return_last_state)
-    if backend == "reference":
-        y, last = ssd_reference.ssd(*arguments, *options)
-    elif backend == "chunked":
-        y, last = ssd_chunked.ssd(*arguments, *options)
-    elif dispatch._nothing_listens(arguments):
-        y, last = _kernel(backend).ssd(*arguments, *options)
-    else:
-        y, last = torch.ops.mambavision.ssd(*arguments, *options, backend)
-    if z is not None:
-        dtype = torch.promote_types(y.dtype, torch.float32)
-        y = (y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)
-    return (y, last if bidirectional else last[:, 0]) if return_last_state else y
+
+_planned = functools.lru_cache(4096)(_served)
 
 
 def noncausal_ssd(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
@@ -172,11 +197,22 @@ def noncausal_ssd(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, D: Tensor | N
     return y if D is None else (y + D[..., None] * x).to(x.dtype)
 
 
+def _asked(backend: str | None) -> str | None:
+    """What was asked for: by argument, else by ``use_backend``, else by the environment variable."""
+    return backend or (dispatch._chosen[-1] if dispatch._chosen else os.environ.get(dispatch.ENVIRONMENT))
+
+
 def _choose(
-    backend: str | None, device: str, dtype: torch.dtype, P: int, N: int, chunk: int | None, learns: bool
+    backend: str | None,
+    asked: str | None,
+    device: str,
+    dtype: torch.dtype,
+    P: int,
+    N: int,
+    chunk: int | None,
+    learns: bool,
 ) -> SSDBackend:
-    """Argument, then ``use_backend``, then the environment variable, then the first that can serve the call."""
-    asked = backend or (dispatch._chosen[-1] if dispatch._chosen else os.environ.get(dispatch.ENVIRONMENT))
+    """What was asked for, by argument (``backend``) or otherwise, else the first that can serve the call."""
     if not asked:
         return _automatic(device, dtype, P, N, chunk, learns)
     if asked not in BACKENDS:
@@ -311,14 +347,32 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad_y, grad_state):
+def _gradients(ctx, grad_y: Tensor | None, grad_state: Tensor | None, backward) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     if grad_state is not None and grad_state.shape[1] == 0:  # not asked for
         grad_state = None
     if grad_y is None and grad_state is None:
         return (None,) * 14
-    grads = iter(torch.ops.mambavision.ssd_backward(grad_y, grad_state, *tensors, *ctx.options))
+    grads = iter(backward(grad_y, grad_state, *tensors, *ctx.options))
     return *(None if v is None else next(grads) for v in tensors), *(None,) * 6
+
+
+def _autograd(ctx, grad_y, grad_state):
+    return _gradients(ctx, grad_y, grad_state, torch.ops.mambavision.ssd_backward)
+
+
+class _SSD(torch.autograd.Function):
+    """A plain call that learns: what `mambavision::ssd` does, without the dispatcher's time."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_context(ctx, inputs, None)
+        return _ssd(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_state):
+        return _gradients(ctx, grad_y, grad_state, _ssd_backward)
 
 
 register(_ssd, "ssd", fake=_ssd_like, backward=_autograd, setup_context=_setup_context)
