@@ -1,6 +1,8 @@
 """Training and test runs of any task: configs from the command line, and mmengine's Runner made of them."""
 
 import argparse
+import difflib
+import inspect
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,6 +33,8 @@ _TOOLS: dict[Task, str] = {
     "restoration": "tools/publish.py, then tools/restore.py",
     "diffusion": "tools/sample.py",
 }
+
+_READ_BY_RUNNER = ("compile", "find_unused_parameters", "model_wrapper_cfg", "sync_bn")  # beside its arguments
 
 Check = Callable[[nn.Module, Dataset], None]
 """Raises ValueError if a model and a data set do not fit each other."""
@@ -106,7 +110,8 @@ def load_config(args: argparse.Namespace, adapt: Callable[[Config], None] | None
     Raises:
         FileNotFoundError: If the config does not exist.
         NotADirectoryError: If the work directory is a file.
-        ValueError: If the config cannot be read, has no data root to replace, or ``adapt`` raises it.
+        ValueError: If the config cannot be read, has no data root to replace or no entry that an option overrides, or
+            ``adapt`` raises it.
     """
     if args.work_dir:
         check_folder(args.work_dir, "--work-dir")
@@ -117,7 +122,7 @@ def load_config(args: argparse.Namespace, adapt: Callable[[Config], None] | None
         _replace_prefix(cfg._cfg_dict, str(cfg.get("data_root", "")).rstrip("/"), args.data_root.rstrip("/"))
     if adapt:
         adapt(cfg)
-    cfg.merge_from_dict(args.cfg_options or {})
+    _merge(cfg, args.cfg_options or {})
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
     check_folder(cfg.work_dir, "--work-dir")
     for stage in ("train", "val", "test"):
@@ -126,6 +131,18 @@ def load_config(args: argparse.Namespace, adapt: Callable[[Config], None] | None
             loader.persistent_workers = False  # torch refuses it without workers
     cfg.launcher = args.launcher
     return cfg
+
+
+def _merge(cfg: Config, options: dict) -> None:
+    """Override values of a config; an entry that neither it has nor a runner reads is refused: nobody would notice."""
+    known = {*cfg, *inspect.signature(Runner).parameters, *_READ_BY_RUNNER}
+    for key in options:
+        first = key.partition(".")[0]
+        if first not in known:
+            near = difflib.get_close_matches(first, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ", nor does a run read one"
+            raise ValueError(f"--cfg-options {key}: the config has no {first}{hint}")
+    cfg.merge_from_dict(options)
 
 
 def train(
