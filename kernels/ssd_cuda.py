@@ -226,7 +226,7 @@ def _is_near(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtyp
 
 @functools.lru_cache(4096)
 def _as_they_are(x: tuple, dt: tuple, B: tuple, C: tuple, D: tuple | None) -> bool:
-    """Whether views of an 8th of their last axis' size serve without a copy, where they begin at 16 bytes."""
+    """Whether no tensor of these views needs a copy, if x, B and C begin at multiples of 16 bytes; P and N are of 8."""
     near = all(_is_near(*v) for v in (x, dt, B, C, D) if v is not None)
     return near and all(v[2] is x[2] and _in_rows(*v) for v in (x, B, C)) and (D is None or D[2] in _TYPES)
 

@@ -106,6 +106,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.csv:
         check_file(args.csv, "--csv")
+    if min(args.size) < 8 or (args.train is not None and args.train < 1) or args.seconds < 0:
+        raise ValueError("--size takes 8 pixels or more, --train 1 picture or more, --seconds 0 or more")
     if args.device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device: use --device cpu")
     if args.device.type == "cpu":

@@ -4,6 +4,7 @@ import functools
 import importlib
 import operator
 import os
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -347,7 +348,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, grad_y: Tensor | None, grad_state: Tensor | None, backward) -> tuple[Tensor | None, ...]:
+def _gradients(ctx, grad_y: Tensor | None, grad_state: Tensor | None, backward: Callable) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     if grad_state is not None and grad_state.shape[1] == 0:  # not asked for
         grad_state = None

@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     args = parser.parse_args()
     paths = sorted([*args.photos.rglob("*.jpg"), *args.photos.rglob("*.png")])[::2]
+    if not paths:
+        parser.error(f"no photos in {args.photos}")
     photos = np.stack([cv2.imread(str(path))[..., ::-1] for path in tqdm(paths, "reading")])
     photos = torch.from_numpy(photos).permute(0, 3, 1, 2)
     torch.manual_seed(0)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.running import refusal
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools/benchmark_restorer.py"), run_name="benchmark_restorer")
 
@@ -44,3 +46,8 @@ def test_one_call_is_timed_where_asked():
     assert len(calls) == 1 and ms > 0
     TOOL["measure"](lambda: calls.append(1), TOOL["torch"].device("cpu"), 0)
     assert len(calls) == 1 + 1 + TOOL["FEWEST"]
+
+
+@pytest.mark.parametrize("options", [("--size", 0), ("--train", 0), ("--seconds", -1)])
+def test_figures_of_nothing_are_refused(tool, options):
+    assert "--size takes 8 pixels or more" in refusal(tool("benchmark_restorer", *options))
