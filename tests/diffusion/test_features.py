@@ -3,6 +3,8 @@ import shutil
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
@@ -16,6 +18,7 @@ from mambavision.diffusion.features import (
     load_features,
     save,
 )
+from mambavision.diffusion.inception import resized
 from mambavision.diffusion.metrics import FeatureSet
 from mambavision.engine.checkpoint import CheckpointError
 
@@ -105,11 +108,69 @@ def test_efficientnet_lite0_by_the_names_of_its_package(tmp_path):
     assert extractor(BATCH).shape == (3, 1280)
 
 
+@pytest.fixture(scope="module")
+def inception():
+    """torchvision's, with 1008 outputs and means and variances that keep its values near 1."""
+    torch.manual_seed(0)
+    net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        net.train()(torch.randn(2, 3, 299, 299))
+    return net.eval()
+
+
+def test_inception_by_its_weights(inception, tmp_path, monkeypatch):
+    # some converters leave the counters of batch norm out
+    state = {name: value for name, value in inception.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "i.pth")
+    extractor = load_features(tmp_path / "i.pth")
+    assert extractor.name.startswith("Inception of 2015 i (") and extractor.modality == "image"
+    big = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert extractor(BATCH).shape == (3, 2048)
+    found, kept = extractor(big), []
+    # torchvision's own blocks, their pools replaced in the library
+    mean, inside = F.avg_pool2d, []
+
+    def pool(x, **options):
+        if inside:
+            return F.max_pool2d(x, **options)
+        return mean(x, **options, count_include_pad=False)
+
+    monkeypatch.setattr("torchvision.models.inception.F.avg_pool2d", pool)
+    inception.Mixed_7c.register_forward_pre_hook(lambda *_: inside.append(1))
+    inception.avgpool.register_forward_hook(lambda module, x, y: kept.append(y.flatten(1)))
+    with torch.inference_mode():
+        inception((big.float() - 128) / 128)
+    assert found.shape == (2, 2048) and float(kept[0].std()) > 0.01
+    torch.testing.assert_close(found, kept[0], rtol=1e-4, atol=1e-5)
+
+
+def test_inception_of_other_classes_is_refused(inception, tmp_path):
+    state = inception.state_dict()
+    torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "i.pth")
+    with pytest.raises(CheckpointError, match="an Inception v3 of 1000 outputs: that of the FID, trained in 2015, has 1008"):
+        load_features(tmp_path / "i.pth")
+    del state["Mixed_6a.branch3x3.conv.weight"]
+    torch.save(state, tmp_path / "i.pth")
+    with pytest.raises(CheckpointError, match=r"i.pth: Missing key.* \"Mixed_6a.branch3x3.conv.weight\""):
+        load_features(tmp_path / "i.pth")
+
+
+@pytest.mark.parametrize("length, side", [(32, 299), (299, 299), (512, 299)])
+def test_pictures_are_resized_as_by_tensorflow_1(length, side):
+    ramp = torch.arange(length, dtype=torch.float32).expand(1, 3, 7, length)
+    want = (torch.arange(side, dtype=torch.float64) * length / side).clamp_max(length - 1)
+    torch.testing.assert_close(resized(ramp, side)[0, 1, 5].double(), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(resized(ramp.mT, side)[0, 1, :, 5].double(), want, rtol=0, atol=1e-4)
+
+
 def test_files_that_hold_no_features(tmp_path):
     with pytest.raises(FileNotFoundError, match="no feature network at"):
         load_features(tmp_path / "gone.pt")
     torch.save({"a": torch.ones(2)}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="neither TorchScript nor the 296 tensors of EfficientNet-Lite0"):
+    with pytest.raises(CheckpointError, match="tensors of FID's Inception or the 296 of EfficientNet-Lite0"):
         load_features(tmp_path / "other.pth")
     (tmp_path / "text.pt").write_text("no network")
     with pytest.raises(CheckpointError):
