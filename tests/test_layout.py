@@ -24,7 +24,8 @@ THIRD_PARTY = {  # of each layer, beside the standard library
     | {"matplotlib"}  # comes with mmengine and mmdet
     | OPENMMLAB,
     "restoration": {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine"},
-    "diffusion": {"torch", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine", "diffusers", "timm"},
+    "diffusion": {"torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "rich", "tqdm", "mmengine"}
+    | {"diffusers", "timm"},
 }
 BELOW = {
     "kernels": {"kernels"},

@@ -51,8 +51,8 @@ class Inception2015(nn.Module):
         outputs = len(state.get("fc.weight", ()))
         if outputs != 1008:
             raise ValueError(
-                f"an Inception v3 of {outputs} outputs: that of the FID, trained in 2015, has 1008; torchvision's own, of "
-                "1000, gives other distances"
+                f"an Inception v3 of {outputs} outputs: that of the FID, trained in 2015, has 1008; torchvision's own "
+                "gives other distances"
             )
         net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
         try:

@@ -16,7 +16,6 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.distributed.tensor.experimental import implicit_replication
 
 from mambavision.engine.files import atomic_path
 
@@ -237,8 +236,7 @@ class InitialWeightsHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Load them; averaged weights start as a copy after the first iteration."""
         model = unwrapped(runner.model)
-        with implicit_replication():  # of a sharded model
-            model.load_state_dict(self.state, strict=False)
+        model.load_state_dict(self.state, strict=False)
         self.state = {}
 
 

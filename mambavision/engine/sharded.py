@@ -14,7 +14,6 @@ from mmengine.runner.checkpoint import save_checkpoint
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._pytree import tree_map
 
 
@@ -36,6 +35,7 @@ def shard(model: nn.Module) -> nn.Module:
         fully_shard(block)
     fully_shard(model, reshard_after_forward=True)  # so that averaged weights can be swapped in between
     model.__deepcopy__ = lambda memo: _copied(model, empty)  # torch's own refuses
+    model.register_load_state_dict_pre_hook(_whole_to_shards)
     return model
 
 
@@ -46,7 +46,26 @@ def _copied(model: nn.Module, empty: nn.Module) -> nn.Module:
         for name, value in named:
             owner, _, leaf = name.rpartition(".")
             setattr(new.get_submodule(owner), leaf, wrap(value.detach().clone()))
+    new.register_load_state_dict_pre_hook(_whole_to_shards)
     return new
+
+
+def _whole_to_shards(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Shard the whole tensors of a state dict that is being loaded as the model's parameters are.
+
+    torch itself copies none into a parameter that has fewer rows than there are processes.
+    """
+    for name, parameter in model.named_parameters():
+        value = state.get(prefix + name)
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            state[prefix + name] = _like(parameter, value)
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor on the device of a parameter, and sharded as it is."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 class ShardedRunner(Runner):
@@ -92,14 +111,12 @@ class ShardedRunner(Runner):
 
     def load_checkpoint(self, *args: Any, **options: Any) -> dict:
         """As mmengine's, and the optimiser's state is sharded as the parameters are."""
-        with implicit_replication():
-            checkpoint = super().load_checkpoint(*args, **options)
+        checkpoint = super().load_checkpoint(*args, **options)
         states = checkpoint.get("optimizer", {}).get("state", {})
         for i, parameter in enumerate(self.model.parameters()):
             for name, value in states.get(i, {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    on_device = value.to(parameter.device)
-                    states[i][name] = distribute_tensor(on_device, parameter.device_mesh, parameter.placements)
+                    states[i][name] = _like(parameter, value)
         return checkpoint
 
 

@@ -150,7 +150,7 @@ def test_inception_by_its_weights(inception, tmp_path, monkeypatch):
 def test_inception_of_other_classes_is_refused(inception, tmp_path):
     state = inception.state_dict()
     torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "i.pth")
-    with pytest.raises(CheckpointError, match="an Inception v3 of 1000 outputs: that of the FID, trained in 2015, has 1008"):
+    with pytest.raises(CheckpointError, match="an Inception v3 of 1000 outputs: that of the FID, .* has 1008"):
         load_features(tmp_path / "i.pth")
     del state["Mixed_6a.branch3x3.conv.weight"]
     torch.save(state, tmp_path / "i.pth")

@@ -51,13 +51,13 @@ def start_tool(name: str, *args: object, **environment: object) -> subprocess.Po
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), **given})
 
 
-def start_ranks(name: str, *args: object) -> list[subprocess.Popen]:
-    """Start two processes of a tool as torchrun would."""
+def start_ranks(name: str, *args: object, number: int = 2) -> list[subprocess.Popen]:
+    """Start processes of a tool as torchrun would."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    torchrun = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=2)
-    return [start_tool(name, *args, **torchrun, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)]
+    torchrun = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=number)
+    return [start_tool(name, *args, **torchrun, RANK=rank, LOCAL_RANK=rank) for rank in range(number)]
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -137,10 +137,10 @@ def test_two_processes_train_like_one(whole, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "work"), losses(whole / "work"), rtol=1e-3)
 
 
-def test_weights_spread_over_two_processes_train_as_one_and_go_on_with_its_checkpoint(whole, killed, tmp_path):
+def test_weights_spread_over_four_processes_train_as_one_and_go_on_with_its_checkpoint(whole, killed, tmp_path):
     shutil.copytree(killed / "work", tmp_path / "work")
     arguments = ["--launcher", "pytorch", "--work-dir", tmp_path / "work", "--resume", "--fsdp"]
-    assert [rank.wait() for rank in start_ranks("train", killed / "small.py", *arguments)] == [0, 0]
+    assert [rank.wait() for rank in start_ranks("train", killed / "small.py", *arguments, number=4)] == [0] * 4
     ours, theirs = (load(folder / "work/iter_12.pth") for folder in (tmp_path, whole))
     compare(ours, theirs, rtol=1e-3, atol=1e-4)
     for found, expected in zip(*(run["optimizer"]["state"].values() for run in (ours, theirs)), strict=True):
