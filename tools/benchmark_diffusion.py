@@ -16,6 +16,7 @@ most that is allocated beyond weights, moments and inputs. What does not fit is 
 
 import argparse
 import csv
+import functools
 import gc
 import math
 import statistics
@@ -100,12 +101,17 @@ def calls_of(net: nn.Module, batch: int, phase: str) -> tuple[Callable[[], None]
     return gradients, optimizer.step
 
 
-def record(work: Callable[[], None], stream: torch.cuda.Stream, pool: tuple[int, int] | None) -> torch.cuda.CUDAGraph:
-    """The work as a graph; graphs that are replayed one after another may share a pool of memory."""
+def record(work: Callable[[], None], stream: torch.cuda.Stream, pool: tuple[int, int]) -> Callable[[], None]:
+    """Replays of the work as a graph; graphs that are replayed one after another may share a pool of memory."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         work()
-    return graph
+    return functools.partial(_replay, graph, work)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, work: Callable[[], None]) -> None:
+    """The graph reads the work's tensors where they lie: it is held as long as the graph."""
+    graph.replay()
 
 
 def wait(device: torch.device) -> None:
@@ -160,7 +166,8 @@ def kernels_of(call: Callable[[], None]) -> list[tuple[str, int, float]]:
 
 def measure(phase: str, tokens: int, batch: int, device: torch.device, args: argparse.Namespace) -> list[tuple]:
     """A row of COLUMNS for each network; with --profile, its kernels are printed too."""
-    calls, about, memory, graphs = {}, {}, {}, []
+    calls, about, memory = {}, {}, {}
+    pool = torch.cuda.graph_pool_handle() if args.graphs else None
     stream = torch.cuda.Stream(device) if args.graphs else None  # what runs before a recording runs where it is made
     for contender in contenders(args):
         net = work = follow = None
@@ -177,8 +184,7 @@ def measure(phase: str, tokens: int, batch: int, device: torch.device, args: arg
             memory[contender] = peak_mb(work, device, stream)
             if args.graphs:
                 net.zero_grad()
-                graphs.append(record(work, stream, graphs[0].pool() if graphs else None))
-                work = graphs[-1].replay
+                work = record(work, stream, pool)
             calls[contender] = lambda work=work, follow=follow: (work(), follow())
             if args.profile:
                 title = f"{' '.join(contender)}, {phase}, {batch} x {tokens} tokens"

@@ -79,7 +79,7 @@ def test_a_graph_trains_as_its_work_does():
         torch.cuda.synchronize()
         if graph:
             net.zero_grad()
-            work = TOOL["record"](work, stream, None).replay
+            work = TOOL["record"](work, stream, torch.cuda.graph_pool_handle())
         for _ in range(3):
             work(), follow()
         found.append([p.detach().clone() for p in net.parameters()])
