@@ -117,9 +117,19 @@ def _autocast_without_cache() -> Iterator[None]:
         yield
 
 
-def _capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.cuda.Stream | None = None):
+@contextlib.contextmanager
+def _capture(
+    graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.cuda.Stream | None = None
+) -> Iterator[None]:
     """Record what this thread launches; others, such as a data loader's, may allocate meanwhile."""
-    return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield
+    except RuntimeError:
+        # torch's generator is left as in a recording and draws nothing until the end of one that succeeds
+        with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.empty(1, device="cuda").zero_()
+        raise
 
 
 class _InferenceGraph:

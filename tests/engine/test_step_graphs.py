@@ -86,3 +86,4 @@ def test_a_step_that_waits_for_the_gpu_is_named():
     model = Waiting().cuda()
     with pytest.raises(RuntimeError, match="Waiting cannot be recorded as a CUDA graph; leave CudaGraphHook out"):
         train(model, AsyncOptimWrapper, [8] * 3, record=True, device="cuda")
+    assert torch.rand(4, device="cuda").sum() > 0  # the process goes on: random numbers can be drawn
