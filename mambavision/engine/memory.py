@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+GROWING_SEGMENTS = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -62,6 +63,12 @@ def measure_peak(call: Callable[[], object], device: str | torch.device) -> int 
         before = None
     call()
     return None if before is None else _resident("VmHWM") - before
+
+
+def segments_grow() -> bool:
+    """Whether the environment asks torch's allocator on GPUs for segments that grow, between which no gaps are left."""
+    asked = [os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
+    return any("expandable_segments:true" in settings.replace(" ", "").lower() for settings in asked)
 
 
 def keep_freed_memory() -> None:

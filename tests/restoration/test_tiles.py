@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from mambavision.backbones.serpent import serpent_debug
+from mambavision.engine.memory import GROWING_SEGMENTS
 from mambavision.restoration import tiles
 from mambavision.restoration.tiles import (
     MIN_TILE,
@@ -101,15 +102,22 @@ def test_tiles_follow_the_memory():
 
 
 def test_one_piece_leaves_room_for_the_allocator(monkeypatch):
-    """On an H100, 8192x8192 pixels of 1068 bytes ran out of memory, 7168x7168 did not."""
-    a_pixel = 1068
+    """On an H100, 8192x8192 pixels of 1074 bytes ran out of memory, unless segments grew; 7168x7168 did not."""
+    a_pixel = 1074
     monkeypatch.setattr(tiles, "free_memory", lambda device: int(83.9e9))
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     check_fits(7168, 7168, a_pixel, "cuda")
-    with pytest.raises(
-        MemoryError, match=r"8192x8192 .* need about 89\.6 GB on cuda, 83\.9 GB are free: use --tile auto"
-    ):
+    needs = r"8192x8192 .* need about 90\.1 GB on cuda, 83\.9 GB are free: use --tile auto, or set PYTORCH_\S+, with"
+    with pytest.raises(MemoryError, match=needs):
         check_fits(8192, 8192, a_pixel, "cuda")
     check_fits(8192, 8192, a_pixel, "cpu")
+    with pytest.raises(MemoryError, match="free: use --tile auto$"):
+        check_fits(9000, 9000, a_pixel, "cuda")
+    monkeypatch.setenv(*GROWING_SEGMENTS.split("="))
+    check_fits(8192, 8192, a_pixel, "cuda")
+    with pytest.raises(MemoryError, match="9000x9000 .* need about 96.7 GB .* free: use --tile auto$"):
+        check_fits(9000, 9000, a_pixel, "cuda")
 
 
 def test_memory_is_measured():
