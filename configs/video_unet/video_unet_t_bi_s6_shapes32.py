@@ -8,7 +8,7 @@ _base_ = [
 clips = (32, 32, 32)
 model = dict(
     network=dict(type="video_unet_t", in_channels=3, input_size=clips, num_classes=3),
-    objective=dict(mean=1.2, std=1.2),  # paths and colours show through much noise: they are learnt there
+    objective=dict(mean=2.0, std=1.5),  # paths and colours show through much noise: they are learnt there
 )
 train_dataloader = dict(dataset=dict(type="BouncingShapes", num=4000, size=clips), batch_size=8)
 held_out = dict(type="BouncingShapes", num=128, size=clips, seed=1)
