@@ -31,9 +31,10 @@ def test_it_is_the_published_network():
         net.get_submodule(name).register_forward_hook(lambda module, args, y, key=key: seen.update({key: y}))
     x = fixture.input().requires_grad_()
     out = net.eval()(x, torch.tensor(fixture.meta["timesteps"]))
+    # in float64 all are within 1.2e-5 of the fixture; what float32 rounds depends on the CPU, 3.3e-5 on some
     for key, y in seen.items():
-        fixture.check(key, y if y.dim() == 2 else y.permute(0, 4, 1, 2, 3), tol=3e-5)
-    fixture.check("out", out, tol=3e-5)
+        fixture.check(key, y if y.dim() == 2 else y.permute(0, 4, 1, 2, 3), tol=1e-4)
+    fixture.check("out", out, tol=1e-4)
     (out * parity.normal(fixture.meta["out_grad_seed"], out.shape)).sum().backward()
     fixture.check("grad_input", x.grad, tol=1e-4)
     norms = {name: p.grad.norm().item() for name, p in net.named_parameters()}
