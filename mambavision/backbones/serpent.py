@@ -12,7 +12,7 @@ Images are (B, C, H, W) in [0, 1]; features are (B, H, W, C), channels last, so 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,13 @@ from torch import Tensor, nn
 from mambavision.layers import SelectiveSSM, init_mamba
 from mambavision.layers.ssm import two_linear
 from mambavision.ops import depthwise_conv, norm_gate
+from mambavision.ops.depthwise_conv import in_place
 
 Mixer = Literal["strided", "wavelet"]
 """Form of the multi-scale core: :class:`StridedScan` or :class:`WaveletScan`."""
+
+_LARGE = {"cpu": 2**20}  # pixels: larger pictures than this, or as large ones, are worked on in bands, see _bands
+_BAND = {"cpu": 2**15}  # pixels of a band
 
 
 def init_serpent(A_log: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor) -> None:
@@ -57,16 +61,40 @@ class _Core(SelectiveSSM):
         """The four-direction scan of tokens (B, H, W, D) or (B, H, W, 4 D), summed; same shape."""
         return super().forward(x.flatten(1, 2), x.shape[1:3]).view_as(x)
 
-    def add_scan(self, u: Tensor) -> Tensor:
-        """u + multi_scale(u), (B, H, W, D)."""
+    def tokens(self, u: Tensor) -> Tensor:
+        """The tokens of the scan of u (B, H, W, D)."""
+        raise NotImplementedError
+
+    def add_tokens(self, u: Tensor, tokens: Tensor) -> Tensor:
+        """u (B, H, W, D) and what the scan made of its tokens, at every pixel."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix x (B, H, W, C), H and W multiples of a token of the scan; same shape."""
         u, z = two_linear(_normalise(x, self.norm), self.in_proj)
         u = depthwise_conv(u, self.conv2d.weight, self.conv2d.bias, activation="silu")
-        u = self.add_scan(u)
+        u = self.add_tokens(u, self.scan(self.tokens(u)))
         return self.out_proj(norm_gate(u, z, self.out_norm.weight, self.out_norm.bias))
+
+    def add_to(self, x: Tensor) -> Tensor:
+        """x + forward(x)."""
+        bands = _bands(x, self.stride)
+        if len(bands) == 1:
+            return x + self(x)
+        to_u, to_z = self.in_proj.weight.chunk(2)
+        u = None
+        for band in bands:
+            inside = F.linear(_normalise(band.with_border(x), self.norm), to_u)
+            inside = depthwise_conv(inside, self.conv2d.weight, self.conv2d.bias, activation="silu")
+            u = inside.new_empty(*x.shape[:3], inside.shape[3]) if u is None else u
+            band.of(u).copy_(band.without_border(inside))
+        tokens = self.scan(self.tokens(u))
+        y = torch.empty_like(x)
+        for band in bands:
+            z = F.linear(_normalise(band.of(x), self.norm), to_z)
+            mixed = norm_gate(self.add_tokens(band.of(u), band.of(tokens)), z, self.out_norm.weight, self.out_norm.bias)
+            torch.add(band.of(x), self.out_proj(mixed), out=band.of(y))
+        return y
 
 
 class StridedScan(_Core):
@@ -86,13 +114,19 @@ class StridedScan(_Core):
         super().__init__(dim, d_state=d_state, expand=expand)
         self.stride = stride
 
-    def add_scan(self, u: Tensor) -> Tensor:
-        """u + repeat(ssm(mean(u))), (B, H, W, D)."""
+    def tokens(self, u: Tensor) -> Tensor:
+        """mean(u), (B, H / s, W / s, D)."""
+        return u if self.stride == 1 else self._cells(u).mean((2, 4))
+
+    def add_tokens(self, u: Tensor, tokens: Tensor) -> Tensor:
+        """u + repeat(tokens), (B, H, W, D)."""
         if self.stride == 1:
-            return u + self.scan(u)
-        s = self.stride
-        cells = u.unflatten(2, (-1, s)).unflatten(1, (-1, s))  # (B, H / s, s, W / s, s, D)
-        return (cells + self.scan(cells.mean((2, 4)))[:, :, None, :, None]).view_as(u)
+            return u + tokens
+        return (self._cells(u) + tokens[:, :, None, :, None]).view_as(u)
+
+    def _cells(self, u: Tensor) -> Tensor:
+        """(B, H / s, s, W / s, s, D)."""
+        return u.unflatten(2, (-1, self.stride)).unflatten(1, (-1, self.stride))
 
 
 class WaveletScan(_Core):
@@ -108,10 +142,15 @@ class WaveletScan(_Core):
 
     def __init__(self, dim: int, *, d_state: int, expand: float) -> None:
         super().__init__(dim, d_state=d_state, expand=expand, channels=4)
+        self.stride = 2
 
-    def add_scan(self, u: Tensor) -> Tensor:
-        """u + haar^-1(ssm(haar(u))), (B, H, W, D)."""
-        return u + inverse_haar(self.scan(haar(u)))
+    def tokens(self, u: Tensor) -> Tensor:
+        """haar(u), (B, H / 2, W / 2, 4 D)."""
+        return haar(u)
+
+    def add_tokens(self, u: Tensor, tokens: Tensor) -> Tensor:
+        """u + haar^-1(tokens), (B, H, W, D)."""
+        return u + inverse_haar(tokens)
 
 
 def haar(x: Tensor) -> Tensor:
@@ -154,6 +193,20 @@ class GatedFeedForward(nn.Module):
         del v
         return self.fc2(u)
 
+    def add_to(self, x: Tensor) -> Tensor:
+        """x + forward(x)."""
+        bands = _bands(x)
+        if len(bands) == 1:
+            return x + self(x)
+        to_u, to_v = self.fc1.weight.chunk(2)
+        y = torch.empty_like(x)
+        for band in bands:
+            normalised = _normalise(band.with_border(x), self.norm)
+            u = depthwise_conv(F.linear(normalised, to_u), self.dwconv.weight, self.dwconv.bias)
+            v = F.linear(band.without_border(normalised), to_v)
+            torch.add(band.of(x), self.fc2(norm_gate(v, band.without_border(u))), out=band.of(y))
+        return y
+
 
 def _normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return norm_gate(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
@@ -179,9 +232,44 @@ class SerpentBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C), same shape."""
-        x = x + self.scan(x)
-        x = x + self.ffn1(x)
-        return x + self.ffn2(x)
+        return self.ffn2.add_to(self.ffn1.add_to(self.scan.add_to(x)))
+
+
+class _Band(NamedTuple):
+    """Rows `top` to `bottom` of the `height` rows of features (1, H, W, C)."""
+
+    top: int
+    bottom: int
+    height: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of x (1, H, W, C), or of tokens (1, H / s, W / s, C)."""
+        s = self.height // x.shape[1]
+        return x[:, self.top // s : self.bottom // s]
+
+    def with_border(self, x: Tensor) -> Tensor:
+        """The same and one row more above and below, where there is one."""
+        return x[:, max(self.top - 1, 0) : self.bottom + 1]
+
+    def without_border(self, x: Tensor) -> Tensor:
+        """These rows, of what was made of :meth:`with_border`."""
+        first = min(self.top, 1)
+        return x[:, first : first + self.bottom - self.top]
+
+
+def _bands(x: Tensor, multiple: int = 1) -> list[_Band]:
+    """The bands of rows, multiples of so many, in which features x (B, H, W, C) are worked on; most often one.
+
+    On a CPU, a large picture's products and what comes between them are done band by band: its widest features are
+    never there as a whole, which halves peak memory and spares most new pages of memory. For inference, of one
+    picture, eagerly.
+    """
+    height, width = x.shape[1:3]
+    device = x.device.type
+    rows = height
+    if len(x) == 1 and height * width >= _LARGE.get(device, math.inf) and in_place():
+        rows = max(_BAND[device] // width // multiple, 1) * multiple
+    return [_Band(top, min(top + rows, height), height) for top in range(0, height, rows)]
 
 
 def on_pixels(conv: nn.Module, x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mambavision.backbones import serpent
 from mambavision.backbones.serpent import (
     Serpent,
     StridedScan,
@@ -96,7 +98,44 @@ def test_stride_is_a_scan_of_means_beside_the_pixels():
     u = torch.randn(1, 4, 6, 4)
     means = (u[:, ::2, ::2] + u[:, 1::2, ::2] + u[:, ::2, 1::2] + u[:, 1::2, 1::2]) / 4
     expected = u + core.scan(means).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    torch.testing.assert_close(core.add_scan(u), expected)
+    torch.testing.assert_close(core.add_tokens(u, core.scan(core.tokens(u))), expected)
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operator made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        made = operator(*args, **(kwargs or {}))
+        for v in made if isinstance(made, tuple) else (made,):
+            self.elements = max(self.elements, v.numel() if isinstance(v, torch.Tensor) else 0)
+        return made
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("pixels", [1, 200])
+def test_a_large_picture_in_bands_is_the_same(monkeypatch, shape, dtype, pixels):
+    net = drawn(3, **shape | dict(ffn_expand=6))  # the widest features are those of the feed-forwards
+    x = torch.rand(1, 3, 44, 37)
+
+    def restored(y: torch.Tensor) -> tuple[torch.Tensor, int]:
+        with torch.autocast("cpu", dtype, enabled=dtype is not None), _Largest() as largest:
+            return net(y), largest.elements
+
+    expected, whole = restored(x)
+    monkeypatch.setitem(serpent._BAND, "cpu", pixels)
+    assert torch.equal(restored(x)[0], expected) and restored(x)[1] == whole  # too small for bands
+    monkeypatch.setitem(serpent._LARGE, "cpu", 1)
+    found, most = restored(x)
+    torch.testing.assert_close(found, expected)
+    assert most < whole
+    both = restored(torch.cat([x, x]))[0]  # several pictures are not worked on in bands
+    torch.testing.assert_close(both[:1], expected)
 
 
 @pytest.mark.parametrize("mixer", ["strided", "wavelet"])
