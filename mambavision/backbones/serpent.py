@@ -266,9 +266,9 @@ def _bands(x: Tensor, multiple: int = 1) -> list[_Band]:
     """
     height, width = x.shape[1:3]
     device = x.device.type
-    rows = height
-    if len(x) == 1 and height * width >= _LARGE.get(device, math.inf) and in_place():
-        rows = max(_BAND[device] // width // multiple, 1) * multiple
+    if device not in _LARGE or not in_place() or len(x) > 1 or height * width < _LARGE[device]:
+        return [_Band(0, height, height)]
+    rows = max(_BAND[device] // width // multiple, 1) * multiple
     return [_Band(top, min(top + rows, height), height) for top in range(0, height, rows)]
 
 
