@@ -26,8 +26,8 @@ from mambavision.ops.depthwise_conv import in_place
 Mixer = Literal["strided", "wavelet"]
 """Form of the multi-scale core: :class:`StridedScan` or :class:`WaveletScan`."""
 
-_LARGE = {"cpu": 2**20}  # pixels: larger pictures than this, or as large ones, are worked on in bands, see _bands
-_BAND = {"cpu": 2**15}  # pixels of a band
+_LARGE = 2**20  # pixels of the smallest pictures that a CPU works on in bands, see _bands
+_BAND = 2**15  # pixels of a band
 
 
 def init_serpent(A_log: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor) -> None:
@@ -265,10 +265,9 @@ def _bands(x: Tensor, multiple: int = 1) -> list[_Band]:
     picture, eagerly.
     """
     height, width = x.shape[1:3]
-    device = x.device.type
-    if device not in _LARGE or not in_place() or len(x) > 1 or height * width < _LARGE[device]:
+    if x.device.type != "cpu" or not in_place() or len(x) > 1 or height * width < _LARGE:
         return [_Band(0, height, height)]
-    rows = max(_BAND[device] // width // multiple, 1) * multiple
+    rows = max(_BAND // width // multiple, 1) * multiple
     return [_Band(top, min(top + rows, height), height) for top in range(0, height, rows)]
 
 
