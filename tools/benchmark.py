@@ -59,6 +59,8 @@ def print_tables(args: argparse.Namespace) -> None:
     """Print the tables of kernels/README.md."""
     if args.roofs and min(args.roofs) <= 0:
         raise ValueError("--roofs must be positive")
+    if not pathlib.Path(args.csv).is_file():
+        raise FileNotFoundError(f"{args.csv}: no such file; benchmark.py ops --csv {args.csv} makes one")
     lines = report.read(args.csv)
     if not lines or lines[0].copy_tb_s is None:
         raise ValueError(f"{args.csv} holds no figures of a GPU")

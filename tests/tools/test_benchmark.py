@@ -259,7 +259,7 @@ def test_some_implementations_alone(run_tool, tmp_path):
         (["ops", "--csv", "no/such/folder/x.csv"], "no folder to write no/such/folder/x.csv to"),
         (["ops", "--budget", "0"], "--threads and --budget must be positive"),
         (["ops", "--threads", "0"], "--threads and --budget must be positive"),
-        (["tables", "nowhere.csv"], "nowhere.csv"),
+        (["tables", "nowhere.csv"], "nowhere.csv: no such file; benchmark.py ops --csv nowhere.csv makes one"),
         (["tables", "nowhere.csv", "--roofs", "0", "4"], "--roofs must be positive"),
         (["tables", str(TOOLS / "benchmark.py")], "is no CSV of tools/benchmark.py"),
     ],
