@@ -100,7 +100,7 @@ def test_a_run_leaves_curves_and_averaged_weights(whole):
     log = next(work.glob("*/*.log")).read_text()
     assert "7 of 8 items are used; 1 cannot be: " in log and "7.png: truncated photo" in log
     said = [float(value) for value in re.findall(r"held_out/loss: ([0-9.]+)", log)]
-    assert said == [pytest.approx(float(row["held_out/loss"]), abs=6e-5) for row in measured]  # each its own, no mean of them
+    assert said == pytest.approx([float(row["held_out/loss"]) for row in measured], abs=6e-5)  # not their mean
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,8 @@ env_cfg = dict(
 vis_backends = [dict(type="LocalVisBackend")]
 visualizer = dict(type="Visualizer", vis_backends=vis_backends, name="visualizer")
 # mmengine's own pattern takes in held_out/loss, and logs its mean over all validations so far
-log_processor = dict(
-    type="LogProcessor", window_size=50, by_epoch=False, mean_pattern=r"^((train|val|test)/)?(loss|time|data_time|grad_norm)$"
-)
+averaged = r"^((train|val|test)/)?(loss|time|data_time|grad_norm)$"
+log_processor = dict(type="LogProcessor", window_size=50, by_epoch=False, mean_pattern=averaged)
 log_level = "INFO"
 load_from = None
 resume = False
