@@ -55,6 +55,7 @@ def publish_restorer(cfg: Config, args: argparse.Namespace) -> str:
 def publish_diffusion(cfg: Config, args: argparse.Namespace) -> str:
     """Write a denoising network's weights; returns what it is, for the card."""
     model, checkpoint = build_from_checkpoint(cfg, args.checkpoint)
+    diffusion_weights.check_trained_as(cfg.model, checkpoint, args.checkpoint)
     network, objective = model.network, model.objective
     names = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes") if network.num_classes else None
     said = {"training_data": args.data, "trained_by": args.config}

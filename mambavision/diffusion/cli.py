@@ -72,6 +72,7 @@ def load_pipeline(
     check_task(cfg, config, "diffusion")
     cfg.model.compile = False
     model, checkpoint = build_from_checkpoint(cfg, path)
+    weights.check_trained_as(cfg.model, checkpoint, path)
     loaded = None if autoencoder is None else load_autoencoder(autoencoder)
     names = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes") if model.network.num_classes else None
     return DiffusionPipeline(model.network, model.objective, loaded, names).to(chosen)

@@ -129,14 +129,14 @@ def features_of(
     features = extract(extractor, _batches(items, batch_size))
     if skipped:
         print(f"note: {len(skipped)} of {source} cannot be read, first {skipped[0]}", file=sys.stderr)
-    return FeatureSet.of(features, extractor=extractor.name, source=source)
+    return FeatureSet.of(features, extractor=extractor.name, source=source, size=tuple(dataset.size))
 
 
 def compare(samples: FeatureSet, reference: FeatureSet, *, seed: int = 0) -> dict[str, Any]:
     """Fréchet distance and, where the reference has its features, kernel distance of samples from a reference.
 
     Raises:
-        ValueError: If they were not made by the same features.
+        ValueError: If they were not made by the same features, or are of different sizes.
     """
     found: dict[str, Any] = {"features": samples.extractor, "samples": samples.count, "reference": reference.count}
     found["frechet_distance"] = frechet_distance(samples, reference)

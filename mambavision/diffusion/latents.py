@@ -76,8 +76,8 @@ def cache_latents(
 ) -> list[str]:
     """Write the latents of all items into a folder that :class:`LatentShards` reads; mirrored too, if the set says so.
 
-    On the device of the autoencoder. A run that was interrupted goes on after its last whole shard, if items, sizes and
-    autoencoder are the same.
+    On the device of the autoencoder. A run that was interrupted goes on after its last whole shard, if the files, sizes
+    and autoencoder are the same.
 
     Args:
         dataset: Pictures or videos; of these all frames.
@@ -90,18 +90,22 @@ def cache_latents(
         A message for each item that cannot be read.
 
     Raises:
-        ValueError: If the autoencoder takes other channels, or the folder holds latents of another data set or
-            autoencoder.
+        ValueError: If the autoencoder takes other channels, or halves a side that is odd, or the folder holds latents
+            of another data set or autoencoder.
         DatasetError: If no item can be read.
     """
     if autoencoder.config.in_channels != dataset.channels:
         taken = autoencoder.config.in_channels
         raise ValueError(f"the data set has {dataset.channels} channels, the autoencoder takes {taken}")
+    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    if any(side % factor for side in dataset.size[-2:]):
+        sides = " x ".join(map(str, dataset.size[-2:]))
+        raise ValueError(f"{sides} pixels have no latents of {factor} x {factor} each: take multiples of {factor}")
     out = Path(out)
     check_folder(out, "out")
     out.mkdir(parents=True, exist_ok=True)
     said = dict(items=len(dataset), pixels=list(dataset.size), flip=dataset.flip, class_names=list(dataset.class_names))
-    said |= dict(autoencoder=_fingerprint(autoencoder), shard_items=shard_items)
+    said |= dict(files=_digest(dataset), autoencoder=_fingerprint(autoencoder), shard_items=shard_items)
     begun = out / "begun.json"
     if begun.exists() and json.loads(begun.read_text()) != said:
         raise ValueError(f"{out} holds latents of another set, or by another autoencoder: name another, or delete it")
@@ -127,9 +131,17 @@ def cache_latents(
     return skipped
 
 
+def _digest(dataset: FrameSet) -> str:
+    """What tells the files of a data set from others: their names and sizes."""
+    paths = list(map(Path, getattr(dataset, "paths", ())))
+    root = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    found = [(os.path.relpath(path, root), path.stat().st_size) for path in paths]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
 def _fingerprint(autoencoder: AutoencoderKL) -> str:
-    """What tells the weights from others."""
-    digest = hashlib.sha256()
+    """What tells the weights and the latents' scale from others."""
+    digest = hashlib.sha256(json.dumps(_shift_and_scale(autoencoder)).encode())
     for parameter in autoencoder.parameters():
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -30,6 +30,7 @@ class FeatureSet:
         mean: float64 (D,).
         covariance: float64 (D, D), divided by N - 1.
         features: float32 (N, D), or None.
+        size: (H, W) of the pictures or (T, H, W) of the clips, or None where it is not known.
     """
 
     extractor: str
@@ -38,9 +39,10 @@ class FeatureSet:
     mean: Tensor
     covariance: Tensor
     features: Tensor | None = None
+    size: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, features: Tensor, *, extractor: str, source: str) -> FeatureSet:
+    def of(cls, features: Tensor, *, extractor: str, source: str, size: tuple[int, ...] | None = None) -> FeatureSet:
         """From features (N, D).
 
         Raises:
@@ -49,7 +51,7 @@ class FeatureSet:
         if len(features) < 2:
             raise ValueError(f"{source}: {len(features)} samples have no covariance; at least 2 are needed")
         exact = features.double()
-        return cls(extractor, source, len(features), exact.mean(0), exact.T.cov(), features.float())
+        return cls(extractor, source, len(features), exact.mean(0), exact.T.cov(), features.float(), size)
 
     def save(self, path: str | os.PathLike, *, with_features: bool = True) -> None:
         """Write as ``*.npz``, whole or not at all.
@@ -67,6 +69,8 @@ class FeatureSet:
         if with_features and self.features is not None:
             half = self.features.half()
             arrays["features"] = (half if half.isfinite().all() else self.features).numpy()
+        if self.size is not None:
+            arrays["size"] = np.asarray(self.size)
         text = {"extractor": np.asarray(self.extractor), "source": np.asarray(self.source)}
         with atomic_path(path) as temporary:
             np.savez_compressed(temporary, **arrays, **text)
@@ -85,10 +89,11 @@ class FeatureSet:
             with np.load(path, allow_pickle=False) as file:
                 mean, covariance = (torch.from_numpy(file[name]) for name in ("mean", "covariance"))
                 features = torch.from_numpy(file["features"]).float() if "features" in file else None
+                size = tuple(map(int, file["size"])) if "size" in file else None
                 count, extractor, source = int(file["count"]), str(file["extractor"]), str(file["source"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DatasetError(f"{path}: no file of features, or a damaged one ({error})") from error
-        return cls(extractor, source, count, mean, covariance, features)
+        return cls(extractor, source, count, mean, covariance, features, size)
 
 
 def frechet_distance(a: FeatureSet, b: FeatureSet) -> float:
@@ -99,7 +104,7 @@ def frechet_distance(a: FeatureSet, b: FeatureSet) -> float:
     sets of one size.
 
     Raises:
-        ValueError: If the sets were not made by the same features.
+        ValueError: If the sets were not made by the same features, or are of different sizes.
     """
     _check_same(a, b)
     root = _root(a.covariance)
@@ -166,3 +171,6 @@ def _check_same(a: FeatureSet, b: FeatureSet) -> None:
         raise ValueError(
             f"features of {a.source} are by {a.extractor}, those of {b.source} by {b.extractor}: compute both by one"
         )
+    if a.size and b.size and a.size != b.size:
+        ours, theirs = ("x".join(map(str, size)) for size in (a.size, b.size))
+        raise ValueError(f"{a.source} holds samples of {ours}, {b.source} of {theirs}: bring both to one size")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -252,7 +253,7 @@ class DiffusionPipeline:
         guided = guidance_scale != 1.0
         if guided and not self.network.num_classes:
             raise ValueError(f"guidance {guidance_scale:g} needs a network with classes, this one has none: leave it 1")
-        if not 1 <= num_inference_steps <= NUM_STEPS:
+        if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= NUM_STEPS:
             raise ValueError(f"{num_inference_steps} steps cannot be taken: 1 to {NUM_STEPS} can")
         precision = precision or self.default_precision
         if precision not in get_args(Precision):
@@ -279,7 +280,8 @@ class DiffusionPipeline:
             return [None] * (num or 1)
         if class_labels is None:
             return list(islice(cycle(range(self.network.num_classes)), num or 1))
-        names = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        alone = isinstance(class_labels, str) or not isinstance(class_labels, Iterable)
+        names = [class_labels] if alone else list(class_labels)
         if not names:
             raise ValueError("an empty list of classes: name some, or leave it out")
         indices = [self._index(name) for name in names]  # all of them, though num may be smaller
@@ -292,6 +294,8 @@ class DiffusionPipeline:
                 known = f"classes are {_listed(self.class_names)}" if self.class_names else "its classes have no names"
                 raise ValueError(f"there is no class {label!r}: {known}")
             return self.class_names.index(label)
+        if not isinstance(label, Integral) or isinstance(label, bool):
+            raise ValueError(f"a class is an index or a name, got {label!r}")
         if not 0 <= label < count:
             raise ValueError(f"class {label} is out of range: there are {count}, from 0 to {count - 1}")
         return int(label)
@@ -370,6 +374,8 @@ class DiffusionPipeline:
         bar: tqdm,
     ) -> Tensor:
         scheduler.set_timesteps(scheduler.num_inference_steps)  # forgets the batch before
+        if hasattr(scheduler, "set_begin_index"):  # else looked up by the first time, which may come twice
+            scheduler.set_begin_index(0)
         shape = (self.network.in_channels, *self.network.input_size)
         # these schedulers begin with unit variance, and take the network's input as it is
         x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
@@ -422,6 +428,9 @@ def _sources(
         return drawn
     if seeds is None:
         seeds = torch.randint(2**62, (num,), generator=generator).tolist()
+    seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds]
+    if not all(isinstance(seed, Integral) for seed in seeds):
+        raise ValueError(f"seeds are whole numbers, one for each sample, got {seeds!r}")
     if len(seeds) != num:
         raise ValueError(f"{len(seeds)} seeds are given for {num} samples: pass one for each")
     wide = next((seed for seed in seeds if not -(2**63) <= seed < 2**64), None)

@@ -8,7 +8,9 @@ from mmengine.runner import Runner
 
 from mambavision.diffusion.batches import HeldOutBatches, NoisyBatches
 from mambavision.diffusion.diffusion import Diffusion
+from mambavision.diffusion.weights import check_trained_as
 from mambavision.engine import runs
+from mambavision.engine.weights import read_checkpoint
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -28,8 +30,13 @@ def train(cfg: Config, **options: Any) -> Runner:
 
 
 def test(cfg: Config, checkpoint: str) -> dict[str, float]:
-    """The loss on a config's test set: :func:`mambavision.engine.runs.test`, for items that fit the network."""
-    return runs.test(cfg, checkpoint, check=_check_items)
+    """The loss on a config's test set: :func:`mambavision.engine.runs.test`, for items and training that fit."""
+
+    def check(model: Diffusion, batches: HeldOutBatches) -> None:
+        _check_items(model, batches)
+        check_trained_as(cfg.model, read_checkpoint(checkpoint), checkpoint)
+
+    return runs.test(cfg, checkpoint, check=check)
 
 
 def _check_items(model: Diffusion, batches: NoisyBatches | HeldOutBatches) -> None:

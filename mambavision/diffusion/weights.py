@@ -1,11 +1,13 @@
 """Published weights: a safetensors file that rebuilds its denoising network and objective without a config."""
 
+import ast
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from mmengine.registry import MODELS
 from torch import nn
 
 from mambavision.diffusion.networks import CLASSES
@@ -78,3 +80,53 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     metadata = weights.read_metadata(path, _FIELDS, of="diffusion")
     said = {name: json.loads(value) if name in _JSON_FIELDS else value for name, value in metadata.items()}
     return {"class_names": None, **said}
+
+
+def check_trained_as(model: Mapping[str, Any], checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Check that weights were trained as a config says; of scan orders or the objective no tensor tells.
+
+    Args:
+        model: The config's ``model``, of a :class:`~mambavision.diffusion.diffusion.Diffusion`.
+        checkpoint: As :func:`mambavision.engine.weights.read_checkpoint` reads it. What does not say how it was trained
+            passes.
+        path: Its file.
+
+    Raises:
+        CheckpointError: If network or objective differ; says in what.
+    """
+    if Path(path).suffix == ".safetensors":
+        metadata = read_metadata(path)
+        theirs = metadata["config"] | metadata["objective"]
+    elif (trained := _trained_model(checkpoint)) is not None:
+        theirs = _described(trained)
+    else:
+        return
+    ours = _described(model)
+    differing = [name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]]
+    if differing:
+        said = ", ".join(f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in sorted(differing))
+        raise CheckpointError(
+            f"{path} was trained with {said}: name the config that it was trained by, a copy of which is in its work "
+            "directory"
+        )
+
+
+def _described(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a config's network, and of its objective with its ``type``."""
+    with torch.device("meta"):
+        network = MODELS.build(model["network"])
+    return json.loads(json.dumps(network.config | objective_from(model["objective"]).config()))  # tuples are lists
+
+
+def _trained_model(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``model`` of the config that mmengine wrote into a checkpoint, as text; none of it is run."""
+    for statement in ast.parse(checkpoint.get("meta", {}).get("cfg", "")).body:
+        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == "model":
+            return _literal(statement.value)
+    return None
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call):  # dict(name=value, ...)
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    return ast.literal_eval(node)

@@ -194,13 +194,20 @@ def fitting_tensors(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is no checkpoint, would run code, or nothing in it fits.
+        CheckpointError: If it is no checkpoint, would run code, or is of a network of another size: nothing in it fits,
+            or less than what has the model's names and other shapes.
     """
     own, state = model.state_dict(), _named_for(model, read_checkpoint(path), path)
     fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
     if not fitting:
         held = _held(path)
         raise CheckpointError(f"{path}{held}: none of its {len(state)} tensors fits one of this network's {len(own)}")
+    misfits = [name for name in own if name in state and state[name].shape != own[name].shape]
+    if len(misfits) > len(fitting):
+        raise CheckpointError(
+            f"{path}{_held(path)}: {len(fitting)} of its tensors fit this network, {len(misfits)} are of another shape "
+            f"(such as {misfits[0]}): it is of another size"
+        )
     anew, unused = _groups(own.keys() - fitting.keys()), _groups(state.keys() - own.keys())
     message = f"{path}: starting from {len(fitting)} of the network's {len(own)} tensors"
     print_log(f"{message}; anew: {anew or 'none'}; not used: {unused or 'none'}", logger="current")

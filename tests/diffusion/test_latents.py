@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 
 from mambavision.diffusion import latents
 from mambavision.diffusion.batches import NoisyBatches
+from mambavision.diffusion.datasets import ImageFolder
 from mambavision.diffusion.latents import LatentShards, cache_latents, decode, encode, load_autoencoder
 from mambavision.engine.photos import DatasetError
 from tests.diffusion.drawn import Drawn
@@ -94,9 +95,23 @@ def test_an_interrupted_run_goes_on(autoencoder, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/.*"))
     other = copy.deepcopy(autoencoder)
     next(other.parameters()).data[0] += 1e-3
-    for changed in ((Broken(11), autoencoder), (Broken(12), other)):
+    scaled = copy.deepcopy(autoencoder)
+    scaled.register_to_config(scaling_factor=0.25)
+    for changed in ((Broken(11), autoencoder), (Broken(12), other), (Broken(12), scaled)):
         with pytest.raises(ValueError, match="holds latents of another set, or by another autoencoder"):
             cache_latents(*changed, tmp_path / "cut", shard_items=4)
+
+
+def test_latents_of_other_photos_of_the_same_number_are_refused(tiny_autoencoder, tmp_path):
+    for folder, names in (("a", "12"), ("moved", "12"), ("b", "13")):
+        for name in names:
+            path = tmp_path / folder / f"{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            cv2.imwrite(str(path), np.full((16, 16), 9, np.uint8))
+    for folder in ("a", "moved"):
+        cache_latents(ImageFolder(tmp_path / folder, (16, 16)), tiny_autoencoder, tmp_path / "out")
+    with pytest.raises(ValueError, match="holds latents of another set"):
+        cache_latents(ImageFolder(tmp_path / "b", (16, 16)), tiny_autoencoder, tmp_path / "out")
 
 
 def test_what_does_not_fit_is_refused(autoencoder, tmp_path):
@@ -107,6 +122,11 @@ def test_what_does_not_fit_is_refused(autoencoder, tmp_path):
     colour.channels = 3
     with pytest.raises(ValueError, match="the data set has 3 channels, the autoencoder takes 1"):
         cache_latents(colour, autoencoder, tmp_path / "x")
+    odd = Drawn()
+    odd.size = (8, 7)
+    with pytest.raises(ValueError, match="8 x 7 pixels have no latents of 2 x 2 each: take multiples of 2"):
+        cache_latents(odd, autoencoder, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
     with pytest.raises(DatasetError, match="none of 1 items can be used; 0.png"):
         cache_latents(Broken(1), autoencoder, tmp_path / "y")
     with pytest.raises(FileNotFoundError, match="no folder of an autoencoder"):

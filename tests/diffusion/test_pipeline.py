@@ -49,6 +49,14 @@ def test_an_ideal_network_samples_its_classes(objective, kind):
     torch.testing.assert_close(x, want, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("mean", [1.0, 1.6])
+def test_a_shifted_flow_takes_as_many_steps_as_it_was_trained_with(mean):
+    objective = RectifiedFlow("logit_normal", mean=mean)
+    pipeline = DiffusionPipeline(Ideal(objective, [-0.5, 0.5]), objective)
+    x = pipeline([1], scheduler="dpm-solver++", guidance_scale=1.0, **{**QUIET, "num_inference_steps": 1000}).images
+    torch.testing.assert_close(x, torch.full_like(x, 0.75), atol=0.02, rtol=0)
+
+
 def test_guidance_moves_away_from_the_null_class():
     objective = RectifiedFlow()
     network = Ideal(objective, [-0.2, 0.4])  # their mean is 0.1
@@ -138,6 +146,11 @@ def test_classes_by_name_and_index(make_pipeline):
         (dict(num=0), "0 samples are asked for"),
         (dict(num_inference_steps=0), "0 steps cannot be taken: 1 to 1000 can"),
         (dict(num_inference_steps=1001), "1001 steps cannot be taken"),
+        (dict(num_inference_steps=2.5), "2.5 steps cannot be taken"),
+        (dict(class_labels=1.0), "a class is an index or a name, got 1.0"),
+        (dict(class_labels=[True]), "a class is an index or a name, got True"),
+        (dict(seeds=3.5), "seeds are whole numbers, one for each sample, got \\[3.5\\]"),
+        (dict(num=2, seeds=3), "1 seeds are given for 2 samples"),
         (dict(guidance_scale=-0.5), "guidance -0.5 must be at least 0"),
         (dict(guidance_scale=float("nan")), "guidance nan must be at least 0"),
         (dict(scheduler="ddpm"), "cannot sample a RectifiedFlow; those that can: euler, heun"),

@@ -251,6 +251,31 @@ def test_an_empty_folder_and_another_networks_checkpoint_are_refused(whole, tool
     )
 
 
+def test_weights_are_read_as_they_were_trained(whole, tool, tmp_path):
+    checkpoint, other = whole / "work/iter_12.pth", tmp_path / "other.py"
+    other.write_text((whole / "small.py").read_text() + 'model["network"]["orders"] = "zigzag"\n')
+    ours, published = whole / "small.py", tmp_path / "w.safetensors"
+    said = "was trained with orders 'cross', not 'zigzag': name the config that it was trained by"
+    assert said in refusal(tool("publish", checkpoint, published, "--config", other))
+    assert not published.exists()
+    code, _, err = tool("publish", checkpoint, published, "--config", ours)
+    assert code == 0, err
+    for weights_file in (checkpoint, published):
+        where = ["--weights", weights_file, "--out-dir", tmp_path / "out", "--num", 1, "--steps", 1]
+        assert said in refusal(tool("sample", "--config", other, *where))
+        assert said in refusal(tool("test", other, weights_file, "--work-dir", tmp_path / "test"))
+        objective = ["--cfg-options", "model.objective.times=uniform", "--work-dir", tmp_path / "test"]
+        line = refusal(tool("test", ours, weights_file, *objective))
+        assert "was trained with times 'logit_normal', not 'uniform'" in line
+        assert not (tmp_path / "out").exists() and not (tmp_path / "test").exists()
+
+
+def test_training_does_not_start_from_a_network_of_another_size(whole, tool, tmp_path):
+    options = ["--load-from", whole / "work/iter_12.pth", "--cfg-options", "model.network.d_model=48"]
+    line = refusal(tool("train", whole / "small.py", "--work-dir", tmp_path / "work", *options))
+    assert "of its tensors fit this network" in line and "it is of another size" in line
+
+
 def test_memory_that_runs_out_is_said_in_a_line(monkeypatch, tool, tmp_path):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")

@@ -66,6 +66,10 @@ def test_features_of_a_reference_are_kept(evaluate, tmp_path):
     assert kept.is_file(), err
     code, again, err = evaluate(samples, "--reference", kept)
     assert code == 0 and again.splitlines()[:2] == first.splitlines()[:2], err
+    np.savez(tmp_path / "large.npz", arr_0=noise(12, size=(32, 24)))
+    for reference in (kept, tmp_path / "real.npz"):
+        line = refusal(evaluate(tmp_path / "large.npz", "--reference", reference))
+        assert "holds samples of 32x24" in line and "of 16x16: bring both to one size" in line
     torch.manual_seed(1)
     features.save(SmallClassifier(3, dims=(4, 6)), tmp_path / "other.safetensors", classes="abc")
     line = refusal(evaluate(samples, "--reference", kept, "--features", tmp_path / "other.safetensors"))
