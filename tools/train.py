@@ -7,6 +7,7 @@
     python tools/train.py configs/serpent/serpent_s_denoise_gray25.py --data-root data/restoration --amp bf16 --seed 0
     python tools/train.py configs/dim/dim_s_2x_cifar10.py --amp bf16 --seed 0
     torchrun --nproc-per-node 8 tools/train.py configs/mamba_yolo/mamba_yolo_t_8xb64_300e_coco.py --launcher pytorch
+    torchrun --nproc-per-node 8 tools/train.py configs/dim/dim_xl_2x_latents256.py --amp bf16 --launcher pytorch --fsdp
 
 Checkpoints, logs, loss_curve.png and loss_curve.csv go to the work directory.
 """

@@ -209,8 +209,9 @@ def train(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        reached = f" at {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        raise MemoryError(f"memory ran out in training{reached}: take smaller batches, or a smaller network") from error
+        raise MemoryError(
+            f"memory ran out in training{_memory_taken()}: take smaller batches, or a smaller network"
+        ) from error
     return runner
 
 
@@ -278,6 +279,15 @@ def test(cfg: Config, checkpoint: str | Path, *, check: Check | None = None) -> 
             check(model, runner.test_loop.dataloader.dataset)
     model.load_state_dict(state)
     return runner.test()
+
+
+def _memory_taken() -> str:
+    """Who has the GPU's memory, for a message: other programs may have most of it."""
+    if not torch.cuda.is_available():
+        return ""
+    (free, total), ours = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+    others = total - free - ours
+    return f" (of the GPU's {total / 1e9:.1f} GB this run has {ours / 1e9:.1f}, others {others / 1e9:.1f})"
 
 
 @contextmanager
