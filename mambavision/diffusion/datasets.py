@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
@@ -34,6 +34,7 @@ from mambavision.engine.photos import (
 from mambavision.engine.video import is_video, open_video
 
 Root = str | os.PathLike
+Split = Literal["train", "test"]
 
 
 class Item(NamedTuple):
@@ -185,12 +186,15 @@ class CifarArchive(FrameSet):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DatasetError: If it is not such an archive.
+        DatasetError: If it is not such an archive, or a class has no name.
+        ValueError: If the split is unknown.
     """
 
     size, channels = (32, 32), 3
 
-    def __init__(self, path: Root, split: Literal["train", "test"] = "train", *, flip: bool = True) -> None:
+    def __init__(self, path: Root, split: Split = "train", *, flip: bool = True) -> None:
+        if split not in get_args(Split):
+            raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
         self.flip = flip
         members = {name.name: data for name, data in sorted(_members(Path(path)))}
         ours = [
@@ -205,12 +209,17 @@ class CifarArchive(FrameSet):
         self.class_names = tuple(names.decode().split())
         length = 3 * 32 * 32 + (1 if "batches.meta.txt" in members else 2)
         data = np.frombuffer(b"".join(ours), np.uint8)
-        if len(data) % length:
+        if not len(data) or len(data) % length:
             raise DatasetError(
                 f"{path}: its {len(data)} bytes of {split} pictures are no records of {length}; cut short?"
             )
         records = data.reshape(-1, length)
         self.labels, self._pixels = records[:, -3073], records[:, -3072:].reshape(-1, 3, 32, 32)
+        if self.labels.max() >= len(self.class_names):
+            raise DatasetError(
+                f"{path}: a picture has label {self.labels.max()}, but names are given for {len(self.class_names)} "
+                "classes (from 0 on); get the archive anew, or put the photos into class folders"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -256,10 +265,12 @@ class ImageArrays(FrameSet):
         self.size, self.channels = self._images.shape[1:3], self._images.shape[3]
         self.class_names = () if names is None else tuple(json.loads(Path(names).read_text()))
         self.labels = np.zeros(len(self._images), np.int64) if labels is None else _load_array(labels)
-        if len(self.labels) != len(self._images) or (self.class_names and self.labels.max() >= len(self.class_names)):
+        low, high = (self.labels.min(), self.labels.max()) if len(self.labels) else (0, 0)
+        count = len(self.class_names)
+        if len(self.labels) != len(self._images) or (labels is not None and (low < 0 or high >= count)):
             raise DatasetError(
-                f"{labels}: {len(self.labels)} classes up to {self.labels.max()}, expected one of the "
-                f"{len(self.class_names)} in {names} for each of {len(self._images)} pictures"
+                f"{labels}: {len(self.labels)} labels from {low} to {high}, expected one of 0 to {count - 1} "
+                f"({count} names in {names}) for each of {len(self._images)} pictures"
             )
         self._rows = np.arange(len(self._images))
         if classes is not None:

@@ -117,7 +117,7 @@ def test_one_class_is_a_class(classes):
     assert _zipped(classes / "one", classes / "one.zip").class_names == ("ape",)
 
 
-def _cifar(path, *, fine):
+def _cifar(path, *, fine, names=b"cat\ndog\ncow\n\n"):
     rng = np.random.default_rng(0)
     records = {}
     with tarfile.open(path, "w:gz") as archive:
@@ -132,7 +132,7 @@ def _cifar(path, *, fine):
             labels = rng.integers(0, 3, (4, 2 if fine else 1), dtype=np.uint8)
             records[name] = labels[:, -1], pixels.reshape(4, 3, 32, 32)
             add(name, np.hstack([labels, pixels]).tobytes())
-        add("fine_label_names.txt" if fine else "batches.meta.txt", b"cat\ndog\ncow\n\n")
+        add("fine_label_names.txt" if fine else "batches.meta.txt", names)
     return records
 
 
@@ -149,6 +149,17 @@ def test_cifar_archive(tmp_path, fine):
         with tarfile.open(tmp_path / "other.tar", "w") as archive:
             archive.add(path, "x")
         CifarArchive(tmp_path / "other.tar")
+
+
+@pytest.mark.parametrize("fine", [False, True], ids=["cifar10", "cifar100"])
+def test_what_no_cifar_archive_has_is_refused(tmp_path, fine):
+    path = tmp_path / "cifar.tar.gz"
+    records = _cifar(path, fine=fine, names=b"cat\n")
+    with pytest.raises(ValueError, match="split must be one of train, test, got 'val'"):
+        CifarArchive(path, "val")
+    label = records["test.bin" if fine else "test_batch.bin"][0].max()
+    with pytest.raises(DatasetError, match=f"cifar.tar.gz: a picture has label {label}, but .* for 1 classes"):
+        CifarArchive(path, "test")
 
 
 def test_arrays(tmp_path):
@@ -169,8 +180,12 @@ def test_arrays(tmp_path):
     with pytest.raises(DatasetError, match="names.json: no class 'cow' among its 2"):
         ImageArrays(*files, classes=["ape", "cow"])
     np.save(files[1], np.array([1, 0], np.uint8))
-    with pytest.raises(DatasetError, match="2 classes up to 1, expected one of the 2"):
+    with pytest.raises(DatasetError, match="2 labels from 0 to 1, expected one of 0 to 1 .* each of 3 pictures"):
         ImageArrays(*files)
+    for labels, found in (([0, 1, -1], "-1 to 1"), ([0, 1, 2], "0 to 2"), ([], "0 to 0")):
+        np.save(files[1], np.array(labels, np.int64))
+        with pytest.raises(DatasetError, match=f"{len(labels)} labels from {found}, expected one of 0 to 1 "):
+            ImageArrays(*files)
     np.save(files[0], photos.astype(np.float32))
     with pytest.raises(DatasetError, match=r"holds float32 \(3, 4, 5, 3\), expected uint8"):
         ImageArrays(files[0])
