@@ -153,22 +153,22 @@ class DiT(nn.Module):
 
 def dit_s(input_size: Sequence[int], **options: Any) -> DiT:
     """33 M parameters with 1000 classes and patches of 2; options are those of :class:`DiT`."""
-    return DiT(input_size, d_model=384, depth=12, nheads=6, **options)
+    return DiT(input_size, **{"d_model": 384, "depth": 12, "nheads": 6} | options)
 
 
 def dit_b(input_size: Sequence[int], **options: Any) -> DiT:
     """130 M parameters."""
-    return DiT(input_size, d_model=768, depth=12, nheads=12, **options)
+    return DiT(input_size, **{"d_model": 768, "depth": 12, "nheads": 12} | options)
 
 
 def dit_l(input_size: Sequence[int], **options: Any) -> DiT:
     """458 M parameters."""
-    return DiT(input_size, d_model=1024, depth=24, nheads=16, **options)
+    return DiT(input_size, **{"d_model": 1024, "depth": 24, "nheads": 16} | options)
 
 
 def dit_xl(input_size: Sequence[int], **options: Any) -> DiT:
     """675 M parameters."""
-    return DiT(input_size, d_model=1152, depth=28, nheads=16, **options)
+    return DiT(input_size, **{"d_model": 1152, "depth": 28, "nheads": 16} | options)
 
 
 def dit_debug(input_size: Sequence[int], **options: Any) -> DiT:

@@ -200,6 +200,12 @@ def test_arguments_that_do_not_fit_are_refused(options, message):
         dim_debug((8, 8), **options)
 
 
+@pytest.mark.parametrize("name", sorted(name for name in vars(dim) if name.startswith("dim_")))
+def test_options_go_before_what_a_size_has(name):
+    net = getattr(dim, name)((8, 8), d_model=32, depth=1, headdim=16, expand=2, mlp_ratio=1)
+    assert net.config | dict(d_model=32, depth=1, headdim=16, expand=2, mlp_ratio=1) == net.config
+
+
 def test_another_size_is_refused():
     with pytest.raises(ValueError, match=r"takes inputs \(B, 4, 8, 8\), got \(2, 4, 8, 16\)"):
         dim_debug((8, 8))(torch.zeros(2, 4, 8, 16), torch.zeros(2))

@@ -79,6 +79,12 @@ def test_arguments_that_do_not_fit_are_refused():
         dit_debug((8, 8))(torch.zeros(2, 4, 8, 16), torch.zeros(2))
 
 
+@pytest.mark.parametrize("name", sorted(name for name in vars(dit) if name.startswith("dit_")))
+def test_options_go_before_what_a_size_has(name):
+    net = getattr(dit, name)((8, 8), d_model=48, depth=1, nheads=3)
+    assert net.config | dict(d_model=48, depth=1, nheads=3) == net.config
+
+
 def test_compile_in_one_graph():
     net = awake(dit_debug((4, 4), num_classes=10))
     torch.compiler.reset()
