@@ -233,7 +233,8 @@ class DiM(nn.Module):
         Args:
             x: noisy images or videos of ``input_size``.
             t: (B,) noise level on the scale 0..1000.
-            labels: (B,) int64 in 0..num_classes, the last one the null class; None is the null class for all.
+            labels: (B,) int64 in 0..num_classes, the last one the null class; None is the null class for all. Not
+                checked, as a GPU would have to be waited for: others are an IndexError on a CPU, a CUDA error on a GPU.
 
         Raises ValueError for another size, or labels for a network without classes.
         """

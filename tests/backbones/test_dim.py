@@ -193,6 +193,7 @@ def test_its_config_builds_it_again():
         ({"orders": "factorised"}, "T, H, W"),
         ({"orders": "spiral"}, "spiral"),
         ({"patch_size": 3}, "8 x 8 cannot be cut"),
+        ({"num_classes": -1}, "num_classes must be at least 0, .* got -1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(options, message):
