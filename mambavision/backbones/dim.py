@@ -233,7 +233,8 @@ class DiM(nn.Module):
         Args:
             x: noisy images or videos of ``input_size``.
             t: (B,) noise level on the scale 0..1000.
-            labels: (B,) int64 in 0..num_classes, the last one the null class; None is the null class for all.
+            labels: (B,) int64 in 0..num_classes, the last one the null class; None is the null class for all. Not
+                checked, as a GPU would have to be waited for: others are an IndexError on a CPU, a CUDA error on a GPU.
 
         Raises ValueError for another size, or labels for a network without classes.
         """
@@ -254,62 +255,62 @@ class DiM(nn.Module):
 
 def dim_s(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-S's width and depth, some 18 M parameters in its blocks; options are those of :class:`DiM`."""
-    return DiM(input_size, d_model=384, depth=12, **options)
+    return DiM(input_size, **{"d_model": 384, "depth": 12} | options)
 
 
 def dim_b(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-B's width and depth, some 70 M parameters."""
-    return DiM(input_size, d_model=768, depth=12, **options)
+    return DiM(input_size, **{"d_model": 768, "depth": 12} | options)
 
 
 def dim_l(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-L's width and depth, some 240 M parameters."""
-    return DiM(input_size, d_model=1024, depth=24, **options)
+    return DiM(input_size, **{"d_model": 1024, "depth": 24} | options)
 
 
 def dim_xl(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-XL's width and depth, some 350 M parameters."""
-    return DiM(input_size, d_model=1152, depth=28, **options)
+    return DiM(input_size, **{"d_model": 1152, "depth": 28} | options)
 
 
 def dim_s_2x(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-S's width and twice its depth: about its parameters."""
-    return DiM(input_size, d_model=384, depth=24, **options)
+    return DiM(input_size, **{"d_model": 384, "depth": 24} | options)
 
 
 def dim_b_2x(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-B's width and twice its depth: about its parameters."""
-    return DiM(input_size, d_model=768, depth=24, **options)
+    return DiM(input_size, **{"d_model": 768, "depth": 24} | options)
 
 
 def dim_l_2x(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-L's width and twice its depth: about its parameters."""
-    return DiM(input_size, d_model=1024, depth=48, **options)
+    return DiM(input_size, **{"d_model": 1024, "depth": 48} | options)
 
 
 def dim_xl_2x(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-XL's width and twice its depth: about its parameters."""
-    return DiM(input_size, d_model=1152, depth=56, **options)
+    return DiM(input_size, **{"d_model": 1152, "depth": 56} | options)
 
 
 def dim_s_mlp(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-S with another mixer: its width, depth, MLPs and about its parameters."""
-    return DiM(input_size, d_model=384, depth=12, expand=4 / 3, mlp_ratio=4, **options)
+    return DiM(input_size, **{"d_model": 384, "depth": 12, "expand": 4 / 3, "mlp_ratio": 4} | options)
 
 
 def dim_b_mlp(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-B with another mixer: its width, depth, MLPs and about its parameters."""
-    return DiM(input_size, d_model=768, depth=12, expand=4 / 3, mlp_ratio=4, **options)
+    return DiM(input_size, **{"d_model": 768, "depth": 12, "expand": 4 / 3, "mlp_ratio": 4} | options)
 
 
 def dim_l_mlp(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-L with another mixer: its width, depth, MLPs and about its parameters."""
-    return DiM(input_size, d_model=1024, depth=24, expand=21 / 16, mlp_ratio=4, **options)  # 21 heads
+    return DiM(input_size, **{"d_model": 1024, "depth": 24, "expand": 21 / 16, "mlp_ratio": 4} | options)  # 21 heads
 
 
 def dim_xl_mlp(input_size: Sequence[int], **options: Any) -> DiM:
     """DiT-XL with another mixer: its width, depth, MLPs and about its parameters."""
-    return DiM(input_size, d_model=1152, depth=28, expand=4 / 3, mlp_ratio=4, **options)
+    return DiM(input_size, **{"d_model": 1152, "depth": 28, "expand": 4 / 3, "mlp_ratio": 4} | options)
 
 
 def dim_debug(input_size: Sequence[int], **options: Any) -> DiM:

@@ -133,7 +133,8 @@ class DiT(nn.Module):
         Args:
             x: noisy images or videos of ``input_size``.
             t: (B,) noise level on the scale 0..1000.
-            labels: (B,) int64 in 0..num_classes, the last one the null class; None is the null class for all.
+            labels: (B,) int64 in 0..num_classes, the last one the null class; None is the null class for all. Not
+                checked, as a GPU would have to be waited for: others are an IndexError on a CPU, a CUDA error on a GPU.
 
         Raises ValueError for another size, or labels for a network without classes.
         """
@@ -153,22 +154,22 @@ class DiT(nn.Module):
 
 def dit_s(input_size: Sequence[int], **options: Any) -> DiT:
     """33 M parameters with 1000 classes and patches of 2; options are those of :class:`DiT`."""
-    return DiT(input_size, d_model=384, depth=12, nheads=6, **options)
+    return DiT(input_size, **{"d_model": 384, "depth": 12, "nheads": 6} | options)
 
 
 def dit_b(input_size: Sequence[int], **options: Any) -> DiT:
     """130 M parameters."""
-    return DiT(input_size, d_model=768, depth=12, nheads=12, **options)
+    return DiT(input_size, **{"d_model": 768, "depth": 12, "nheads": 12} | options)
 
 
 def dit_l(input_size: Sequence[int], **options: Any) -> DiT:
     """458 M parameters."""
-    return DiT(input_size, d_model=1024, depth=24, nheads=16, **options)
+    return DiT(input_size, **{"d_model": 1024, "depth": 24, "nheads": 16} | options)
 
 
 def dit_xl(input_size: Sequence[int], **options: Any) -> DiT:
     """675 M parameters."""
-    return DiT(input_size, d_model=1152, depth=28, nheads=16, **options)
+    return DiT(input_size, **{"d_model": 1152, "depth": 28, "nheads": 16} | options)
 
 
 def dit_debug(input_size: Sequence[int], **options: Any) -> DiT:

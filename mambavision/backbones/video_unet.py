@@ -288,6 +288,10 @@ class VideoUNet(nn.Module):
             raise ValueError(f"dim must be even, at least 4 and divisible into {groups} groups, got {dim}")
         if head_dim % 2 and temporal.endswith("attention"):
             raise ValueError(f"head_dim must be even, as rotary positions turn pairs of channels, got {head_dim}")
+        if not dim_mults or min(dim_mults) < 1:
+            raise ValueError(f"dim_mults must name at least one level, each at least 1, got {list(dim_mults)}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, which is a network without classes, got {num_classes}")
         super().__init__()
         self.config: dict[str, Any] = dict(
             input_size=list(input_size), in_channels=in_channels, dim=dim, dim_mults=list(dim_mults),
@@ -341,7 +345,8 @@ class VideoUNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return (B, in_channels, T, H, W), in x_t's dtype.
 
-        labels: (B,) int64 in 0..num_classes; None is no class.
+        labels: (B,) int64 in 0..num_classes; None is no class. Not checked, as a GPU would have to be waited for:
+        others are an IndexError on a CPU, a CUDA error on a GPU.
 
         Raises:
             ValueError: sides that cannot be halved often enough, or labels for an unconditional network.

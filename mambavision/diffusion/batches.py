@@ -188,6 +188,7 @@ class HeldOutBatches(Dataset):
         skipped: A message for each item that cannot be read.
 
     Raises:
+        ValueError: If ``batch_size`` or ``num`` is below 1.
         DatasetError: If no item can be read.
         MemoryError: If memory does not suffice to keep the items; says what it would need.
     """
@@ -201,9 +202,13 @@ class HeldOutBatches(Dataset):
         seed: int = 0,
         device: str | torch.device | None = None,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if num is not None and num < 1:
+            raise ValueError(f"num={num} must be at least 1 item, or None for all")
         self.dataset, self.batch_size, self.seed = _built(dataset), batch_size, seed
         self.device, self.metainfo = _device(device), {}
-        chosen = min(num or len(self.dataset), len(self.dataset))
+        chosen = len(self.dataset) if num is None else min(num, len(self.dataset))
         some = _Some(self.dataset, np.arange(chosen) * len(self.dataset) // chosen)
         self._items = _store(some, "device", self.device, "hold out fewer (num), or set a smaller size")
         num = len(self._items)

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import cv2
 import numpy as np
@@ -23,10 +23,18 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mambavision.engine.photos import PHOTO_SUFFIXES, DatasetError, decode_unchanged, find_photos, imread_unchanged
+from mambavision.engine.photos import (
+    PHOTO_SUFFIXES,
+    DatasetError,
+    decode_unchanged,
+    find_photos,
+    imread_unchanged,
+    is_hidden,
+)
 from mambavision.engine.video import is_video, open_video
 
 Root = str | os.PathLike
+Split = Literal["train", "test"]
 
 
 class Item(NamedTuple):
@@ -76,7 +84,7 @@ class _Pictures(FrameSet):
 
 @DATASETS.register_module()
 class ImageFolder(_Pictures):
-    """The photos of a folder and its subfolders, sorted, without classes.
+    """The photos of a folder and its subfolders, sorted, without classes; what is hidden is left out.
 
     Args:
         root: The folder.
@@ -105,8 +113,9 @@ class ImageFolder(_Pictures):
 class ClassFolder(ImageFolder):
     """The photos of a folder of folders, one a class; the classes are sorted by name.
 
-    Arguments and errors are those of :class:`ImageFolder`; besides, a photo that is in no class folder raises
-    DatasetError.
+    If all photos lie below one folder, which has subfolders with photos, these are the classes, and so on. Hidden
+    folders, by a dot before their names, and __MACOSX are none. Arguments and errors are those of :class:`ImageFolder`;
+    besides, a photo that is in no class folder raises DatasetError.
     """
 
     def __init__(self, root: Root, size: tuple[int, int], *, gray: bool = False, flip: bool = True) -> None:
@@ -122,16 +131,17 @@ class ClassFolder(ImageFolder):
 class ImageArchive(_Pictures):
     """The photos of a .tar (.tar.gz, .tar.xz ...) or .zip file; folders in it are classes, if there are any.
 
-    The file's photos are kept in memory as they are, undecoded.
+    The file's photos are kept in memory as they are, undecoded. What is hidden is left out, and classes are found below
+    a folder that holds all others, as :class:`ClassFolder` does both.
 
     Args:
         path: The file.
         size, gray, flip: As :class:`ImageFolder`.
-        folder: The folder in it that holds the photos or the class folders, such as "train".
+        folder: The folder in it that holds the photos or the class folders, such as "data/train".
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DatasetError: If it is no archive, or holds no photo there.
+        DatasetError: If it is no archive, holds no photo there, or some lie in class folders and some in none.
     """
 
     def __init__(
@@ -142,7 +152,9 @@ class ImageArchive(_Pictures):
         found = sorted(
             (name, data)
             for name, data in _members(self.path)
-            if name.suffix.lower() in PHOTO_SUFFIXES and name.is_relative_to(inside)
+            if name.suffix.lower() in PHOTO_SUFFIXES
+            and name.is_relative_to(inside)
+            and not is_hidden(name.relative_to(inside))
         )
         if not found:
             raise DatasetError(f"{path}: no photos in {folder or 'it'}")
@@ -174,12 +186,15 @@ class CifarArchive(FrameSet):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DatasetError: If it is not such an archive.
+        DatasetError: If it is not such an archive, or a class has no name.
+        ValueError: If the split is unknown.
     """
 
     size, channels = (32, 32), 3
 
-    def __init__(self, path: Root, split: Literal["train", "test"] = "train", *, flip: bool = True) -> None:
+    def __init__(self, path: Root, split: Split = "train", *, flip: bool = True) -> None:
+        if split not in get_args(Split):
+            raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
         self.flip = flip
         members = {name.name: data for name, data in sorted(_members(Path(path)))}
         ours = [
@@ -194,12 +209,17 @@ class CifarArchive(FrameSet):
         self.class_names = tuple(names.decode().split())
         length = 3 * 32 * 32 + (1 if "batches.meta.txt" in members else 2)
         data = np.frombuffer(b"".join(ours), np.uint8)
-        if len(data) % length:
+        if not len(data) or len(data) % length:
             raise DatasetError(
                 f"{path}: its {len(data)} bytes of {split} pictures are no records of {length}; cut short?"
             )
         records = data.reshape(-1, length)
         self.labels, self._pixels = records[:, -3073], records[:, -3072:].reshape(-1, 3, 32, 32)
+        if self.labels.max() >= len(self.class_names):
+            raise DatasetError(
+                f"{path}: a picture has label {self.labels.max()}, but names are given for {len(self.class_names)} "
+                "classes (from 0 on); get the archive anew, or put the photos into class folders"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -245,10 +265,12 @@ class ImageArrays(FrameSet):
         self.size, self.channels = self._images.shape[1:3], self._images.shape[3]
         self.class_names = () if names is None else tuple(json.loads(Path(names).read_text()))
         self.labels = np.zeros(len(self._images), np.int64) if labels is None else _load_array(labels)
-        if len(self.labels) != len(self._images) or (self.class_names and self.labels.max() >= len(self.class_names)):
+        low, high = (self.labels.min(), self.labels.max()) if len(self.labels) else (0, 0)
+        count = len(self.class_names)
+        if len(self.labels) != len(self._images) or (labels is not None and (low < 0 or high >= count)):
             raise DatasetError(
-                f"{labels}: {len(self.labels)} classes up to {self.labels.max()}, expected one of the "
-                f"{len(self.class_names)} in {names} for each of {len(self._images)} pictures"
+                f"{labels}: {len(self.labels)} labels from {low} to {high}, expected one of 0 to {count - 1} "
+                f"({count} names in {names}) for each of {len(self._images)} pictures"
             )
         self._rows = np.arange(len(self._images))
         if classes is not None:
@@ -287,7 +309,7 @@ class VideoFolder(_Pictures):
         root: The folder.
         size: (T, H, W): frames of a clip, and pixels, to which frames are resized and cut as in :class:`ImageFolder`.
         stride: Take every so manieth frame.
-        classes: Folders directly in the root are classes.
+        classes: Folders in the root are classes, as :class:`ClassFolder` finds them.
         gray, flip: As :class:`ImageFolder`, of all frames of a clip alike.
 
     Raises:
@@ -354,7 +376,10 @@ def cover(img: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _classes(folders: Sequence[tuple[str, ...]], where: Root) -> tuple[tuple[str, ...], list[int]]:
-    """Names of classes, sorted, and the class of each item, by the first of its folders."""
+    """Names of classes, sorted, and the class of each item, by the first of its folders that not all of them share."""
+    while len({parts[:1] for parts in folders}) == 1 and any(len(parts) > 1 for parts in folders):
+        where = f"{where}/{folders[0][0]}"
+        folders = [parts[1:] for parts in folders]
     alone = sum(not parts for parts in folders)
     if alone:
         raise DatasetError(f"{where}: {alone} items lie in no class folder; put each into a folder named for its class")
@@ -393,16 +418,12 @@ def _find_videos(root: Path) -> Iterator[Path]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        names = [name for name in names if not _is_hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        names = [name for name in names if not is_hidden(name)]
         suffixes = [Path(name).suffix.lower() for name in names]
         yield from (Path(folder, name) for name in names if is_video(name) or name.lower().endswith(".gif"))
         if sum(suffix in PHOTO_SUFFIXES for suffix in suffixes) > 1:
             yield Path(folder)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def _by_number(path: Path) -> tuple:
@@ -414,9 +435,7 @@ def _by_number(path: Path) -> tuple:
 def _read_video(path: Path) -> Iterator[np.ndarray]:
     """Frames as OpenCV reads photos."""
     if path.is_dir():
-        photos = [
-            file for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES and not _is_hidden(file.name)
-        ]
+        photos = [file for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES and not is_hidden(file.name)]
         yield from (imread_unchanged(file) for file in sorted(photos, key=_by_number))
     elif path.suffix.lower() == ".gif":
         try:

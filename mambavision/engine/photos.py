@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal, TypeVar
 
 import cv2
@@ -80,8 +80,15 @@ def is_truncated(data: bytes) -> bool:
     return False
 
 
+def is_hidden(path: str | PurePath) -> bool:
+    """Whether a relative path, or a folder on it, has a name that begins with a dot, or is a Mac's __MACOSX."""
+    return any(name.startswith(".") or name == "__MACOSX" for name in PurePath(path).parts)
+
+
 def find_photos(path: str | os.PathLike, *, exclude: str | os.PathLike | None = None) -> list[tuple[Path, Path]]:
     """List the photos of a path: itself, or all in a folder and its subfolders, except those in ``exclude`` below it.
+
+    What :func:`is_hidden` below the folder is left out.
 
     Returns:
         (file, path relative to the folder) of each photo, sorted.
@@ -103,7 +110,10 @@ def find_photos(path: str | os.PathLike, *, exclude: str | os.PathLike | None = 
     photos = [
         (file, file.relative_to(path))
         for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in PHOTO_SUFFIXES and file.is_file() and excluded not in file.resolve().parents
+        if file.suffix.lower() in PHOTO_SUFFIXES
+        and not is_hidden(file.relative_to(path))
+        and file.is_file()
+        and excluded not in file.resolve().parents
     ]
     if not photos:
         raise DatasetError(f"{path}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)})")

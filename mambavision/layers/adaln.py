@@ -15,15 +15,19 @@ class Condition(nn.Module):
     Args:
         d_model: channels D.
         num_classes: without the null class; 0 is a network without classes.
+
+    Raises ValueError for fewer.
     """
 
     def __init__(self, d_model: int, num_classes: int) -> None:
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, which is a network without classes, got {num_classes}")
         super().__init__()
         self.time = TimestepEmbedding(d_model)
         self.label = LabelEmbedding(num_classes, d_model) if num_classes else None
 
     def forward(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """t (B,) on the scale 0..1000 and labels (B,), None for the null class, to (B, D).
+        """t (B,) on the scale 0..1000 and labels (B,) in 0..num_classes, None for the null class, to (B, D).
 
         Raises ValueError where labels are given to a network without classes.
         """

@@ -193,11 +193,18 @@ def test_its_config_builds_it_again():
         ({"orders": "factorised"}, "T, H, W"),
         ({"orders": "spiral"}, "spiral"),
         ({"patch_size": 3}, "8 x 8 cannot be cut"),
+        ({"num_classes": -1}, "num_classes must be at least 0, .* got -1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         dim_debug((8, 8), **options)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in vars(dim) if name.startswith("dim_")))
+def test_options_go_before_what_a_size_has(name):
+    net = getattr(dim, name)((8, 8), d_model=32, depth=1, headdim=16, expand=2, mlp_ratio=1)
+    assert net.config | dict(d_model=32, depth=1, headdim=16, expand=2, mlp_ratio=1) == net.config
 
 
 def test_another_size_is_refused():

@@ -75,8 +75,16 @@ def test_its_config_builds_it_again():
 def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="32 is not divisible by 5"):
         dit_debug((8, 8), nheads=5)
+    with pytest.raises(ValueError, match="num_classes must be at least 0, .* got -1"):
+        dit_debug((8, 8), num_classes=-1)
     with pytest.raises(ValueError, match=r"got \(2, 4, 8, 16\)"):
         dit_debug((8, 8))(torch.zeros(2, 4, 8, 16), torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", sorted(name for name in vars(dit) if name.startswith("dit_")))
+def test_options_go_before_what_a_size_has(name):
+    net = getattr(dit, name)((8, 8), d_model=48, depth=1, nheads=3)
+    assert net.config | dict(d_model=48, depth=1, nheads=3) == net.config
 
 
 def test_compile_in_one_graph():

@@ -155,6 +155,9 @@ def test_sizes(build, millions):
         (dict(dim=20), "divisible into 8 groups, got 20"),
         (dict(dim=9, groups=3), "dim must be even"),
         (dict(temporal="rotary_attention", head_dim=5), "head_dim must be even"),
+        (dict(dim_mults=()), r"dim_mults must name at least one level, .* got \[\]"),
+        (dict(dim_mults=(1, 0)), r"each at least 1, got \[1, 0\]"),
+        (dict(num_classes=-1), "num_classes must be at least 0, .* got -1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -129,6 +129,15 @@ def test_held_out_items_alone_are_read():
     assert found.skipped == [f"{i}.png: truncated photo" for i in (0, 3, 6, 9)] and len(found) == 1
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "num", "message"),
+    [(0, None, "batch_size=0 must be at least 1"), (4, 0, "num=0 must be at least 1"), (4, -1, "num=-1 must be")],
+)
+def test_held_out_batches_have_items(batch_size, num, message):
+    with pytest.raises(ValueError, match=message):
+        HeldOutBatches(Drawn(), batch_size, num=num, device="cpu")
+
+
 def test_iteration_can_be_set():
     made = loader()
     made.iteration = 7

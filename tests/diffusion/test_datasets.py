@@ -74,7 +74,50 @@ def test_archives_are_as_their_folders(classes, suffix):
         ImageArchive(path, (8, 8), folder="train")
 
 
-def _cifar(path, *, fine):
+def _zipped(root, path, **options):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(root.rglob("*.*")):
+            archive.write(file, file.relative_to(root))
+    return ImageArchive(path, (8, 8), **options)
+
+
+def test_hidden_folders_and_files_are_no_classes(classes):
+    for name in (".ipynb_checkpoints/0.png", "__MACOSX/ape/._1.png", "ape/._1.png", "ape/.old/0.png"):
+        write_photo(classes / "train" / name)
+    for dataset in (ClassFolder(classes / "train", (8, 8)), _zipped(classes / "train", classes / "mac.zip")):
+        assert dataset.class_names == ("ape", "zebra") and dataset.labels == [0, 0, 1] and len(dataset) == 3
+
+
+def test_a_folder_may_itself_be_hidden(classes):
+    (classes / "train").rename(classes / ".train")
+    assert len(ClassFolder(classes / ".train", (8, 8))) == 3
+    assert len(_zipped(classes, classes / "all.zip", folder=".train")) == 3
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_classes_may_lie_in_folders_that_hold_all(classes, depth):
+    top = classes / ("mine" if depth == 1 else "mine/photos")
+    top.mkdir(parents=True)
+    (classes / "train").rename(top / "train")
+    write_photo(classes / "mine/__MACOSX/0.png")
+    made = ClassFolder(classes / "mine", (8, 8)), _zipped(classes / "mine", classes / "mine.zip")
+    for dataset in made:
+        assert dataset.class_names == ("ape", "zebra") and dataset.labels == [0, 0, 1]
+    write_photo(top / "train/alone.png")
+    where = "train" if depth == 1 else "photos/train"
+    with pytest.raises(DatasetError, match=f"mine/{where}: 1 items lie in no class folder"):
+        ClassFolder(classes / "mine", (8, 8))
+    with pytest.raises(DatasetError, match=f"mine.zip/{where}: 1 items lie in no class folder"):
+        _zipped(classes / "mine", classes / "mine.zip")
+
+
+def test_one_class_is_a_class(classes):
+    write_photo(classes / "one/ape/0.png")
+    assert ClassFolder(classes / "one", (8, 8)).class_names == ("ape",)
+    assert _zipped(classes / "one", classes / "one.zip").class_names == ("ape",)
+
+
+def _cifar(path, *, fine, names=b"cat\ndog\ncow\n\n"):
     rng = np.random.default_rng(0)
     records = {}
     with tarfile.open(path, "w:gz") as archive:
@@ -89,7 +132,7 @@ def _cifar(path, *, fine):
             labels = rng.integers(0, 3, (4, 2 if fine else 1), dtype=np.uint8)
             records[name] = labels[:, -1], pixels.reshape(4, 3, 32, 32)
             add(name, np.hstack([labels, pixels]).tobytes())
-        add("fine_label_names.txt" if fine else "batches.meta.txt", b"cat\ndog\ncow\n\n")
+        add("fine_label_names.txt" if fine else "batches.meta.txt", names)
     return records
 
 
@@ -106,6 +149,17 @@ def test_cifar_archive(tmp_path, fine):
         with tarfile.open(tmp_path / "other.tar", "w") as archive:
             archive.add(path, "x")
         CifarArchive(tmp_path / "other.tar")
+
+
+@pytest.mark.parametrize("fine", [False, True], ids=["cifar10", "cifar100"])
+def test_what_no_cifar_archive_has_is_refused(tmp_path, fine):
+    path = tmp_path / "cifar.tar.gz"
+    records = _cifar(path, fine=fine, names=b"cat\n")
+    with pytest.raises(ValueError, match="split must be one of train, test, got 'val'"):
+        CifarArchive(path, "val")
+    label = records["test.bin" if fine else "test_batch.bin"][0].max()
+    with pytest.raises(DatasetError, match=f"cifar.tar.gz: a picture has label {label}, but .* for 1 classes"):
+        CifarArchive(path, "test")
 
 
 def test_arrays(tmp_path):
@@ -126,8 +180,12 @@ def test_arrays(tmp_path):
     with pytest.raises(DatasetError, match="names.json: no class 'cow' among its 2"):
         ImageArrays(*files, classes=["ape", "cow"])
     np.save(files[1], np.array([1, 0], np.uint8))
-    with pytest.raises(DatasetError, match="2 classes up to 1, expected one of the 2"):
+    with pytest.raises(DatasetError, match="2 labels from 0 to 1, expected one of 0 to 1 .* each of 3 pictures"):
         ImageArrays(*files)
+    for labels, found in (([0, 1, -1], "-1 to 1"), ([0, 1, 2], "0 to 2"), ([], "0 to 0")):
+        np.save(files[1], np.array(labels, np.int64))
+        with pytest.raises(DatasetError, match=f"{len(labels)} labels from {found}, expected one of 0 to 1 "):
+            ImageArrays(*files)
     np.save(files[0], photos.astype(np.float32))
     with pytest.raises(DatasetError, match=r"holds float32 \(3, 4, 5, 3\), expected uint8"):
         ImageArrays(files[0])
@@ -151,6 +209,11 @@ def test_videos_of_files_gifs_and_folders(tmp_path):
     shapes = [dataset[i].frames.shape for i in range(3)]
     assert shapes == [(8, 3, 8, 8), (4, 3, 8, 8), (6, 3, 8, 8)] and [dataset[i].label for i in range(3)] == [0, 1, 1]
     assert dataset[2].frames[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160, 200]
+    (tmp_path / "mine").mkdir()
+    for name in ("walk", "run"):
+        (tmp_path / name).rename(tmp_path / "mine" / name)
+    dataset = VideoFolder(tmp_path, (4, 8, 8), classes=True)
+    assert dataset.class_names == ("run", "walk") and dataset.labels == [0, 1, 1]
     np.testing.assert_allclose(dataset[0].frames[:, 0, 4, 4], np.arange(8) * 30, atol=6)
     assert dataset[1].frames[3, :, 0, 0].tolist() == pytest.approx([0, 150, 0], abs=3)
     strided = VideoFolder(tmp_path, (3, 8, 8), stride=2)

@@ -46,8 +46,9 @@ def test_channels_and_bits_stay(tmp_path, dtype, channels):
 
 
 def test_photos_of_a_folder(tmp_path):
-    for name in ("b.PNG", "deep/a.jpg", "notes.txt", "out/a.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    hidden = "._b.PNG", "deep/.trash/a.jpg", ".ipynb_checkpoints/a.jpg", "__MACOSX/deep/._a.jpg"
+    for name in ("b.PNG", "deep/a.jpg", "notes.txt", "out/a.jpg", *hidden):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = find_photos(tmp_path, exclude=tmp_path / "out")
     assert [str(relative) for _, relative in found] == ["b.PNG", "deep/a.jpg"]
@@ -55,6 +56,7 @@ def test_photos_of_a_folder(tmp_path):
     assert find_photos(tmp_path / "deep", exclude=tmp_path)[0][1].name == "a.jpg"  # of an outer folder, nothing
     with pytest.raises(DatasetError, match="choose another folder"):
         find_photos(tmp_path, exclude=tmp_path / "deep" / "..")
+    assert find_photos(tmp_path / "deep/.trash")[0][1].name == "a.jpg"
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="no photos in this folder"):
         find_photos(tmp_path / "empty")
