@@ -57,8 +57,11 @@ def publish_diffusion(cfg: Config, args: argparse.Namespace) -> str:
     model, checkpoint = build_from_checkpoint(cfg, args.checkpoint)
     diffusion_weights.check_trained_as(cfg.model, checkpoint, args.checkpoint)
     network, objective = model.network, model.objective
-    names = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes") if network.num_classes else None
+    trained_on = checkpoint.get("meta", {}).get("dataset_meta", {})
+    names = trained_on.get("classes") if network.num_classes else None
     said = {"training_data": args.data, "trained_by": args.config}
+    if "autoencoder" in trained_on:
+        said["autoencoder"] = trained_on["autoencoder"]
     options = dict(objective=objective, class_names=names, metadata=said, precision=args.precision)
     diffusion_weights.save(network, args.out, **options)
     size = "x".join(map(str, network.input_size))

@@ -31,7 +31,7 @@ from mmengine.logging import print_log
 
 from mambavision.detection.photos import imread, shrink
 from mambavision.engine.memory import free_memory
-from mambavision.engine.photos import PHOTO_SUFFIXES, DatasetError, is_truncated
+from mambavision.engine.photos import PHOTO_SUFFIXES, DatasetError, is_hidden, is_truncated
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -418,7 +418,7 @@ def coco_classes(ann_file: str | os.PathLike) -> tuple[str, ...]:
 
 def voc_classes(annotations: str | os.PathLike) -> tuple[str, ...]:
     """VOC's twenty classes if all names in this folder of XML files are among them, and else those names, sorted."""
-    files = sorted(Path(annotations).glob("*.xml"))
+    files = sorted(file for file in Path(annotations).glob("*.xml") if not is_hidden(file.name))
     if not files:
         raise DatasetError(f"{annotations}: no XML files there; expected a Pascal VOC folder's Annotations")
     found = {(thing.findtext("name") or "").strip() for file in files for thing in _read_xml(file).iter("object")}

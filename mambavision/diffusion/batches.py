@@ -150,6 +150,8 @@ class NoisyBatches(BatchMaker):
         advice = "set train_dataloader.keep='host' or 'disk', or a smaller size"
         self._items = _store(self.dataset, keep, self.device, advice)
         self.metainfo = {"classes": list(self.dataset.class_names)}  # kept in checkpoints
+        if self.dataset.autoencoder is not None:
+            self.metainfo["autoencoder"] = self.dataset.autoencoder
 
     @property
     def skipped(self) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mambavision.diffusion import outputs, weights
-from mambavision.diffusion.latents import load_autoencoder
+from mambavision.diffusion.latents import check_made_latents, load_autoencoder
 from mambavision.diffusion.pipeline import DiffusionPipeline
 from mambavision.engine.checkpoint import CheckpointError
 from mambavision.engine.cli import choose_device
@@ -74,7 +74,10 @@ def load_pipeline(
     model, checkpoint = build_from_checkpoint(cfg, path)
     weights.check_trained_as(cfg.model, checkpoint, path)
     loaded = None if autoencoder is None else load_autoencoder(autoencoder)
-    names = checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes") if model.network.num_classes else None
+    trained_on = checkpoint.get("meta", {}).get("dataset_meta", {})
+    if loaded is not None:
+        check_made_latents(loaded, trained_on.get("autoencoder"), path)
+    names = trained_on.get("classes") if model.network.num_classes else None
     return DiffusionPipeline(model.network, model.objective, loaded, names).to(chosen)
 
 

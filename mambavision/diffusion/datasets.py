@@ -52,12 +52,14 @@ class FrameSet(Dataset):
         channels: Of a frame.
         class_names: Of the labels; empty where there are no classes.
         flip: A mirrored item is as good.
+        autoencoder: Of latents, what tells the autoencoder that made them from others; None where it is not known.
     """
 
     size: tuple[int, ...]
     channels: int
     class_names: tuple[str, ...] = ()
     flip: bool = False
+    autoencoder: str | None = None
 
     def x_0(self, frames: Tensor) -> Tensor:
         """What a network learns to make, float32, of items' frames (B, T, C, H, W) as they are kept."""

@@ -90,8 +90,8 @@ def cache_latents(
         A message for each item that cannot be read.
 
     Raises:
-        ValueError: If the autoencoder takes other channels, or halves a side that is odd, or the folder holds latents
-            of another data set or autoencoder.
+        ValueError: If the autoencoder takes other channels or sides, or the folder holds latents of another data set or
+            autoencoder.
         DatasetError: If no item can be read.
     """
     if autoencoder.config.in_channels != dataset.channels:
@@ -105,7 +105,7 @@ def cache_latents(
     check_folder(out, "out")
     out.mkdir(parents=True, exist_ok=True)
     said = dict(items=len(dataset), pixels=list(dataset.size), flip=dataset.flip, class_names=list(dataset.class_names))
-    said |= dict(files=_digest(dataset), autoencoder=_fingerprint(autoencoder), shard_items=shard_items)
+    said |= dict(files=_digest(dataset), autoencoder=fingerprint(autoencoder), shard_items=shard_items)
     begun = out / "begun.json"
     if begun.exists() and json.loads(begun.read_text()) != said:
         raise ValueError(f"{out} holds latents of another set, or by another autoencoder: name another, or delete it")
@@ -126,6 +126,7 @@ def cache_latents(
     if size is None:
         raise DatasetError(f"none of {len(dataset)} items can be used; {skipped[0]}")
     index = dict(size=[*dataset.size[:-2], *size[1:]], channels=size[0], class_names=said["class_names"], shards=shards)
+    index["autoencoder"] = said["autoencoder"]
     with atomic_path(out / _INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=2) + "\n")
     return skipped
@@ -139,12 +140,30 @@ def _digest(dataset: FrameSet) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def _fingerprint(autoencoder: AutoencoderKL) -> str:
-    """What tells the weights and the latents' scale from others."""
+def fingerprint(autoencoder: AutoencoderKL) -> str:
+    """What tells the weights and the latents' scale from others: a SHA-256."""
     digest = hashlib.sha256(json.dumps(_shift_and_scale(autoencoder)).encode())
     for parameter in autoencoder.parameters():
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def check_made_latents(autoencoder: AutoencoderKL, made_by: str | None, weights: Root) -> None:
+    """Check that an autoencoder is the one whose latents a network was trained on.
+
+    Args:
+        autoencoder: The one that is to decode.
+        made_by: :func:`fingerprint` of the one that encoded; None, where it is not known, passes.
+        weights: The network's file.
+
+    Raises:
+        ValueError: If it is another one.
+    """
+    if made_by is not None and made_by != (found := fingerprint(autoencoder)):
+        raise ValueError(
+            f"{weights} was trained on latents of another autoencoder ({made_by[:8]}, this one is {found[:8]}): name "
+            "the one that tools/cache_latents.py was given"
+        )
 
 
 def _write_shard(path: Path, dataset: FrameSet, autoencoder: AutoencoderKL, indices: range, batch_size: int) -> None:
@@ -197,7 +216,7 @@ class LatentShards(FrameSet):
             said = f"{root}: no whole set of latents, make it with tools/cache_latents.py ({error})"
             raise DatasetError(said) from error
         self.size, self.channels = tuple(index["size"]), index["channels"]
-        self.class_names = tuple(index["class_names"])
+        self.class_names, self.autoencoder = tuple(index["class_names"]), index.get("autoencoder")
         self._videos = [
             (frames.numpy(), label)
             for shard in shards

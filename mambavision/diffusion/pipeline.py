@@ -143,7 +143,8 @@ class DiffusionPipeline:
 
         Raises:
             FileNotFoundError: If there is nothing at a path.
-            ValueError: If the weights are not those of a diffusion network, or are damaged.
+            ValueError: If the weights are not those of a diffusion network, or are damaged, or were trained on latents
+                of another autoencoder.
             MemoryError: If they do not fit the device.
         """
         path, chosen = Path(path), choose_device(None if device is None else str(device))
@@ -153,6 +154,8 @@ class DiffusionPipeline:
         if autoencoder is None and (path / AUTOENCODER_FOLDER).is_dir():
             autoencoder = path / AUTOENCODER_FOLDER
         loaded = None if autoencoder is None else latents.load_autoencoder(autoencoder)
+        if loaded is not None:
+            latents.check_made_latents(loaded, metadata.get("autoencoder"), path)
         pipeline = cls(network, objective, loaded, metadata["class_names"])
         pipeline.metadata = metadata
         return pipeline.to(chosen)
@@ -165,9 +168,10 @@ class DiffusionPipeline:
         """
         check_folder(folder, "folder")
         Path(folder).mkdir(parents=True, exist_ok=True)
+        said = {} if self.autoencoder is None else {"autoencoder": latents.fingerprint(self.autoencoder)}
         weight_files.save(
             self.network, Path(folder, NETWORK_FILE), objective=self.objective, class_names=self.class_names,
-            precision="fp32",
+            metadata=said, precision="fp32",
         )  # fmt: skip
         if self.autoencoder is not None:
             self.autoencoder.save_pretrained(Path(folder, AUTOENCODER_FOLDER))

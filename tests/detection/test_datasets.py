@@ -355,6 +355,7 @@ def test_voc_classes_are_the_twenty_where_they_fit(tmp_path):
         "<object><name>dog</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
     )
     folder = voc(tmp_path / "VOC2007", objects=objects)
+    (folder / "Annotations/._a.xml").write_bytes(b"\0a Mac's")
     data = voc_data(folder)
     assert data.metainfo["classes"] == VOC_CLASSES and data.metainfo["dataset_type"] == "VOC2007"
     assert data.photo(0).labels.tolist() == [VOC_CLASSES.index("dog")]

@@ -13,6 +13,7 @@ import torch
 
 from mambavision.diffusion import weights
 from mambavision.diffusion.diffusion import Diffusion
+from mambavision.diffusion.latents import load_autoencoder
 from mambavision.diffusion.objectives import RectifiedFlow
 from mambavision.engine.checkpoint import load
 from tests.diffusion.conftest import AUTOENCODER
@@ -200,6 +201,14 @@ def test_latents_from_photos_to_samples(tmp_path, tool):
     assert "makes latents of 4 channels: give their autoencoder too" in refusal(tool(*sample))
     code, _, err = tool(*sample, "--autoencoder", AUTOENCODER)
     assert code == 0 and cv2.imread(str(tmp_path / "out/00001.png")).shape == (16, 16, 3), err
+    other = load_autoencoder(AUTOENCODER)
+    next(other.parameters()).data[0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    by_checkpoint = ["sample", "--config", config, "--weights", work / "iter_6.pth", "--num", 1, "--steps", 1]
+    for command in (sample, [*by_checkpoint, "--out-dir", tmp_path / "again"]):
+        line = refusal(tool(*command, "--overwrite", "--autoencoder", tmp_path / "other"))
+        assert "was trained on latents of another autoencoder" in line
+    assert tool(*by_checkpoint, "--out-dir", tmp_path / "again", "--autoencoder", AUTOENCODER)[0] == 0
 
 
 def test_wall_time_ends_a_run(tmp_path, tool):
