@@ -100,7 +100,7 @@ def cache_latents(
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     if any(side % factor for side in dataset.size[-2:]):
         sides = " x ".join(map(str, dataset.size[-2:]))
-        raise ValueError(f"{sides} pixels have no latents of {factor} x {factor} each: take multiples of {factor}")
+        raise ValueError(f"{sides} pixels: sides must be multiples of {factor}, a latent's side for this autoencoder")
     out = Path(out)
     check_folder(out, "out")
     out.mkdir(parents=True, exist_ok=True)

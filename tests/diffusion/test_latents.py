@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused(autoencoder, tmp_path):
         cache_latents(colour, autoencoder, tmp_path / "x")
     odd = Drawn()
     odd.size = (8, 7)
-    with pytest.raises(ValueError, match="8 x 7 pixels have no latents of 2 x 2 each: take multiples of 2"):
+    with pytest.raises(ValueError, match="8 x 7 pixels: sides must be multiples of 2"):
         cache_latents(odd, autoencoder, tmp_path / "x")
     assert not (tmp_path / "x").exists()
     with pytest.raises(DatasetError, match="none of 1 items can be used; 0.png"):
