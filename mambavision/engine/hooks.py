@@ -14,7 +14,7 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook, RuntimeInfoHook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 from mambavision.engine.files import atomic_path
@@ -238,6 +238,20 @@ class InitialWeightsHook(Hook):
         model = unwrapped(runner.model)
         model.load_state_dict(self.state, strict=False)
         self.state = {}
+
+
+class NothingLeftHook(Hook):
+    """Say so where a resumed run has had all of its iterations already."""
+
+    def before_train(self, runner: Runner) -> None:
+        """Compare what the checkpoint was at with the config."""
+        loop = runner.train_loop
+        if loop.iter >= loop.max_iters:
+            unit = "epochs" if isinstance(loop, EpochBasedTrainLoop) else "iters"
+            runner.logger.warning(
+                f"the checkpoint is of iteration {loop.iter}, the run has {loop.max_iters}: nothing is left to train; "
+                f"--cfg-options train_cfg.max_{unit}=N with a larger N goes on"
+            )
 
 
 @HOOKS.register_module()

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from mambavision.engine.checkpoint import allow_mmengine_globals
 from mambavision.engine.files import check_folder
-from mambavision.engine.hooks import InitialWeightsHook, unwrapped
+from mambavision.engine.hooks import InitialWeightsHook, NothingLeftHook, unwrapped
 from mambavision.engine.memory import is_out_of_memory
 from mambavision.engine.photos import DatasetError
 from mambavision.engine.sharded import ShardedRunner
@@ -192,6 +192,7 @@ def train(
         model = unwrapped(runner.model)
         if latest:
             check_fits(model, latest)
+            runner.register_hook(NothingLeftHook())
         elif start:
             runner.register_hook(InitialWeightsHook(fitting_tensors(model, start)))
         for loop in (runner.train_loop, runner.val_loop):  # built here, so that errors of the data come before training

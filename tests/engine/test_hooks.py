@@ -17,7 +17,7 @@ from mmengine.logging import MessageHub
 
 from mambavision.engine import hooks
 from mambavision.engine.checkpoint import load
-from mambavision.engine.hooks import AtomicLocalBackend, DeferredRuntimeInfoHook, LossCurveHook
+from mambavision.engine.hooks import AtomicLocalBackend, DeferredRuntimeInfoHook, LossCurveHook, NothingLeftHook
 from tests.engine.tiny_training import build
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,6 +56,16 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path):
     assert_same_training(final(tmp_path / "cut", 3), final(tmp_path / "whole", 3))
     losses = final(tmp_path / "cut", 3)["message_hub"]["log_scalars"]["train/loss"]
     assert len(losses.data[0]) == 12  # 4 batches an epoch, the first 8 from before
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_only_a_run_that_is_over_says_that_nothing_is_left(tmp_path: Path, monkeypatch, epochs):
+    build(tmp_path, 1).train()
+    resumed, said = build(tmp_path, epochs, resume=True), []
+    resumed.register_hook(NothingLeftHook())
+    monkeypatch.setattr(resumed.logger, "warning", said.append)
+    resumed.train()
+    assert ["train_cfg.max_epochs=N" in message for message in said] == [True] * (epochs == 1)
 
 
 def test_outdated_checkpoints_are_deleted_but_not_the_best(tmp_path: Path):

@@ -128,6 +128,9 @@ def test_killed_run_resumes_with_the_same_losses(request, clips, tmp_path, tool)
     found, expected = (run["message_hub"]["log_scalars"]["train/loss"].data[0] for run in (ours, theirs))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     compare(ours, theirs)
+    code, log, _ = tool("train", killed / "small.py", "--work-dir", tmp_path / "work", "--resume")
+    assert code == 0
+    assert "nothing is left to train; --cfg-options train_cfg.max_iters=N" in log
 
 
 def test_two_processes_train_like_one(whole, tmp_path):
