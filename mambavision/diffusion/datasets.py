@@ -30,6 +30,7 @@ from mambavision.engine.photos import (
     find_photos,
     imread_unchanged,
     is_hidden,
+    walk,
 )
 from mambavision.engine.video import is_video, open_video
 
@@ -419,13 +420,11 @@ def _load_array(path: Root) -> np.ndarray:
 def _find_videos(root: Path) -> Iterator[Path]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        names = [name for name in names if not is_hidden(name)]
+    for folder, names in walk(root):
         suffixes = [Path(name).suffix.lower() for name in names]
-        yield from (Path(folder, name) for name in names if is_video(name) or name.lower().endswith(".gif"))
+        yield from (folder / name for name in names if is_video(name) or name.lower().endswith(".gif"))
         if sum(suffix in PHOTO_SUFFIXES for suffix in suffixes) > 1:
-            yield Path(folder)
+            yield folder
 
 
 def _by_number(path: Path) -> tuple:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Literal, TypeVar
@@ -85,10 +85,24 @@ def is_hidden(path: str | PurePath) -> bool:
     return any(name.startswith(".") or name == "__MACOSX" for name in PurePath(path).parts)
 
 
+def walk(root: str | os.PathLike) -> Iterator[tuple[Path, list[str]]]:
+    """The folders at and below a path, each with the names of its files, without what :func:`is_hidden` below it.
+
+    Links to folders are followed, those to one of the folders that they lie in are not. A link to nowhere is a file.
+    """
+
+    def goes_around(link: Path) -> bool:
+        return link.is_symlink() and os.path.realpath(link) in map(os.path.realpath, link.absolute().parents)
+
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name) and not goes_around(Path(folder, name))]
+        yield Path(folder), [name for name in names if not is_hidden(name)]
+
+
 def find_photos(path: str | os.PathLike, *, exclude: str | os.PathLike | None = None) -> list[tuple[Path, Path]]:
     """List the photos of a path: itself, or all in a folder and its subfolders, except those in ``exclude`` below it.
 
-    What :func:`is_hidden` below the folder is left out.
+    What :func:`is_hidden` below the folder is left out, links to folders are followed, as by :func:`walk`.
 
     Returns:
         (file, path relative to the folder) of each photo, sorted.
@@ -109,11 +123,8 @@ def find_photos(path: str | os.PathLike, *, exclude: str | os.PathLike | None = 
         excluded = None
     photos = [
         (file, file.relative_to(path))
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in PHOTO_SUFFIXES
-        and not is_hidden(file.relative_to(path))
-        and file.is_file()
-        and excluded not in file.resolve().parents
+        for file in sorted(Path(folder, name) for folder, names in walk(path) for name in names)
+        if file.suffix.lower() in PHOTO_SUFFIXES and excluded not in Path(os.path.realpath(file)).parents
     ]
     if not photos:
         raise DatasetError(f"{path}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)})")

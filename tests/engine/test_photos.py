@@ -45,6 +45,24 @@ def test_channels_and_bits_stay(tmp_path, dtype, channels):
     assert imread_unchanged(tmp_path / "gray.jpg").shape == (5, 9)
 
 
+def test_links_to_folders_are_followed_and_links_to_nowhere_are_missing_photos(tmp_path):
+    for name in ("far/cat/a.jpg", "far/.deep/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "dog.jpg").symlink_to(tmp_path / "gone.jpg")
+    (photos / "loop.jpg").symlink_to(photos / "loop.jpg")
+    (photos / "cats").symlink_to(tmp_path / "far")
+    (photos / "self").symlink_to(photos)
+    (photos / "up").symlink_to("..")
+    (tmp_path / "far/cat/back").symlink_to(photos)  # which holds the link to far
+    assert [str(relative) for _, relative in find_photos(photos)] == ["cats/cat/a.jpg", "dog.jpg", "loop.jpg"]
+    for name, reason in (("dog.jpg", "no such file"), ("loop.jpg", "cannot be read")):
+        with pytest.raises(DatasetError, match=f"{name}: {reason}"):
+            imread_unchanged(photos / name)
+
+
 def test_photos_of_a_folder(tmp_path):
     hidden = "._b.PNG", "deep/.trash/a.jpg", ".ipynb_checkpoints/a.jpg", "__MACOSX/deep/._a.jpg"
     for name in ("b.PNG", "deep/a.jpg", "notes.txt", "out/a.jpg", *hidden):
