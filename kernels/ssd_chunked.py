@@ -48,7 +48,7 @@ def ssd(
     def chunks(v: Tensor) -> Tensor:
         """(batch, L, G k) -> (batch, S, G, Q, k)."""
         v = F.pad(v, (0, 0, 0, pad)) if pad else v
-        return v.reshape(batch, S, Q, G, -1).movedim(3, 2)
+        return v.reshape(batch, S, Q, G, v.shape[-1] // G).movedim(3, 2)
 
     def scaled(v: Tensor, exponent: Tensor) -> Tensor:
         """v (batch, S, G, Q, heads P) by the exponential of (batch, S, G, Q, heads)."""
@@ -62,8 +62,9 @@ def ssd(
 
     M = _decay(a.mT, bidirectional, scanned_diagonal) * (c @ b.mT)[:, :, :, None]
     y = (M @ u.unflatten(-1, (heads, P)).movedim(4, 3)).movedim(3, 4).flatten(-2)
-    initial = x.new_zeros(1, dtype=dtype).expand(batch, 1 + bidirectional, H, P, N)
-    initial = (initial if initial_state is None else initial_state.to(dtype)).reshape(batch, -1, G, heads * P, N).mT
+    given = x.new_zeros(1, dtype=dtype).expand(batch, 1 + bidirectional, H, P, N)
+    given = given if initial_state is None else initial_state.to(dtype)
+    initial = given.reshape(batch, 1 + bidirectional, G, heads * P, N).mT
     entering, last = _carry(b.mT @ scaled(u, after), total, initial[:, 0])
     y = y + scaled(c @ entering, through)
     lasts = [last]
@@ -73,7 +74,7 @@ def ssd(
         lasts.append(last)
     y = y.movedim(2, 3).reshape(batch, S * Q, H, P)[:, :length]
     y = y if D is None else torch.addcmul(y, D.to(dtype)[..., None], values)
-    return y.to(x.dtype), torch.stack(lasts, 1).mT.reshape(batch, -1, H, P, N)
+    return y.to(x.dtype), torch.stack(lasts, 1).mT.reshape(batch, 1 + bidirectional, H, P, N)
 
 
 def _outside(a: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,17 @@ def _asked(backend: Backend | None) -> Backend | None:
     if _chosen:
         return _chosen[-1]
     name = os.environ.get(ENVIRONMENT)
-    return _known(name, f"${ENVIRONMENT}") if name else None
+    if name:
+        return _known(name, f"${ENVIRONMENT}")
+    return "chunked" if _differentiated_by_func() else None
+
+
+def _differentiated_by_func() -> bool:
+    """Whether torch.func.grad or vjp is at work, which take no operator of torch.library that has a backward."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    grad = torch._C._functorch.TransformType.Grad
+    return any(level.key() == grad for level in torch._C._functorch.get_interpreter_stack())
 
 
 def _chosen_of(asked: Backend | None, device: str, dtype: torch.dtype, states: int) -> Backend:

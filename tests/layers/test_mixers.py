@@ -114,6 +114,33 @@ def test_half_precision_autocast_stays_close_to_float32(mixer, dtype):
     assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
+ON_TOKENS = [MambaMixer, BiMambaMixer, Mamba2Mixer, BiMamba2Mixer, HydraMixer]
+
+
+@pytest.mark.parametrize("mixer", ON_TOKENS)
+def test_func_gives_the_gradients_of_each_sample(mixer):
+    torch.manual_seed(0)
+    mixer, x = mixer(32), torch.randn(2, 9, 32)
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(mixer, parameters, (sample[None],)).square().sum()
+
+    parameters = dict(mixer.named_parameters())
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i in range(2):
+        expected = torch.autograd.grad(loss(parameters, x[i]), list(parameters.values()))
+        for name, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(found[name][i], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("mixer", ON_TOKENS)
+def test_a_batch_of_none(mixer):
+    x = torch.randn(0, 9, 32, requires_grad=True)
+    y = mixer(32)(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 9, 32)
+
+
 def test_whole_module_in_bfloat16():
     module = SS2D(32).bfloat16()
     out = module(torch.randn(1, 6, 8, 32, dtype=torch.bfloat16))
