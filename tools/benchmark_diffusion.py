@@ -253,6 +253,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.csv:
         check_file(args.csv, "--csv")
+    if min(*args.tokens, 1 if args.batch is None else args.batch) < 1:
+        raise ValueError("--tokens and --batch must be at least 1")
     device = cli.choose_device(args.device)
     for option, does in (("profile", "lists kernels"), ("graphs", "records launches")):
         if getattr(args, option) and device.type != "cuda":

@@ -57,7 +57,7 @@ def run(config: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
         amp = ["--amp", args.amp] if args.amp else []
         train = [TOOLS / "train.py", config, "--work-dir", folder, "--seed", seed, "--resume", *amp, *shared, *changes]
         call(folder / "train.out", *train)
-        best = sorted(folder.glob("best_*.pth"))
+        best = sorted(folder.glob("best_*.pth"), key=lambda path: int(path.stem.rpartition("_")[2]))
         if not best:
             raise ValueError(f"{folder} holds no best checkpoint: the config needs save_best and a validation set")
         test = [TOOLS / "test.py", config, best[-1], "--work-dir", folder / "test", "--out", metrics, *shared, *changes]

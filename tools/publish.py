@@ -77,10 +77,11 @@ def _millions(network) -> str:
 
 def card(what: str, args: argparse.Namespace) -> str:
     """The model card: what, how trained, measured how, data, limits; only what is known."""
-    meta = read_checkpoint(args.checkpoint).get("meta", {})
+    checkpoint = read_checkpoint(args.checkpoint)
+    meta, averaged = checkpoint.get("meta", {}), ", averaged weights" * ("ema_state_dict" in checkpoint)
     made = [f"`{args.config}`", *([f"iteration {meta['iter']}, seed {meta['seed']}"] if "iter" in meta else [])]
     lines = [f"# {Path(args.out).stem}", "", what, ""]
-    lines += [f"- **Trained here**, published {datetime.date.today()}: {', '.join(made)}, averaged weights."]
+    lines += [f"- **Trained here**, published {datetime.date.today()}: {', '.join(made)}{averaged}."]
     lines[-1] += f" {args.hardware}." if args.hardware else ""
     if args.metrics:
         found = json.loads(Path(args.metrics).read_text())

@@ -26,7 +26,7 @@ from mambavision.diffusion.datasets import ClassFolder
 from mambavision.diffusion.generated import BouncingShapes, MovingDigits
 from mambavision.engine.cli import choose_device, run
 from mambavision.engine.files import check_file
-from mambavision.engine.photos import DatasetError, find_photos, imread_unchanged, read_all
+from mambavision.engine.photos import DatasetError, find_photos, first_size, read_all
 
 PAD = 4  # pixels by which crops of training pictures are moved at most
 FRAMES, SIDE = 16, 32  # of training clips
@@ -71,7 +71,9 @@ def accuracy(net: nn.Module, batches: Batches) -> float:
 
 def read_classes(folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Pictures uint8 RGB (N, 3, H, W), labels (N,) and class names of a folder with one folder a class."""
-    size = imread_unchanged(find_photos(folder)[0][0]).shape[:2]
+    size = first_size(path for path, _ in find_photos(folder))
+    if size is None:
+        raise DatasetError(f"{folder}: none of its photos can be read")
     dataset = ClassFolder(folder, size)
     items, _ = read_all(dataset)
     pixels = torch.from_numpy(np.concatenate([item.frames for item in items]))
@@ -272,6 +274,8 @@ def main() -> None:
     check_file(args.out, "out")
     if min(args.epochs, args.batch_size) < 1 or not args.max_seconds > 0:
         raise ValueError("--epochs and --batch-size must be at least 1, --max-seconds more than 0")
+    if args.train is train_clips and (min(args.steps, args.num) < 1 or args.batch_size < len(CHANGES)):
+        raise ValueError(f"--steps and --num must be at least 1, --batch-size {len(CHANGES)}: a batch has all classes")
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")

@@ -99,7 +99,7 @@ class DiT(nn.Module):
     ) -> None:
         if positions not in get_args(Positions):
             raise ValueError(f"positions must be one of {', '.join(get_args(Positions))}, got {positions!r}")
-        if d_model % nheads:
+        if nheads < 1 or d_model % nheads:
             raise ValueError(f"d_model {d_model} is not divisible by {nheads} heads")
         input_size = tuple(input_size)
         grid = patch_grid(input_size, patch_size)

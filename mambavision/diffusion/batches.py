@@ -176,6 +176,8 @@ class NoisyBatches(BatchMaker):
 class HeldOutBatches(Dataset):
     """The batches of a validation, always the same: fixed items, noise and times, whatever network or device.
 
+    Noise is drawn for each batch: another ``batch_size`` is other noise, and measures a little differently.
+
     Each is a batch as of :class:`NoisyBatches`, without mirroring; no class is left out, and the times are spread
     evenly over the items.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,6 +78,8 @@ def load_pipeline(
     trained_on = checkpoint.get("meta", {}).get("dataset_meta", {})
     if loaded is not None:
         check_made_latents(loaded, trained_on.get("autoencoder"), path)
+    elif trained_on.get("autoencoder"):
+        raise ValueError(f"{path}: trained on latents: give their autoencoder too (--autoencoder)")
     names = trained_on.get("classes") if model.network.num_classes else None
     return DiffusionPipeline(model.network, model.objective, loaded, names).to(chosen)
 
@@ -141,7 +144,7 @@ def sample_files(
         class_labels: As a pipeline's.
         save: What to write.
         rate: Frames a second of clips.
-        overwrite: Replace files that are there already.
+        overwrite: Replace files that are there already; single ones of more samples before are removed.
         options: More arguments of :meth:`DiffusionPipeline.batches`.
 
     Returns:
@@ -172,6 +175,10 @@ def sample_files(
             grid = outputs.make_grid(samples)
             for suffix, write in writers.items():
                 write(Path(out_dir, f"grid{suffix}"), grid)
+        if overwrite and "single" in save and Path(out_dir, "samples.json").is_file():  # of a longer run before
+            for path in Path(out_dir).iterdir():
+                if re.fullmatch(r"\d{5}", path.stem) and path.suffix in writers and path not in targets:
+                    path.unlink()
         with atomic_path(Path(out_dir, "samples.json")) as temporary:
             temporary.write_text(json.dumps(_said(pipeline, labels, seed, options), indent=1) + "\n")
     return targets

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, get_args
 import cv2
 import numpy as np
 from mmengine.registry import DATASETS
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -102,7 +102,7 @@ class ImageFolder(_Pictures):
     """
 
     def __init__(self, root: Root, size: tuple[int, int], *, gray: bool = False, flip: bool = True) -> None:
-        super().__init__(size, gray, flip)
+        super().__init__(_of_picture(size), gray, flip)
         self.paths = [path for path, _ in find_photos(root)]
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class ImageArchive(_Pictures):
     def __init__(
         self, path: Root, size: tuple[int, int], *, folder: str = "", gray: bool = False, flip: bool = True
     ) -> None:
-        super().__init__(size, gray, flip)
+        super().__init__(_of_picture(size), gray, flip)
         self.path, inside = Path(path), PurePosixPath(folder)
         found = sorted(
             (name, data)
@@ -268,6 +268,8 @@ class ImageArrays(FrameSet):
         self.size, self.channels = self._images.shape[1:3], self._images.shape[3]
         self.class_names = () if names is None else tuple(json.loads(Path(names).read_text()))
         self.labels = np.zeros(len(self._images), np.int64) if labels is None else _load_array(labels)
+        if self.labels.ndim != 1 or self.labels.dtype.kind not in "iu":
+            raise DatasetError(f"{labels}: holds {self.labels.dtype} {self.labels.shape}, expected whole numbers (N,)")
         low, high = (self.labels.min(), self.labels.max()) if len(self.labels) else (0, 0)
         count = len(self.class_names)
         if len(self.labels) != len(self._images) or (labels is not None and (low < 0 or high >= count)):
@@ -391,6 +393,12 @@ def _classes(folders: Sequence[tuple[str, ...]], where: Root) -> tuple[tuple[str
     return tuple(names), [label_of[parts[0]] for parts in folders]
 
 
+def _of_picture(size: Sequence[int]) -> Sequence[int]:
+    if len(size) != 2:
+        raise ValueError(f"size must be (height, width) of pictures, got {tuple(size)}; VideoFolder reads clips")
+    return size
+
+
 def _members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """The files of an archive, read in the order in which they lie in it."""
     if not path.is_file():
@@ -404,7 +412,8 @@ def _members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
             for member in archive:
                 if member.isfile():
                     yield PurePosixPath(member.name), archive.extractfile(member).read()
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError) as error:
+        # RuntimeError, NotImplementedError: encrypted, or packed in a way that Python does not know
         raise DatasetError(f"{path}: not a whole .tar or .zip archive ({error})") from error
 
 
@@ -412,9 +421,12 @@ def _load_array(path: Root) -> np.ndarray:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
         raise DatasetError(f"{path}: not a .npy file of numbers ({error})") from error
+    if not isinstance(array, np.ndarray):
+        raise DatasetError(f"{path}: an archive of arrays; one .npy file is wanted")
+    return array
 
 
 def _find_videos(root: Path) -> Iterator[Path]:
@@ -443,7 +455,7 @@ def _read_video(path: Path) -> Iterator[np.ndarray]:
             with Image.open(path) as gif:
                 for frame in ImageSequence.Iterator(gif):
                     yield cv2.cvtColor(np.array(frame.convert("RGB")), cv2.COLOR_RGB2BGR)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # Pillow raises IndexError, struct.error and others on damaged files
             raise DatasetError(f"{path}: not a whole GIF ({error})") from error
     else:
         with open_video(path) as video:

@@ -21,7 +21,7 @@ from mambavision.diffusion import register as register  # configs name data sets
 from mambavision.diffusion.datasets import FrameSet, ImageArchive, ImageFolder, Item, VideoFolder
 from mambavision.diffusion.features import FeatureExtractor, extract
 from mambavision.diffusion.metrics import FeatureSet, frechet_distance, kernel_distance
-from mambavision.engine.photos import DatasetError, find_photos, imread_unchanged
+from mambavision.engine.photos import DatasetError, find_photos, first_size
 from mambavision.engine.runs import read_config
 
 PathLike = str | os.PathLike
@@ -41,7 +41,7 @@ class SampleArchive(FrameSet):
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DatasetError(f"{path}: not an .npz file of samples, or a damaged one ({error})") from error
         shape = self._samples.shape
-        if self._samples.dtype != np.uint8 or len(shape) not in (4, 5) or shape[-1] not in (1, 3) or not len(shape):
+        if self._samples.dtype != np.uint8 or len(shape) not in (4, 5) or shape[-1] not in (1, 3) or not shape[0]:
             found = f"{self._samples.dtype} {shape}"
             raise DatasetError(f"{path}: arr_0 is {found}; uint8 (N, H, W, C) or (N, T, H, W, C) is wanted, C 1 or 3")
         self.size, self.channels = shape[1:-1], shape[-1]
@@ -60,10 +60,10 @@ class SampleFolder(ImageFolder):
     def __init__(self, root: PathLike) -> None:
         if any(Path(root).glob("*.gif")) and not any(Path(root).glob("*.png")):
             raise DatasetError(f"{root}: clips are compared as samples.npz: write it by tools/sample.py --save npz")
-        first = next((path for path, _ in find_photos(root) if path.name != "grid.png"), None)
-        if first is None:
-            raise DatasetError(f"{root}: no pictures in this folder but a grid")
-        super().__init__(root, imread_unchanged(first).shape[:2], flip=False)
+        size = first_size(path for path, _ in find_photos(root) if path.name != "grid.png")
+        if size is None:
+            raise DatasetError(f"{root}: no pictures in this folder but a grid, or none that can be read")
+        super().__init__(root, size, flip=False)
         self.paths = [path for path in self.paths if path.name != "grid.png"]
 
     def _frame(self, img: np.ndarray) -> np.ndarray:

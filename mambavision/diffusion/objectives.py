@@ -83,7 +83,8 @@ class Objective:
         """The diffusers scheduler that samples from a network trained so.
 
         Args:
-            kind: Which; see ``schedulers``.
+            kind: Which; see ``schedulers``. "euler" and "heun" take diffusers' own times: of n steps the last goes from
+                s = 0.001, shifted, to 0, so that n - 1 do the work.
             clip_sample: Clip the prediction of x_0 to [-1, 1] in every step: for pixels, not for latents. DDPM and DDIM
                 only, the others do not clip.
 
@@ -112,7 +113,7 @@ class _Chain(Objective):
     def __init__(self, schedule: Schedule = "linear", min_snr_gamma: float | None = None) -> None:
         if schedule not in get_args(Schedule):
             raise ValueError(f"schedule must be {' or '.join(get_args(Schedule))}, got {schedule!r}")
-        if min_snr_gamma is not None and min_snr_gamma <= 0:
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma={min_snr_gamma} must be positive, or None")
         self.schedule, self.min_snr_gamma = schedule, min_snr_gamma
 
@@ -221,8 +222,8 @@ class RectifiedFlow(Objective):
     def __init__(self, times: Times = "uniform", mean: float = 0.0, std: float = 1.0) -> None:
         if times not in get_args(Times):
             raise ValueError(f"times must be {' or '.join(get_args(Times))}, got {times!r}")
-        if std <= 0:
-            raise ValueError(f"std={std} must be positive")
+        if not 0 < std < math.inf or not math.isfinite(mean):
+            raise ValueError(f"std={std} must be positive, and mean={mean} finite")
         self.distribution, self.mean, self.std = times, mean, std
 
     def times(self, u: Tensor) -> Tensor:

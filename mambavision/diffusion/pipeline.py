@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -156,6 +156,8 @@ class DiffusionPipeline:
         loaded = None if autoencoder is None else latents.load_autoencoder(autoencoder)
         if loaded is not None:
             latents.check_made_latents(loaded, metadata.get("autoencoder"), path)
+        elif metadata.get("autoencoder"):
+            raise ValueError(f"{path}: trained on latents: give their autoencoder too (--autoencoder)")
         pipeline = cls(network, objective, loaded, metadata["class_names"])
         pipeline.metadata = metadata
         return pipeline.to(chosen)
@@ -168,7 +170,9 @@ class DiffusionPipeline:
         """
         check_folder(folder, "folder")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        said = {} if self.autoencoder is None else {"autoencoder": latents.fingerprint(self.autoencoder)}
+        said = {name: self.metadata[name] for name in ("training_data", "trained_by") if name in self.metadata}
+        if self.autoencoder is not None:
+            said["autoencoder"] = latents.fingerprint(self.autoencoder)
         weight_files.save(
             self.network, Path(folder, NETWORK_FILE), objective=self.objective, class_names=self.class_names,
             metadata=said, precision="fp32",
@@ -252,6 +256,8 @@ class DiffusionPipeline:
         labels = self.labels(class_labels, num)
         sources = _sources(len(labels), seeds, generator)
         guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
+        if not isinstance(guidance_scale, Real):
+            raise ValueError(f"guidance is a number, got {guidance_scale!r}")
         if not 0 <= guidance_scale < math.inf:
             raise ValueError(f"guidance {guidance_scale:g} must be at least 0, and finite; 1 is none")
         guided = guidance_scale != 1.0
@@ -266,9 +272,12 @@ class DiffusionPipeline:
             raise ValueError(f"a batch of {batch_size} cannot be sampled: at least 1")
         scheduler = scheduler or self.default_scheduler
         chosen = self.objective.scheduler(scheduler, clip_sample=self.autoencoder is None)
+        if scheduler == "ddim" and NUM_STEPS % num_inference_steps:  # diffusers' would go to 1000 // n steps earlier
+            fitting = ", ".join(str(n) for n in range(1, NUM_STEPS + 1) if not NUM_STEPS % n)
+            raise ValueError(f"ddim cannot take {num_inference_steps} equal steps of {NUM_STEPS}: it can {fitting}")
         chosen.set_timesteps(num_inference_steps)
         size = self._fitting(batch_size, len(labels), guided, precision)
-        return self._sampled(chosen, labels, sources, guidance_scale, size, precision, progress)
+        return self._sampled(chosen, num_inference_steps, labels, sources, guidance_scale, size, precision, progress)
 
     def labels(self, class_labels: int | str | Sequence[int | str] | None, num: int | None) -> list[int | None]:
         """The class of each sample, None of a network without; arguments as of a call.
@@ -278,6 +287,8 @@ class DiffusionPipeline:
         """
         if num is not None and num < 1:
             raise ValueError(f"{num} samples are asked for: at least 1")
+        if isinstance(class_labels, Tensor):
+            class_labels = class_labels.tolist()
         if not self.network.num_classes:
             if class_labels is not None:
                 raise ValueError("the network has no classes: leave them out")
@@ -349,6 +360,7 @@ class DiffusionPipeline:
     def _sampled(
         self,
         scheduler: Any,
+        asked: int,
         labels: Sequence[int | None],
         sources: Sequence[int | torch.Generator],
         guidance: float,
@@ -365,6 +377,7 @@ class DiffusionPipeline:
                     torch.Generator().manual_seed(source) if isinstance(source, int) else source
                     for source in sources[chosen]
                 ]
+                scheduler.set_timesteps(asked)  # forgets the batch before
                 yield self._batch(scheduler, labels[chosen], generators, guidance, precision, bar)
 
     @torch.inference_mode()
@@ -377,7 +390,6 @@ class DiffusionPipeline:
         precision: Precision,
         bar: tqdm,
     ) -> Tensor:
-        scheduler.set_timesteps(scheduler.num_inference_steps)  # forgets the batch before
         if hasattr(scheduler, "set_begin_index"):  # else looked up by the first time, which may come twice
             scheduler.set_begin_index(0)
         shape = (self.network.in_channels, *self.network.input_size)
@@ -386,7 +398,7 @@ class DiffusionPipeline:
         classes = torch.tensor(labels, device=self.device) if self.network.num_classes else None
         try:
             for t in scheduler.timesteps:
-                prediction = self._predict(x, float(t), classes, guidance, precision)
+                prediction = self._predict(x, max(float(t), 0.0), classes, guidance, precision)  # dpm-solver++: -1
                 x = scheduler.step(prediction, t, x, generator=generators, return_dict=False)[0]
                 bar.update()
             images = self._decode(x)

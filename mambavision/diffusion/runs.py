@@ -1,6 +1,7 @@
 """Training and test runs of denoising networks from configs."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from mmengine.config import Config
@@ -26,7 +27,17 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def train(cfg: Config, **options: Any) -> Runner:
     """Train a denoising network: :func:`mambavision.engine.runs.train_iterations`, for items that fit it."""
-    return runs.train_iterations(cfg, **options, check=_check_items)
+    latest = runs.newest_checkpoint(cfg.work_dir) if options.get("resume") else None
+    if latest:
+        check_trained_as(cfg.model, read_checkpoint(latest), latest)
+    told = []
+
+    def check(model: Diffusion, batches: NoisyBatches | HeldOutBatches) -> None:
+        _check_items(model, batches)
+        told.append((batches.dataset.class_names if model.network.num_classes else (), batches.dataset.autoencoder))
+        _check_alike(*told[0], *told[-1], "the validation set")
+
+    return runs.train_iterations(cfg, **options, check=check)
 
 
 def test(cfg: Config, checkpoint: str) -> dict[str, float]:
@@ -34,9 +45,27 @@ def test(cfg: Config, checkpoint: str) -> dict[str, float]:
 
     def check(model: Diffusion, batches: HeldOutBatches) -> None:
         _check_items(model, batches)
-        check_trained_as(cfg.model, read_checkpoint(checkpoint), checkpoint)
+        weights, ours = read_checkpoint(checkpoint), batches.dataset
+        check_trained_as(cfg.model, weights, checkpoint)
+        trained_on = weights.get("meta", {}).get("dataset_meta", {})
+        names = tuple(trained_on.get("classes") or ()) if model.network.num_classes else ()
+        _check_alike(names, trained_on.get("autoencoder"), ours.class_names, ours.autoencoder, "the test set")
 
     return runs.test(cfg, checkpoint, check=check)
+
+
+def _check_alike(
+    classes: Sequence[str], autoencoder: str | None, theirs: Sequence[str], other: str | None, which: str
+) -> None:
+    """Of what is trained on and what is measured on; what one does not say passes."""
+    if classes and theirs and tuple(classes) != tuple(theirs):
+        only = [name for name in theirs if name not in classes] or theirs
+        raise ValueError(
+            f"{which} has other classes than what is trained on, or in another order, such as {only[0]!r}: it needs "
+            "the same class folders"
+        )
+    if autoencoder and other and autoencoder != other:
+        raise ValueError(f"the latents of {which} were made by another autoencoder than those that are trained on")
 
 
 def _check_items(model: Diffusion, batches: NoisyBatches | HeldOutBatches) -> None:

@@ -17,6 +17,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
+from mambavision.engine.checkpoint import CheckpointError
 from mambavision.engine.files import atomic_path
 
 
@@ -194,7 +195,7 @@ class WallTimeHook(Hook):
     priority = 55  # after IterTimerHook, whose ETA is of iterations; before LoggerHook
 
     def __init__(self, seconds: float, *, warmup: int = 200, final_lr_ratio: float = 1e-3) -> None:
-        if seconds <= 0 or warmup < 1:
+        if not seconds > 0 or warmup < 1:
             raise ValueError(f"seconds={seconds} must be positive, warmup={warmup} at least 1")
         self.seconds, self.warmup, self.final_lr_ratio = seconds, warmup, final_lr_ratio
 
@@ -240,12 +241,30 @@ class InitialWeightsHook(Hook):
         self.state = {}
 
 
-class NothingLeftHook(Hook):
-    """Say so where a resumed run has had all of its iterations already."""
+class ResumedRunHook(Hook):
+    """Say so where a checkpoint has had all iterations of the config, or its learning rates are not the config's."""
 
     def before_train(self, runner: Runner) -> None:
-        """Compare what the checkpoint was at with the config."""
-        loop = runner.train_loop
+        """Compare the checkpoint, which is read now, with the config.
+
+        Raises:
+            CheckpointError: If it is of a run for a given time, and this one is not: its rate fell with the time.
+        """
+        loop, timed = runner.train_loop, any(isinstance(hook, WallTimeHook) for hook in runner.hooks)
+        if "train_seconds" in runner.message_hub.runtime_info and not timed:
+            raise CheckpointError(
+                f"the run in {runner.work_dir} is one by --max-seconds: resume it by that, or go on from its weights "
+                "by --load-from, in another work directory"
+            )
+        for part, scheduler in zip(
+            runner.cfg.get("param_scheduler") or (), runner.param_schedulers or (), strict=False
+        ):
+            last = loop.max_epochs if scheduler.by_epoch else loop.max_iters
+            if "end" not in part and scheduler.end < last:
+                runner.logger.warning(
+                    f"the checkpoint's learning rate falls until {scheduler.end} and stays there, the run ends at "
+                    f"{last}: for a new schedule go on from its weights by --load-from, in another work directory"
+                )
         if loop.iter >= loop.max_iters:
             unit = "epochs" if isinstance(loop, EpochBasedTrainLoop) else "iters"
             runner.logger.warning(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Literal, TypeVar
 
@@ -129,6 +130,14 @@ def find_photos(path: str | os.PathLike, *, exclude: str | os.PathLike | None = 
     if not photos:
         raise DatasetError(f"{path}: no photos in this folder (looked for {', '.join(PHOTO_SUFFIXES)})")
     return photos
+
+
+def first_size(paths: Iterable[Path]) -> tuple[int, int] | None:
+    """(H, W) of the first of these photos that can be read, None where none can."""
+    for path in paths:
+        with suppress(DatasetError):
+            return imread_unchanged(path).shape[:2]
+    return None
 
 
 def read_all(dataset: Sequence[Item], unit: str = "photo") -> tuple[list[Item], list[str]]:

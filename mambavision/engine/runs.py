@@ -4,6 +4,7 @@ import argparse
 import difflib
 import inspect
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +19,9 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 from torch.utils.data import Dataset
 
-from mambavision.engine.checkpoint import allow_mmengine_globals
+from mambavision.engine.checkpoint import CheckpointError, allow_mmengine_globals
 from mambavision.engine.files import check_folder
-from mambavision.engine.hooks import InitialWeightsHook, NothingLeftHook, unwrapped
+from mambavision.engine.hooks import InitialWeightsHook, ResumedRunHook, unwrapped
 from mambavision.engine.memory import is_out_of_memory
 from mambavision.engine.photos import DatasetError
 from mambavision.engine.sharded import ShardedRunner
@@ -54,7 +55,13 @@ class _KeyValues(DictAction):
         for value in values:
             if "=" not in value:
                 parser.error(f"{option_string} takes KEY=VALUE pairs, got {value!r}")
-        super().__call__(parser, namespace, values, option_string)
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (AssertionError, RecursionError):  # mmengine's, of brackets that are not closed, and of dict(...)
+            parser.error(
+                f"{option_string} takes numbers, words, lists [a,b] and tuples (a,b), not {' '.join(values)!r}; a "
+                "part of a dict is named by dots, as in model.network.depth=3"
+            )
 
 
 def read_config(path: str | Path) -> Config:
@@ -145,6 +152,12 @@ def _merge(cfg: Config, options: dict) -> None:
     cfg.merge_from_dict(options)
 
 
+def newest_checkpoint(work_dir: str) -> str | None:
+    """The checkpoint that a run in a work directory would be resumed from, None where there is none yet."""
+    latest = find_latest_checkpoint(work_dir) if Path(work_dir).is_dir() else None
+    return latest and str(Path(work_dir, Path(latest).name))  # the folder may have been moved
+
+
 def train(
     cfg: Config,
     *,
@@ -175,8 +188,7 @@ def train(
     if load_from and not Path(load_from).is_file():
         raise FileNotFoundError(f"no weights at {load_from}")
     # the epoch and the rate are functions of the checkpoint's iteration: a resumed schedule goes on as it would have
-    latest = find_latest_checkpoint(cfg.work_dir) if resume and Path(cfg.work_dir).is_dir() else None
-    latest = latest and str(Path(cfg.work_dir, Path(latest).name))  # the folder may have been moved
+    latest = newest_checkpoint(cfg.work_dir) if resume else None
     start = None if latest else (load_from or cfg.get("load_from"))
     cfg.resume, cfg.load_from = latest is not None, latest
     if amp == "fp16" and not torch.cuda.is_available():
@@ -192,7 +204,7 @@ def train(
         model = unwrapped(runner.model)
         if latest:
             check_fits(model, latest)
-            runner.register_hook(NothingLeftHook())
+            runner.register_hook(ResumedRunHook())
         elif start:
             runner.register_hook(InitialWeightsHook(fitting_tensors(model, start)))
         for loop in (runner.train_loop, runner.val_loop):  # built here, so that errors of the data come before training
@@ -203,7 +215,7 @@ def train(
         print_log(message, logger="current", level=logging.WARNING)
     try:
         runner.train()
-    except DatasetError:
+    except (DatasetError, CheckpointError):
         raise
     except ValueError as error:  # not the user's doing: show the traceback
         raise RuntimeError(f"training stopped: {error}") from error
@@ -238,6 +250,8 @@ def train_iterations(
         ValueError: Besides, if a part of the learning-rate schedule begins after the last iteration.
     """
     if max_seconds is not None:
+        if cfg.get("launcher", "none") != "none" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(f"--max-seconds trains in one process, torchrun started {os.environ['WORLD_SIZE']}")
         cfg.param_scheduler = None
         cfg.train_cfg.max_iters = 10**9
         cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="WallTimeHook", seconds=max_seconds)]

@@ -93,6 +93,8 @@ def patch_grid(size: Size, patch_size: int) -> Size:
     """
     if len(size) not in (2, 3) or min(size) < 1:
         raise ValueError(f"input_size must be (H, W) or (T, H, W) with positive sizes, got {tuple(size)}")
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     height, width = size[-2:]
     if height % patch_size or width % patch_size:
         raise ValueError(f"{height} x {width} cannot be cut into patches of {patch_size} x {patch_size}")

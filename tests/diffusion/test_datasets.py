@@ -20,6 +20,7 @@ from mambavision.diffusion.datasets import (
     cover,
     to_rgb,
 )
+from mambavision.diffusion.outputs import write_gif
 from mambavision.engine.photos import DatasetError
 from mambavision.engine.video import write_video
 from tests.diffusion.drawn import write_photo
@@ -255,6 +256,43 @@ def _arrays_without_names(path):
     return ImageArrays(path / "x.npy", classes=["ape"])
 
 
+def _no_array(path):
+    (path / "x.npy").touch()
+    return ImageArrays(path / "x.npy")
+
+
+def _float_labels(path):
+    np.save(path / "x.npy", np.zeros((1, 2, 2, 3), np.uint8))
+    np.save(path / "y.npy", np.zeros(1))
+    (path / "names.json").write_text('["ape"]')
+    return ImageArrays(path / "x.npy", path / "y.npy", path / "names.json")
+
+
+def _unknown_zip(path):
+    with zipfile.ZipFile(path / "a.zip", "w") as archive:
+        archive.writestr("a.png", b"0")
+    data = bytearray((path / "a.zip").read_bytes())
+    data[data.index(b"PK\1\2") + 10] = 77  # a compression that nobody knows
+    (path / "a.zip").write_bytes(data)
+    return ImageArchive(path / "a.zip", (8, 8))
+
+
+def _clip_of_photos(path):
+    write_photo(path / "a.png", BLUE)
+    return ImageFolder(path, (4, 8, 8))
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9, 0.95])
+def test_a_gif_that_is_cut_short_is_named(tmp_path, kept):
+    frames = np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), np.uint8)
+    path = tmp_path / "a.gif"
+    write_gif(path, frames)
+    assert VideoFolder(tmp_path, (6, 8, 8))[0].frames.shape[0] == 6
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(DatasetError, match="a.gif: "):
+        VideoFolder(tmp_path, (6, 8, 8))[0]
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -268,6 +306,10 @@ def _arrays_without_names(path):
         (lambda path: ImageArrays(path / "gone.npy"), FileNotFoundError, "gone.npy"),
         (lambda path: ImageArrays(path / "x.npy", labels=path / "y.npy"), ValueError, "come together"),
         (_arrays_without_names, ValueError, "classes: give labels and names"),
+        (_no_array, DatasetError, "not a .npy file of numbers"),
+        (_float_labels, DatasetError, "expected whole numbers"),
+        (_unknown_zip, DatasetError, "not a whole .tar or .zip archive"),
+        (_clip_of_photos, ValueError, r"\(height, width\) of pictures, got \(4, 8, 8\)"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_a_line(tmp_path, make, error, message):

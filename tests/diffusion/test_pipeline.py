@@ -57,6 +57,30 @@ def test_a_shifted_flow_takes_as_many_steps_as_it_was_trained_with(mean):
     torch.testing.assert_close(x, torch.full_like(x, 0.75), atol=0.02, rtol=0)
 
 
+def test_ddim_is_refused_in_steps_that_it_would_take_to_other_times(make_pipeline):
+    pipeline = make_pipeline(objective=EpsilonPrediction())
+    with pytest.raises(ValueError, match="ddim cannot take 30 equal steps of 1000: it can 1, 2, 4, 5, 8, 10, 20, 25"):
+        pipeline([0], scheduler="ddim", num_inference_steps=30, progress=False)
+
+
+def test_every_batch_takes_the_same_times_none_below_zero():
+    objective, times = VPrediction("cosine"), []
+    pipeline = DiffusionPipeline(Ideal(objective, [-0.5, 0.5]), objective)
+    pipeline.network.register_forward_pre_hook(lambda module, inputs: times.append(inputs[1][0].item()))
+    options = dict(num_inference_steps=700, guidance_scale=1.0, progress=False, output_type="pt")
+    x = pipeline([1], num=3, batch_size=1, **options).images
+    torch.testing.assert_close(x, torch.full_like(x, 0.75), atol=0.02, rtol=0)
+    taken = times[-3 * 698 :]
+    assert taken[:698] == taken[698:1396] == taken[1396:] and min(times) == 0
+
+
+def test_classes_come_as_a_tensor_too(make_pipeline):
+    assert make_pipeline().labels(torch.tensor([2, 0]), 3) == [2, 0, 2]
+    assert make_pipeline().labels(torch.tensor(1), None) == [1]
+    with pytest.raises(ValueError, match="guidance is a number, got '2'"):
+        make_pipeline()([0], guidance_scale="2", **QUIET)
+
+
 def test_guidance_moves_away_from_the_null_class():
     objective = RectifiedFlow()
     network = Ideal(objective, [-0.2, 0.4])  # their mean is 0.1

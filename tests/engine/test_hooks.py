@@ -17,7 +17,7 @@ from mmengine.logging import MessageHub
 
 from mambavision.engine import hooks
 from mambavision.engine.checkpoint import load
-from mambavision.engine.hooks import AtomicLocalBackend, DeferredRuntimeInfoHook, LossCurveHook, NothingLeftHook
+from mambavision.engine.hooks import AtomicLocalBackend, DeferredRuntimeInfoHook, LossCurveHook, ResumedRunHook
 from tests.engine.tiny_training import build
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path):
 def test_only_a_run_that_is_over_says_that_nothing_is_left(tmp_path: Path, monkeypatch, epochs):
     build(tmp_path, 1).train()
     resumed, said = build(tmp_path, epochs, resume=True), []
-    resumed.register_hook(NothingLeftHook())
+    resumed.register_hook(ResumedRunHook())
     monkeypatch.setattr(resumed.logger, "warning", said.append)
     resumed.train()
     assert ["train_cfg.max_epochs=N" in message for message in said] == [True] * (epochs == 1)

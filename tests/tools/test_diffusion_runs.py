@@ -201,7 +201,7 @@ def test_latents_from_photos_to_samples(tmp_path, tool):
     published, out = tmp_path / "w.safetensors", ("--out-dir", tmp_path / "out")
     assert tool("publish", work / "iter_6.pth", published, "--config", config)[0] == 0
     sample = ["sample", "--weights", published, "--num", 2, "--steps", 2, "--classes", "dark", *out]
-    assert "makes latents of 4 channels: give their autoencoder too" in refusal(tool(*sample))
+    assert "trained on latents: give their autoencoder too" in refusal(tool(*sample))
     code, _, err = tool(*sample, "--autoencoder", AUTOENCODER)
     assert code == 0 and cv2.imread(str(tmp_path / "out/00001.png")).shape == (16, 16, 3), err
     other = load_autoencoder(AUTOENCODER)
@@ -295,3 +295,45 @@ def test_memory_that_runs_out_is_said_in_a_line(monkeypatch, tool, tmp_path):
     monkeypatch.setattr(Diffusion, "forward", full)
     line = refusal(tool("train", CONFIG, "--work-dir", tmp_path / "work"))
     assert "memory ran out in training" in line and "take smaller batches" in line
+
+
+OTHERS = {
+    "another objective": (
+        'objective=dict(type="EpsilonPrediction", _delete_=True), network=dict(',
+        "was trained with type 'Rectif",
+    ),
+    "other orders": ('network=dict(orders="hilbert", ', "was trained with orders"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_run_is_not_resumed_as_something_else(case, whole, tmp_path, tool):
+    shutil.copytree(whole / "work", tmp_path / "work")
+    change, message = OTHERS[case]
+    config = small_config(tmp_path)
+    config.write_text(config.read_text().replace("network=dict(", change))
+    assert message in refusal(tool("train", config, "--work-dir", tmp_path / "work", "--resume"))
+
+
+def test_rates_that_the_schedule_of_a_resumed_run_has_not_are_told(whole, tmp_path, tool):
+    shutil.copytree(whole / "work", tmp_path / "work")
+    arguments = ["train", whole / "small.py", "--work-dir", tmp_path / "work", "--resume"]
+    code, log, err = tool(*arguments, "--cfg-options", "train_cfg.max_iters=14")
+    assert code == 0, err
+    assert "learning rate falls until 12 and stays there, the run ends at 14" in log
+    timed = ["train", whole / "small.py", "--work-dir", tmp_path / "timed"]
+    assert tool(*timed, "--max-seconds", 0.5)[0] == 0
+    assert "resume it by that, or go on from its weights by --load-from" in refusal(tool(*timed, "--resume"))
+    assert "must be positive" in refusal(tool(*timed, "--max-seconds", "nan"))
+
+
+def test_other_classes_to_validate_are_refused(whole, tmp_path, tool):
+    photos = tmp_path / "photos"
+    shutil.copytree(whole / "photos/dark", photos / "dark")
+    shutil.copytree(whole / "photos/light", photos / "dawn")
+    changed = ["--cfg-options", f"val_dataloader.dataset.dataset.root={photos}"]
+    line = refusal(tool("train", whole / "small.py", "--work-dir", tmp_path / "work", *changed))
+    assert "the validation set has other classes than what is trained on" in line and "'dawn'" in line
+    changed = ["--cfg-options", f"test_dataloader.dataset.dataset.root={photos}"]
+    line = refusal(tool("test", whole / "small.py", whole / "work/iter_12.pth", "--work-dir", tmp_path, *changed))
+    assert "the test set has other classes" in line

@@ -215,3 +215,12 @@ def test_too_little_memory_says_what_is_needed(sample, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 10**9)
     line = refusal(sample())
     assert "one 8x8 picture needs about 1.00 GB on cpu, 1.00 GB are free" in line and not (tmp_path / "out").exists()
+
+
+def test_single_files_of_more_samples_before_are_removed(sample, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/12345.txt").touch()
+    for num in (4, 2):
+        code, _, err = sample("--num", num, "--overwrite")
+        assert code == 0, err
+    assert written(tmp_path / "out") == ["00000.png", "00001.png", "12345.txt", "grid.png", "samples.json"]

@@ -290,6 +290,7 @@ def test_two_processes_train_like_one(data, tmp_path):
         ([CONFIG, "--load-from", "gone.pth"], "no weights at gone.pth"),
         ([ROOT / "configs/_base_/default_runtime.py"], "lacks model, train_dataloader, test_dataloader, optim_wrapper"),
         ([CONFIG, "--cfg-options", "train_cfgs.max_epochs=1"], "has no train_cfgs; did you mean train_cfg?"),
+        ([CONFIG, "--cfg-options", 'model=dict(a="b",c=1)'], "a part of a dict is named by dots"),
         ([CONFIG, "--cfg-options", "bogus=1"], "bogus: the config has no bogus, nor does a run read one"),
         ([CONFIG, "--cfg-options", "model.bbox_head.bogus=1"], "unexpected keyword argument 'bogus'"),
         ([CONFIG, "--cfg-options", "model.neck.type=Nek"], "Nek is not in the"),
