@@ -290,7 +290,6 @@ def test_two_processes_train_like_one(data, tmp_path):
         ([CONFIG, "--load-from", "gone.pth"], "no weights at gone.pth"),
         ([ROOT / "configs/_base_/default_runtime.py"], "lacks model, train_dataloader, test_dataloader, optim_wrapper"),
         ([CONFIG, "--cfg-options", "train_cfgs.max_epochs=1"], "has no train_cfgs; did you mean train_cfg?"),
-        ([CONFIG, "--cfg-options", 'model=dict(a="b",c=1)'], "a part of a dict is named by dots"),
         ([CONFIG, "--cfg-options", "bogus=1"], "bogus: the config has no bogus, nor does a run read one"),
         ([CONFIG, "--cfg-options", "model.bbox_head.bogus=1"], "unexpected keyword argument 'bogus'"),
         ([CONFIG, "--cfg-options", "model.neck.type=Nek"], "Nek is not in the"),
@@ -303,6 +302,14 @@ def test_training_refuses_bad_arguments(tool, tmp_path, arguments, message):
     assert message in refusal((code, text, err))
     assert "--data-root" not in message or not text  # before mmengine's log
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [("model", "KEY=VALUE pairs"), ('model=dict(a="b",c=1)', "named by dots"), ("a=[1", "lists")]
+)
+def test_options_that_cannot_be_read(tool, option, message):
+    code, _, err = tool("train", CONFIG, "--cfg-options", option)
+    assert code == 2 and message in err.splitlines()[-1]
 
 
 def test_training_refuses_a_broken_config(tool, tmp_path):
