@@ -33,9 +33,9 @@ def train(cfg: Config, **options: Any) -> Runner:
     told = []
 
     def check(model: Diffusion, batches: NoisyBatches | HeldOutBatches) -> None:
-        _check_items(model, batches)
         told.append((batches.dataset.class_names if model.network.num_classes else (), batches.dataset.autoencoder))
         _check_alike(*told[0], *told[-1], "the validation set")
+        _check_items(model, batches)
 
     return runs.train_iterations(cfg, **options, check=check)
 
@@ -44,12 +44,12 @@ def test(cfg: Config, checkpoint: str) -> dict[str, float]:
     """The loss on a config's test set: :func:`mambavision.engine.runs.test`, for items and training that fit."""
 
     def check(model: Diffusion, batches: HeldOutBatches) -> None:
-        _check_items(model, batches)
         weights, ours = read_checkpoint(checkpoint), batches.dataset
         check_trained_as(cfg.model, weights, checkpoint)
         trained_on = weights.get("meta", {}).get("dataset_meta", {})
         names = tuple(trained_on.get("classes") or ()) if model.network.num_classes else ()
         _check_alike(names, trained_on.get("autoencoder"), ours.class_names, ours.autoencoder, "the test set")
+        _check_items(model, batches)
 
     return runs.test(cfg, checkpoint, check=check)
 
@@ -59,11 +59,11 @@ def _check_alike(
 ) -> None:
     """Of what is trained on and what is measured on; what one does not say passes."""
     if classes and theirs and tuple(classes) != tuple(theirs):
-        only = [name for name in theirs if name not in classes] or theirs
-        raise ValueError(
-            f"{which} has other classes than what is trained on, or in another order, such as {only[0]!r}: it needs "
-            "the same class folders"
-        )
+        lacking, more = ([name for name in a if name not in b] for a, b in ((classes, theirs), (theirs, classes)))
+        said = [f"lacks {', '.join(map(repr, lacking[:3]))}"] * bool(lacking)
+        said += [f"has {', '.join(map(repr, more[:3]))} besides"] * bool(more)
+        said = " and ".join(said) or "has them in another order"
+        raise ValueError(f"{which} has other classes than what is trained on, it {said}: it needs the same ones")
     if autoencoder and other and autoencoder != other:
         raise ValueError(f"the latents of {which} were made by another autoencoder than those that are trained on")
 

@@ -112,6 +112,8 @@ def find_photos(path: str | os.PathLike, *, exclude: str | os.PathLike | None = 
         FileNotFoundError: If there is nothing at ``path``.
         DatasetError: If the folder holds no photo, or is the one to exclude.
     """
+    if not os.fspath(path):  # a variable of the shell that is not set; Path would make it the present folder
+        raise FileNotFoundError("an empty name is no photo, folder or video")
     path = Path(path)
     if path.is_file():
         return [(path, Path(path.name))]

@@ -80,6 +80,8 @@ def test_photos_of_a_folder(tmp_path):
         find_photos(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="no such photo"):
         find_photos(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="an empty name is no photo"):
+        find_photos("")
 
 
 def test_all_photos_are_read_and_what_cannot_be_is_counted(tmp_path):

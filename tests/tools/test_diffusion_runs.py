@@ -333,7 +333,10 @@ def test_other_classes_to_validate_are_refused(whole, tmp_path, tool):
     shutil.copytree(whole / "photos/light", photos / "dawn")
     changed = ["--cfg-options", f"val_dataloader.dataset.dataset.root={photos}"]
     line = refusal(tool("train", whole / "small.py", "--work-dir", tmp_path / "work", *changed))
-    assert "the validation set has other classes than what is trained on" in line and "'dawn'" in line
+    assert "the validation set has other classes than what is trained on, it lacks 'light' and has 'dawn' bes" in line
+    shutil.rmtree(photos / "dawn")
+    line = refusal(tool("train", whole / "small.py", "--work-dir", tmp_path / "work", *changed))
+    assert "it lacks 'light': it needs the same ones" in line
     changed = ["--cfg-options", f"test_dataloader.dataset.dataset.root={photos}"]
     line = refusal(tool("test", whole / "small.py", whole / "work/iter_12.pth", "--work-dir", tmp_path, *changed))
     assert "the test set has other classes" in line
