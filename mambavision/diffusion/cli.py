@@ -155,8 +155,8 @@ def sample_files(
         OSError: If a file cannot be written, or is there already.
     """
     check_out_dir(out_dir)
-    if not 0 < rate <= 1000:
-        raise ValueError(f"{rate:g} frames a second cannot be shown: more than 0, at most 1000")
+    if not 0.02 <= rate <= 1000:
+        raise ValueError(f"{rate:g} frames a second cannot be shown: at least 0.02, at most 1000")
     labels = pipeline.labels(class_labels, num)
     writers = _writers(CLIP_WRITERS if pipeline.makes_video else PICTURE_WRITERS, rate)
     names = [f"grid{suffix}" for suffix in writers] * ("grid" in save) + ["samples.npz"] * ("npz" in save)

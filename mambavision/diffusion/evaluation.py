@@ -99,7 +99,12 @@ def open_samples(path: PathLike, size: tuple[int, ...] | None = None) -> FrameSe
         raise DatasetError(f"{path}: samples are an .npz file (tools/sample.py --save npz) or a folder of pictures")
     if len(size) == 3:
         return VideoFolder(path, size, flip=False)
-    return ImageFolder(path, size, flip=False) if path.is_dir() else ImageArchive(path, size, flip=False)
+    if path.is_dir():
+        pictures = ImageFolder(path, size, flip=False)
+        if Path(path, "samples.json").is_file():  # of tools/sample.py, with a grid of all of them
+            pictures.paths = [picture for picture in pictures.paths if picture.name != "grid.png"]
+        return pictures
+    return ImageArchive(path, size, flip=False)
 
 
 def features_of(

@@ -84,7 +84,7 @@ class Objective:
 
         Args:
             kind: Which; see ``schedulers``. "euler" and "heun" take diffusers' own times: of n steps the last goes from
-                s = 0.001, shifted, to 0, so that n - 1 do the work.
+                s = 0.001, shifted twice, to 0, so that n - 1 do the work.
             clip_sample: Clip the prediction of x_0 to [-1, 1] in every step: for pixels, not for latents. DDPM and DDIM
                 only, the others do not clip.
 

@@ -276,6 +276,11 @@ class DiffusionPipeline:
             fitting = ", ".join(str(n) for n in range(1, NUM_STEPS + 1) if not NUM_STEPS % n)
             raise ValueError(f"ddim cannot take {num_inference_steps} equal steps of {NUM_STEPS}: it can {fitting}")
         chosen.set_timesteps(num_inference_steps)
+        if scheduler in ("ddpm", "dpm-solver++") and len(chosen.timesteps) > num_inference_steps:
+            # rounding in diffusers; DDPM would take the noisiest step last
+            raise ValueError(
+                f"{scheduler} cannot take {num_inference_steps} steps: its times would go below 0; take more or fewer"
+            )
         size = self._fitting(batch_size, len(labels), guided, precision)
         return self._sampled(chosen, num_inference_steps, labels, sources, guidance_scale, size, precision, progress)
 

@@ -63,6 +63,14 @@ def test_ddim_is_refused_in_steps_that_it_would_take_to_other_times(make_pipelin
         pipeline([0], scheduler="ddim", num_inference_steps=30, progress=False)
 
 
+@pytest.mark.parametrize("kind", ["ddpm", "dpm-solver++"])
+def test_steps_that_would_end_below_time_0_are_refused(make_pipeline, kind):
+    pipeline = make_pipeline(objective=EpsilonPrediction())
+    with pytest.raises(ValueError, match="cannot take 61 steps: its times would go below 0"):
+        pipeline([0], scheduler=kind, num_inference_steps=61, progress=False)
+    assert len(pipeline([0], scheduler=kind, **QUIET | {"num_inference_steps": 60}).images) == 1
+
+
 def test_every_batch_takes_the_same_times_none_below_zero():
     objective, times = VPrediction("cosine"), []
     pipeline = DiffusionPipeline(Ideal(objective, [-0.5, 0.5]), objective)

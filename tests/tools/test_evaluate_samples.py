@@ -138,3 +138,14 @@ def test_bad_input_is_refused_in_one_line(evaluate, tmp_path, own_features):
     for path in own_features.iterdir():
         path.unlink()
     assert "no features of images in" in refusal(evaluate(good, "--reference", good))
+
+
+def test_the_grid_of_a_folder_of_samples_is_no_sample(evaluate, tmp_path):
+    folder = save_pictures(tmp_path / "reference", noise(5))
+    cv2.imwrite(str(folder / "grid.png"), noise(1, size=(50, 50))[0])
+    np.savez(tmp_path / "ours.npz", arr_0=noise(4))
+    for counted in (6, 5):  # as photos of any folder, then as what tools/sample.py writes
+        code, text, err = evaluate(tmp_path / "ours.npz", "--reference", folder)
+        assert code == 0, err
+        assert f"4 samples against {counted} of" in text
+        (folder / "samples.json").touch()
