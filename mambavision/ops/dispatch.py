@@ -101,11 +101,15 @@ def _asked(backend: Backend | None) -> Backend | None:
 
 
 def _differentiated_by_func() -> bool:
-    """Whether torch.func.grad or vjp is at work, which take no operator of torch.library that has a backward."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+    """Whether torch.func.grad or vjp, or forward mode is at work, which the kernels' operators do not take."""
+    if torch.compiler.is_compiling():
         return False
-    grad = torch._C._functorch.TransformType.Grad
-    return any(level.key() == grad for level in torch._C._functorch.get_interpreter_stack())
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    kinds = torch._C._functorch.TransformType
+    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in torch._C._functorch.get_interpreter_stack())
 
 
 def _chosen_of(asked: Backend | None, device: str, dtype: torch.dtype, states: int) -> Backend:
@@ -201,6 +205,8 @@ def scan(
     """
     tensors = (x, delta, A, B, C, D, delta_bias, initial_state, order, z)
     plain, asked = _untraced(tensors), _asked(backend)
+    if asked not in (None, "reference", "chunked") and torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(f"scan backend {asked!r} has no forward mode: backend='chunked' has")
     if plain:
         layouts = [None if v is None else (v.shape, v.stride(), v.dtype, v.device) for v in tensors]
         chosen, scans = _planned(asked, delta_softplus, merge, check, *layouts)

@@ -133,6 +133,17 @@ def test_func_gives_the_gradients_of_each_sample(mixer):
             torch.testing.assert_close(found[name][i], gradient, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("mixer", [*ON_TOKENS, SS2D])
+def test_forward_mode_is_reverse_modes(mixer):
+    torch.manual_seed(0)
+    layer, shape = mixer(32), (1, 3, 4, 32) if mixer is SS2D else (1, 9, 32)
+    x, way, weight = torch.randn(3, *shape)
+    _, found = torch.func.jvp(lambda x: (layer(x) * weight).sum(), (x,), (way,))
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((layer(leaf) * weight).sum(), leaf)
+    torch.testing.assert_close(found, (gradient * way).sum(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("mixer", ON_TOKENS)
 def test_a_batch_of_none(mixer):
     x = torch.randn(0, 9, 32, requires_grad=True)

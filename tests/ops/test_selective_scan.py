@@ -328,3 +328,9 @@ def test_options_after_return_last_state_are_keyword_only():
     args = [v.detach() for v in make(dtype=torch.float32, options=False).values()]
     with pytest.raises(TypeError):
         selective_scan(*args, None, None, None, False, False, None)
+
+
+def test_forward_mode_of_a_kernel_is_refused():
+    u, delta, A, B = torch.randn(1, 2, 5), torch.rand(1, 2, 5), -torch.rand(2, 4), torch.randn(1, 4, 5)
+    with pytest.raises(RuntimeError, match="scan backend 'cpu' has no forward mode: backend='chunked' has"):
+        torch.func.jvp(lambda u: selective_scan(u, delta, A, B, B, backend="cpu"), (u,), (u,))
