@@ -413,7 +413,7 @@ def _members(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                 if member.isfile():
                     yield PurePosixPath(member.name), archive.extractfile(member).read()
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError) as error:
-        # RuntimeError, NotImplementedError: encrypted, or packed in a way that Python does not know
+        # RuntimeError: encrypted, or of a compression that Python does not know
         raise DatasetError(f"{path}: not a whole .tar or .zip archive ({error})") from error
 
 
