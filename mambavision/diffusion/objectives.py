@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mambavision.ops.constants import kept_tensors
+
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
@@ -277,6 +279,7 @@ def objective_from(config: Mapping[str, Any]) -> Objective:
 
 
 @cache
+@kept_tensors()
 def _signals(schedule: Schedule, device: torch.device) -> Tensor:
     """a_t of t = 0..999, fp32: the product of 1 - b of the steps up to t."""
     if schedule == "linear":

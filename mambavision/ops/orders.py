@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mambavision.ops.compile import constant_result, register
+from mambavision.ops.constants import kept_tensors
 
 ScanOrder = Literal[
     "row", "row_reverse", "col", "col_reverse", "serpentine", "serpentine_reverse",
@@ -171,7 +172,7 @@ def order_table(
 def _named_table(orders: tuple[ScanOrder, ...], grid: Grid, device: str) -> Tensor:
     key = orders, grid, device
     if key not in _tables:
-        with torch.inference_mode(False):
+        with kept_tensors():
             table = torch.stack([scan_order(name, grid) for name in orders]).to(device=device, dtype=torch.int32)
         if type(table) is not Tensor:  # a fake one, of a FakeTensorMode
             return table

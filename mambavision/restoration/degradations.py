@@ -21,6 +21,7 @@ import torch
 from mmengine.registry import TRANSFORMS
 from torch import Tensor
 
+from mambavision.ops.constants import kept_tensors
 from mambavision.restoration.jpeg import compress, compress_batch
 from mambavision.restoration.resize import imresize, mirror, resample
 
@@ -243,7 +244,7 @@ class InpaintingMask(Degradation):
 
 
 @lru_cache(64)  # made once: a copy to the GPU waits for it
-@torch.inference_mode(False)
+@kept_tensors()
 def _convolution(blur: GaussianBlur, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     window = torch.arange(length)[:, None] + torch.arange(-blur.margin, blur.margin + 1)
     return mirror(window, length, "reflect").to(device), blur.kernel().expand(length, -1).to(device)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambavision.ops.constants import kept_tensors
+
 # ITU-T T.81, tables K.1 and K.2
 _LUMA = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -86,7 +88,7 @@ def _transform(blocks: Tensor, matrix: Tensor) -> Tensor:
 
 
 @lru_cache  # made once: a copy to the GPU waits for it
-@torch.inference_mode(False)
+@kept_tensors()
 def _constants(table: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
     """A quantisation table and the matrix of the orthonormal DCT."""
     k = torch.arange(8, dtype=torch.float64)

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mambavision.ops.constants import kept_tensors
+
 
 def imresize(x: Tensor, *, scale: float | None = None, size: tuple[int, int] | None = None) -> Tensor:
     """Resize as MATLAB's `imresize(x, scale)` or `imresize(x, size)`: bicubic, antialiased when it shrinks.
@@ -77,7 +79,7 @@ def mirror(index: Tensor, length: int | Tensor, border: Literal["symmetric", "re
 
 
 @lru_cache(64)  # made once: a copy to the GPU waits for it
-@torch.inference_mode(False)
+@kept_tensors()
 def _bicubic(length: int, out: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
     shrink = min(scale, 1.0)
     taps = math.ceil(4 / shrink) + 2
