@@ -46,10 +46,26 @@ def folder_of(config: str, seed: int, args: argparse.Namespace) -> Path:
     return Path(args.out) / f"{Path(config).stem}_seed{seed}"
 
 
+def check_options(config: str, seed: int, args: argparse.Namespace) -> None:
+    """Write down the options of a run; those of one that has begun must be the same."""
+    folder = folder_of(config, seed, args)
+    said = {
+        "config": str(Path(config).resolve()),
+        "data_root": args.data_root,
+        "amp": args.amp,
+        "cfg_options": args.cfg_options,
+    }
+    path, begun = folder / "options.json", any(folder.glob("*.pth")) or (folder / "test.json").exists()
+    if begun and path.exists() and (before := json.loads(path.read_text())) != said:
+        name = next(name for name in said if before.get(name) != said[name])
+        raise ValueError(f"{folder} holds a run of {name} {before.get(name)}, not {said[name]}: name another --out")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(said, indent=1) + "\n")
+
+
 def run(config: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Test metrics of one config and seed."""
     folder = folder_of(config, seed, args)
-    folder.mkdir(parents=True, exist_ok=True)
     metrics = folder / "test.json"
     if not metrics.exists():
         shared = [*(["--data-root", args.data_root] if args.data_root else [])]
@@ -120,10 +136,16 @@ def main() -> None:
     parser.add_argument("--amp", choices=["bf16", "fp16"])
     parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="passed to train.py and test.py")
     args = parser.parse_args()
+    named: dict[str, str] = {}
     for config in args.configs:
         if not Path(config).is_file():
             raise FileNotFoundError(f"{config}: no such config")
+        other = named.setdefault(Path(config).stem, config)
+        if other != config:
+            raise ValueError(f"{other} and {config} have one name, by which runs are told apart: rename one")
     jobs = [(config, seed) for config in args.configs for seed in args.seeds]
+    for config, seed in jobs:
+        check_options(config, seed, args)
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(tqdm(pool.map(lambda job: run(*job, args), jobs), total=len(jobs), unit="run"))
     table = Table("config", "metric", *(f"seed {s}" for s in args.seeds), "mean", "spread (max - min)")

@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, interrupted="stopped: the same command with --resume goes on from the newest checkpoint, if there is one")

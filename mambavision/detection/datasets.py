@@ -292,10 +292,10 @@ class VOCDetDataset(PhotoDataset):
         """Parse the list and its XML files into mmdet's data list."""
         root = Path(self.data_root)
         try:
-            lines = Path(self.ann_file).read_text().splitlines()
+            lines = Path(self.ann_file).read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
             raise DatasetError(f"{self.ann_file}: {_reason(error)}") from None
-        names = [line.split()[0] for line in lines if line.strip()]
+        names = [self._listed(root, line.strip()) for line in lines if line.strip()]
         if "classes" not in self._metainfo:
             self._metainfo["classes"] = voc_classes(root / "Annotations")
         # VOCMetric chooses its rules by this
@@ -309,6 +309,14 @@ class VOCDetDataset(PhotoDataset):
                 f"{voc_classes(root / 'Annotations')}"
             )
         return infos
+
+    @staticmethod
+    def _listed(root: Path, line: str) -> str:
+        """The name in a line of a list; in a class's own list -1, 0 or 1 follows it."""
+        name, _, flag = line.rpartition(" ")
+        if flag in ("-1", "0", "1") and not (root / "Annotations" / f"{line}.xml").exists():
+            return name.strip()
+        return line
 
     def _parse(self, root: Path, name: str, label_of: dict[str, int]) -> dict:
         path = root / "Annotations" / f"{name}.xml"
@@ -355,7 +363,7 @@ def read_coco(path: str | os.PathLike) -> dict:
         DatasetError: not there, not JSON, a missing key, an unknown or doubled id, a box that is not four numbers.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # some programs on Windows begin with a mark
             content = json.load(file)
     except OSError as error:
         raise DatasetError(f"{path}: {_reason(error)}") from None

@@ -1,6 +1,7 @@
 """Detection on files: photos, folders and videos in, annotated copies and one JSON of boxes out."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from mambavision.detection.inferencer import DetInferencer, draw
 from mambavision.detection.photos import imread
 from mambavision.engine.files import atomic_path, check_free
-from mambavision.engine.photos import DatasetError
+from mambavision.engine.photos import DatasetError, count_pictures
 from mambavision.engine.video import Video, open_video, write_video
 
 _WRITABLE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -49,6 +50,8 @@ def detect_photos(
         except DatasetError as error:
             errors.append(str(error))
             continue
+        if (pictures := count_pictures(file)) > 1:
+            tqdm.write(f"note: {file} holds {pictures} pictures, boxes are found in the first alone", file=sys.stderr)
         (found,) = inferencer([picture])
         _write_picture(target, draw(picture, found, inferencer.classes))
         height, width = picture.shape[:2]
@@ -119,9 +122,12 @@ def _origin(inferencer: DetInferencer) -> str:
 
 
 def _write_picture(path: Path, picture: np.ndarray) -> None:
+    ok, data = cv2.imencode(path.suffix, picture)
+    if not ok:
+        height, width = picture.shape[:2]
+        raise OSError(f"{path}: a {path.suffix} file of {width}x{height} cannot be written")
     with atomic_path(path) as temporary:
-        if not cv2.imwrite(str(temporary), picture):
-            raise OSError(f"{path}: cannot be written")
+        temporary.write_bytes(data)
 
 
 def _write_json(out_dir: Path, content: dict) -> None:

@@ -7,13 +7,20 @@ from typing import NoReturn
 import torch
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a tool's main; wrong input or too little memory becomes one line on stderr and exit code 2."""
+def run(main: Callable[[], None], *, interrupted: str = "") -> None:
+    """Call a tool's main; wrong input or too little memory becomes one line on stderr and exit code 2.
+
+    After Ctrl-C the code is 130; ``interrupted`` is said then.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8
     try:
         main()
     except (ValueError, OSError, MemoryError) as error:
         fail(error)
     except KeyboardInterrupt:
+        if interrupted:
+            print(f"\n{interrupted}", file=sys.stderr, flush=True)
         sys.exit(130)
 
 

@@ -1,6 +1,7 @@
 """Checking where output is to go, and writing files whole or not at all."""
 
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,11 +56,11 @@ def check_free(paths: Iterable[Path]) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; rename it onto ``path`` on success, delete it on an error.
 
-    The folder is made if it is not there. The temporary name keeps the suffix, by which image and video writers choose
-    a format.
+    The folder is made if it is not there. The temporary name is short and keeps the suffix, by which image and video
+    writers choose a format.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary

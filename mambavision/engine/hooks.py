@@ -200,10 +200,17 @@ class WallTimeHook(Hook):
         self.seconds, self.warmup, self.final_lr_ratio = seconds, warmup, final_lr_ratio
 
     def before_train(self, runner: Runner) -> None:
-        """Start the clock at what earlier sessions have spent."""
+        """Start the clock at what earlier sessions have spent; if that is all, there is no iteration."""
         if get_world_size() > 1:
             raise ValueError(f"training by wall time needs one process, there are {get_world_size()}")
-        self._start = time.monotonic() - runner.message_hub.runtime_info.get("train_seconds", 0.0)
+        spent = runner.message_hub.runtime_info.get("train_seconds", 0.0)
+        self._start = time.monotonic() - spent
+        if spent >= self.seconds:
+            runner.train_loop._max_iters = runner.iter  # no iteration is left
+            runner.logger.warning(
+                f"the checkpoint is of {spent:.0f} s of training, the run has {self.seconds:g}: nothing is left to "
+                "train; --max-seconds N with a larger N goes on"
+            )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Write the rate into the optimiser; when time is up, make this iteration the last."""
@@ -309,6 +316,8 @@ class LossCurveHook(Hook):
         if runner.iter > 0 and path.is_file():
             with open(path, newline="") as file:
                 rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+            counts = ("iter", "epoch")
+            rows = [{**row, **{name: int(row[name]) for name in counts if name in row}} for row in rows]
             self.rows = [row for row in rows if row["iter"] <= runner.iter]
 
     @master_only

@@ -11,9 +11,10 @@ from typing import Literal, TypeVar
 
 import cv2
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 Item = TypeVar("Item")
@@ -79,6 +80,15 @@ def is_truncated(data: bytes) -> bool:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return len(data) < 8 + int.from_bytes(data[4:8], "little")
     return False
+
+
+def count_pictures(path: str | os.PathLike) -> int:
+    """Pages of a TIFF, frames of an animation, of which :func:`imread_unchanged` reads the first; else 1."""
+    try:
+        with Image.open(path) as image:  # a JPEG's others are previews
+            return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+    except Exception:  # Pillow's readers raise of all kinds
+        return 1
 
 
 def is_hidden(path: str | PurePath) -> bool:

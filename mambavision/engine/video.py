@@ -55,7 +55,7 @@ def open_video(source: str | os.PathLike | int) -> Iterator[Video]:
     if not camera and not Path(source).is_file():
         raise FileNotFoundError(f"{source}: no such video")
     with _silent():
-        capture = cv2.VideoCapture(source if camera else str(source))
+        capture = cv2.VideoCapture(source if camera else _name(source))
     try:
         if not capture.isOpened():
             if camera:
@@ -71,6 +71,16 @@ def open_video(source: str | os.PathLike | int) -> Iterator[Video]:
         yield Video(frames, height, width, rate if 0 < rate < 1000 else 25.0, announced)
     finally:
         capture.release()
+
+
+def _name(path: str | os.PathLike) -> str:
+    """A path as OpenCV takes it, which a name that is not UTF-8 would end the process."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DatasetError(f"{name}: OpenCV opens videos of UTF-8 names only; rename it, or its folder") from None
+    return name
 
 
 @contextmanager
@@ -113,7 +123,7 @@ def write_video(path: str | os.PathLike, *, height: int, width: int, rate: float
 
     with atomic_path(path) as temporary:
         with _silent():
-            writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
+            writer = cv2.VideoWriter(_name(temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
         if not writer.isOpened():
             raise OSError(f"{path}: this OpenCV cannot write a {Path(path).suffix} video of {width}x{height}")
         try:

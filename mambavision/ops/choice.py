@@ -1,6 +1,5 @@
 """What the operators around the scan have in common: the choice between plain torch and Triton, and autocast."""
 
-import os
 from typing import Literal, get_args
 
 import torch
@@ -21,8 +20,7 @@ def choose(operator: str, backend: str | None, x: Tensor, size: int, most: int, 
     """
     device, dtype = x.device.type, x.dtype
     if backend is None:
-        asked = dispatch._chosen[-1] if dispatch._chosen else os.environ.get(dispatch.ENVIRONMENT)
-        plain = asked in ("reference", "chunked")
+        plain = dispatch.in_effect() in ("reference", "chunked")
         return "torch" if plain else _automatic(operator, device, dtype, size, most, unit)
     if backend not in BACKENDS:
         raise ValueError(f"{operator}: unknown backend {backend!r}, use one of {', '.join(BACKENDS)}")

@@ -92,12 +92,15 @@ def choose(backend: Backend | None, device: str, dtype: torch.dtype, states: int
 def _asked(backend: Backend | None) -> Backend | None:
     if backend is not None:
         return _known(backend, "backend")
+    name = in_effect()
+    return None if name is None else _known(name, f"${ENVIRONMENT}")
+
+
+def in_effect() -> str | None:
+    """What is asked for without an argument: by :func:`use_backend`, else $MAMBAVISION_BACKEND, or by torch.func."""
     if _chosen:
         return _chosen[-1]
-    name = os.environ.get(ENVIRONMENT)
-    if name:
-        return _known(name, f"${ENVIRONMENT}")
-    return "chunked" if _differentiated_by_func() else None
+    return os.environ.get(ENVIRONMENT) or ("chunked" if _differentiated_by_func() else None)
 
 
 def _differentiated_by_func() -> bool:

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import operator
-import os
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -199,8 +198,8 @@ def noncausal_ssd(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, D: Tensor | N
 
 
 def _asked(backend: str | None) -> str | None:
-    """What was asked for: by argument, else by ``use_backend``, else by the environment variable."""
-    return backend or (dispatch._chosen[-1] if dispatch._chosen else os.environ.get(dispatch.ENVIRONMENT))
+    """What was asked for, by argument or else as ``dispatch.in_effect``."""
+    return backend or dispatch.in_effect()
 
 
 def _choose(

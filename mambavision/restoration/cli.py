@@ -16,13 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from mambavision.engine.files import check_folder
-from mambavision.engine.photos import PHOTO_SUFFIXES, DatasetError, find_photos
+from mambavision.engine.photos import PHOTO_SUFFIXES, DatasetError, count_pictures, find_photos
 from mambavision.engine.video import is_video, open_video, write_video
 from mambavision.restoration.images import (
     WRITABLE_SUFFIXES,
     PhotoFile,
     check_writable,
-    count_pictures,
     read_mask,
     read_photo_file,
     side_by_side,
@@ -119,11 +118,19 @@ def restore_files(
         overwrite: Replace files that are there already; never the input itself.
 
     Raises:
-        ValueError: Before it begins, if there are masks and the weights are not for inpainting.
+        ValueError: Before it begins, if there are masks and the weights are not for inpainting, or a comparison would
+            be written over another photo's result.
         DatasetError: At the end, if some file could not be restored.
     """
     if any(job.mask for job in jobs):
         inferencer.check_masks()
+    source_of = {job.target: job.source for job in jobs}
+    for job in jobs if compare else ():
+        if other := source_of.get(_comparison(job.target)):
+            raise ValueError(
+                f"{other} and the comparison of {job.source} would both be written to {_comparison(job.target)}: "
+                "restore them one by one"
+            )
     failures: list[str] = []
     done = 0
     for job in tqdm(jobs, unit="file", disable=len(jobs) == 1):

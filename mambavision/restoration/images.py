@@ -83,15 +83,6 @@ def read_photo_file(path: str | os.PathLike) -> PhotoFile:
     return PhotoFile(np.ascontiguousarray(colour), alpha, _fitting_icc(icc, colour.shape[2]), exif, dpi)
 
 
-def count_pictures(path: str | os.PathLike) -> int:
-    """Pages of a TIFF, frames of an animation, of which :func:`read_photo_file` reads the first; else 1."""
-    try:
-        with Image.open(path) as image:  # a JPEG's others are previews
-            return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
-    except Exception:  # as in _metadata
-        return 1
-
-
 def read_mask(path: str | os.PathLike, photo: PhotoFile) -> np.ndarray:
     """Read the mask of a photo, white where it is to be filled: bool (H, W), true from half of white on.
 

@@ -115,8 +115,8 @@ def _copy(files: list[Path], folder: Path) -> None:
     for file in tqdm(files, unit="photo", desc=folder.name):
         name = file.name if folder.name != "davis" else f"{file.parent.name}_{file.name}"
         if file.suffix.lower() in (".bmp", ".tif"):
-            if not cv2.imwrite(str(unfinished / Path(name).with_suffix(".png")), imread_unchanged(file)):
-                raise OSError(f"{unfinished / name}: cannot be written")
+            _, data = cv2.imencode(".png", imread_unchanged(file))
+            (unfinished / name).with_suffix(".png").write_bytes(data)
         else:
             shutil.copyfile(file, unfinished / name)
     os.replace(unfinished, folder)

@@ -20,6 +20,7 @@ from mambavision.detection.datasets import (
     DatasetError,
     VOCDetDataset,
     coco_classes,
+    read_coco,
     voc_classes,
 )
 from mambavision.detection.photos import imread, shrink
@@ -317,6 +318,12 @@ def test_imread_large(tmp_path):
     assert small.shape == (480, 640, 3) and factor == 0.08
 
 
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    path = coco(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_coco(path)["images"]) == 4
+
+
 # Pascal VOC
 
 
@@ -381,6 +388,12 @@ def test_wrong_voc_is_one_line(tmp_path, options, message):
     with pytest.raises(DatasetError) as error:
         voc_data(voc(tmp_path, **options))
     assert message in one_line(error)
+
+
+def test_voc_lists_of_a_class_and_names_with_spaces(tmp_path):
+    folder = voc(tmp_path, names=("a", "a dog", "photo 1"))
+    (folder / "ImageSets/Main/train.txt").write_text("\ufeffa  1\na dog -1\nphoto 1\n")
+    assert [info["img_id"] for info in voc_data(folder).load_data_list()] == ["a", "a dog", "photo 1"]
 
 
 def test_voc_missing_files(tmp_path):

@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import mambavision.detection  # noqa: F401  makes mmdet importable
 from mambavision.detection import build_mamba_yolo, media
 from mambavision.detection.inferencer import DetInferencer
+from mambavision.detection.photos import imread
 from mambavision.detection.weights import save_weights
 from mambavision.engine import video
 
@@ -55,3 +58,24 @@ def test_no_webcam_is_one_plain_error(tmp_path, inferencer):
     with pytest.raises(FileNotFoundError, match="no webcam 97"):
         media.detect_video(inferencer, 97, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_not_utf8(tmp_path, inferencer, capsys):
+    photo = tmp_path / os.fsdecode(b"caf\xe9.png")
+    photo.write_bytes(cv2.imencode(".png", np.zeros((40, 60, 3), np.uint8))[1])
+    media.detect_photos(inferencer, [(photo, photo.relative_to(tmp_path))], tmp_path / "out")
+    (image,) = json.loads((tmp_path / "out" / "detections.json").read_text())["images"]
+    assert image["file"] == str(photo) and imread(tmp_path / "out" / photo.name).shape == (40, 60, 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_further_pages_are_noted(tmp_path, inferencer, capsys):
+    pages = [np.zeros((40, 60, 3), np.uint8)] * 2
+    cv2.imwritemulti(str(tmp_path / "a.tif"), pages)
+    media.detect_photos(inferencer, [(tmp_path / "a.tif", Path("a.tif"))], tmp_path / "out")
+    assert "a.tif holds 2 pictures, boxes are found in the first alone" in capsys.readouterr().err
+
+
+def test_a_picture_too_large_for_its_kind_is_one_plain_error(tmp_path):
+    with pytest.raises(OSError, match="a .webp file of 17000x8 cannot be written"):
+        media._write_picture(tmp_path / "a.webp", np.zeros((8, 17000, 3), np.uint8))

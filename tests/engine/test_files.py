@@ -40,3 +40,10 @@ def test_weights_are_beside_the_package_or_where_the_process_started(tmp_path, m
     assert shipped_weights() == tmp_path.resolve() / "weights"
     (tmp_path / "site-packages" / "weights").mkdir(parents=True)
     assert shipped_weights() == tmp_path.resolve() / "site-packages" / "weights"
+
+
+def test_the_longest_name_is_written(tmp_path):
+    target = tmp_path / ("é" * 125 + ".png")  # 254 of the 255 bytes of a name
+    with atomic_path(target) as temporary:
+        temporary.write_text("a")
+    assert target.read_text() == "a"

@@ -129,7 +129,8 @@ def test_loss_curve_goes_on_in_the_same_table_after_a_resume(tmp_path: Path):
     with open(tmp_path / "loss_curve.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     steps = [row for row in rows if row["loss"]]
-    assert [int(float(row["iter"])) for row in steps] == list(range(1, 17))
+    assert [int(row["iter"]) for row in steps] == list(range(1, 17))
+    assert [int(row["epoch"]) for row in steps] == [1 + i // 4 for i in range(16)]
     assert all(float(row["loss"]) > 0 for row in steps)
     assert [float(row["acc"]) for row in rows if row["acc"]] == [0.1, 0.5, 0.2, 0.9]
     assert (tmp_path / "loss_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -143,9 +144,13 @@ def test_bad_intervals_are_refused(hook: type[Hook]):
 
 def test_wall_time_sets_the_rate_and_the_end(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hooks.time, "monotonic", lambda: now)
-    now, group, hub = 100.0, {"lr": 0.1}, MessageHub("wall time")
+    now, group, hub, said = 100.0, {"lr": 0.1}, MessageHub("wall time"), []
     runner = SimpleNamespace(
-        iter=0, message_hub=hub, optim_wrapper=SimpleNamespace(param_groups=[group]), train_loop=SimpleNamespace()
+        iter=0,
+        message_hub=hub,
+        optim_wrapper=SimpleNamespace(param_groups=[group]),
+        train_loop=SimpleNamespace(),
+        logger=SimpleNamespace(warning=said.append),
     )
     rates = []
     for seconds in (4, 8):  # two sessions, the second of another 4 seconds
@@ -160,6 +165,8 @@ def test_wall_time_sets_the_rate_and_the_end(monkeypatch: pytest.MonkeyPatch):
             hook.after_train_iter(runner, 0)
             assert hub.get_info("eta") == max(0, seconds - hub.get_info("train_seconds") - 1)
         now += 1000.0  # between the sessions
+    hook.before_train(runner)  # once more: no time is left
+    assert runner.train_loop._max_iters == runner.iter == 10 and "of 8 s of training, the run has 8" in said[0]
     parts = [0, 1 / 4, 2 / 4, 3 / 4, 1, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1]
     expected = [0.1 * (1 + math.cos(math.pi * part)) / 2 for part in parts]
     assert rates == pytest.approx([expected[0] / 2, *expected[1:]])

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,13 @@ def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"), write_video(path, height=48, width=64, rate=10) as append:
         append(frame)
     assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
+    path.write_bytes(b"0")
+    with pytest.raises(DatasetError, match="UTF-8 names only; rename it"), open_video(path):
+        pass
+    folder = tmp_path / os.fsdecode(b"\xe9")
+    with pytest.raises(DatasetError, match="UTF-8"), write_video(folder / "a.mp4", height=48, width=64, rate=10):
+        pass

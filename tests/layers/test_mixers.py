@@ -219,6 +219,16 @@ def test_a_training_step_in_a_cuda_graph(mixer):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mixer", [*ON_TOKENS, SS2D])
+def test_torch_func_on_cuda(mixer):
+    layer, x = on_gpu(mixer)
+    x, way, weight = x.float(), *torch.randn(2, *x.shape, device="cuda")
+    _, along = torch.func.jvp(lambda x: (layer(x) * weight).sum(), (x,), (way,))
+    gradient = torch.func.grad(lambda x: (layer(x) * weight).sum())(x)
+    torch.testing.assert_close(along, (gradient * way).sum(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("mixer", [BiMambaMixer, SS2D])
 def test_on_another_stream(mixer):
     layer, x = on_gpu(mixer)

@@ -126,3 +126,20 @@ def test_use_backend_is_heard_at_every_call():
     with use_backend("reference"):
         expected = scan()
     assert torch.equal(multi_scan(*tensors, orders="bidirectional", grid=(2, 3), backend="reference"), expected)
+
+
+def test_torch_func_is_served_by_torch(monkeypatch):
+    """On a GPU too: every operator asks what is in effect before it takes a kernel."""
+    seen = []
+
+    def note(x):
+        for asked in (None, "triton"):
+            monkeypatch.setattr(dispatch, "_chosen", [] if asked is None else [asked])
+            seen.append(dispatch.in_effect())
+        return x.sum()
+
+    monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
+    note(torch.ones(1))
+    torch.func.grad(note)(torch.ones(1))
+    torch.func.jvp(note, (torch.ones(1),), (torch.ones(1),))
+    assert seen == [None, "triton", "chunked", "triton", "chunked", "triton"]

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,15 @@ def test_runs_with_metrics_are_summarised_not_repeated(tmp_path, tool):
     assert code == 0, err
     row = next(line for line in out.splitlines() if "coco/bbox_mAP" in line)
     assert [cell.strip() for cell in row.split("│")[3:7]] == ["0.2500", "0.7500", "0.5000", "0.5000"]
+    assert "holds a run of amp None, not bf16: name another --out" in refusal(
+        tool("compare", DEBUG, "--seeds", 0, 3, "--out", tmp_path, "--amp", "bf16")
+    )
+
+
+def test_runs_of_one_name_are_refused(tmp_path, tool):
+    copy = tmp_path / Path(DEBUG).name
+    copy.write_text("")
+    assert "have one name, by which runs are told apart" in refusal(tool("compare", DEBUG, copy, "--out", tmp_path))
 
 
 def test_a_failed_run_names_its_log(tmp_path, tool, monkeypatch):

@@ -125,6 +125,12 @@ def test_side_by_side(restore, photos, tmp_path):
     assert np.array_equal(both[:, -56:], read_photo_file(tmp_path / "out" / "b.png").pixels)
 
 
+def test_a_comparison_takes_no_photos_name(restore, photos, tmp_path):
+    write(photos / "b_before_after.png")
+    line = refusal(restore(photos, "-o", tmp_path / "out", "--side-by-side"))
+    assert "b_before_after.png and the comparison of" in line and not (tmp_path / "out").exists()
+
+
 def test_enlarging(restore, photos, tmp_path):
     weights = save(tmp_path / "x2.safetensors", task="sr_x2", scale=2)
     code, _, err = restore(photos / "b.png", "-o", tmp_path / "b.png", "--task", "sr_x2", "--weights", weights)
