@@ -16,7 +16,7 @@ THIRD_PARTY = {  # of each layer, beside the standard library
     "ops": {"torch", "numpy"},
     "layers": {"torch", "numpy"},
     "backbones": {"torch", "numpy", "timm"},
-    "engine": {"torch", "torchvision", "numpy", "safetensors", "cv2", "tqdm"}
+    "engine": {"torch", "torchvision", "numpy", "safetensors", "cv2", "PIL", "tqdm"}
     | {"matplotlib"}  # comes with mmengine and mmdet
     | {"onnx", "onnxscript", "onnxruntime"}  # the extra "export"
     | OPENMMLAB,

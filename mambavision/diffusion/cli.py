@@ -81,7 +81,9 @@ def load_pipeline(
     elif trained_on.get("autoencoder"):
         raise ValueError(f"{path}: trained on latents: give their autoencoder too (--autoencoder)")
     names = trained_on.get("classes") if model.network.num_classes else None
-    return DiffusionPipeline(model.network, model.objective, loaded, names).to(chosen)
+    pipeline = DiffusionPipeline(model.network, model.objective, loaded, names)
+    pipeline.weights = Path(path)
+    return pipeline.to(chosen)
 
 
 def check_out_dir(out_dir: str | os.PathLike) -> None:
@@ -197,7 +199,8 @@ def _said(
     named = pipeline.class_names or range(pipeline.network.num_classes)
     classes = [{} if label is None else {"class": named[label]} for label in labels]
     samples = [{"seed": seed + i, **which} for i, which in enumerate(classes)]
-    return {**defaults, **{name: value for name, value in given.items() if value is not None}, "samples": samples}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"weights": pipeline.weights and str(pipeline.weights), **defaults, **given, "samples": samples}
 
 
 def _writers(writers: dict[str, Writer], rate: float) -> dict[str, Writer]:

@@ -60,6 +60,7 @@ class DiffusionPipeline:
     Attributes:
         device: Where the network is; see :meth:`to`.
         metadata: Of the weights file that it was loaded from.
+        weights: That file, or a folder or checkpoint; None of one that was made otherwise.
 
     Raises:
         ValueError: If autoencoder or class names do not fit the network.
@@ -84,6 +85,7 @@ class DiffusionPipeline:
         self.network, self.objective, self.autoencoder = network.eval(), objective, autoencoder
         self.class_names = None if class_names is None else list(class_names)
         self.metadata: dict[str, Any] = {}
+        self.weights: Path | None = None
         self._picture_bytes: dict[tuple, int] = {}  # measured, by what it depends on
 
     @property
@@ -114,8 +116,11 @@ class DiffusionPipeline:
         """Move to a device; returns itself.
 
         Raises:
+            ValueError: If asked for another dtype: the network stays fp32, ``precision`` is an argument of a call.
             MemoryError: If the weights do not fit.
         """
+        if isinstance(device, torch.dtype):
+            raise ValueError(f"{device}: the network stays in fp32; precision='bf16' of a call is autocast")
         device = torch.device(device)
         parts = [self.network] + ([] if self.autoencoder is None else [self.autoencoder])
         need = sum(p.numel() * p.element_size() for part in parts for p in part.parameters() if p.device != device)
@@ -159,7 +164,7 @@ class DiffusionPipeline:
         elif metadata.get("autoencoder"):
             raise ValueError(f"{path}: trained on latents: give their autoencoder too (--autoencoder)")
         pipeline = cls(network, objective, loaded, metadata["class_names"])
-        pipeline.metadata = metadata
+        pipeline.metadata, pipeline.weights = metadata, path
         return pipeline.to(chosen)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

@@ -320,6 +320,8 @@ def test_too_little_memory_says_what_is_needed(make_pipeline, monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda device: 100)
     with pytest.raises(MemoryError, match="the weights need 0.00 GB on meta, 0.00 GB are free"):
         pipeline.to("meta")
+    with pytest.raises(ValueError, match="stays in fp32; precision='bf16' of a call"):
+        pipeline.to(torch.bfloat16)
 
 
 def test_running_out_of_memory_is_said_in_one_line(make_pipeline):

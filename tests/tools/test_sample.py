@@ -49,7 +49,7 @@ def test_pictures_and_a_grid(sample, tmp_path):
     said = json.loads((tmp_path / "out" / "samples.json").read_text())
     assert said["samples"] == [{"seed": 5, "class": "fox"}, {"seed": 6, "class": "cat"}, {"seed": 7, "class": "fox"}]
     assert (said["guidance_scale"], said["num_inference_steps"]) == (2, 2)
-    assert (said["scheduler"], said["precision"]) == ("euler", "fp32")
+    assert (said["scheduler"], said["precision"]) == ("euler", "fp32") and said["weights"].endswith("weights")
 
 
 def test_same_pictures_again_and_whatever_the_batch(sample, tmp_path):
