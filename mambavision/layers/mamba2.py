@@ -159,7 +159,7 @@ class HydraMixer(nn.Module):
     def _before(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
         """What each token's predecessor reads from the scan, zeros for the first."""
         y = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, dt_bias=self.dt_bias, dt_softplus=True)
-        return F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
+        return F.pad(y, (0, 0, 0, 0, 1, -1))
 
 
 @torch.no_grad()

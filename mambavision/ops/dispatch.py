@@ -387,6 +387,12 @@ def _scan_like(x, delta, A, B, C, D, delta_bias, initial_state, order, delta_sof
     return y, x.new_empty(batch, *A.shape, dtype=torch.float32), _empty_starts(x, delta, A, keep, backend)
 
 
+def check_learns(backend: str) -> None:
+    """Raise RuntimeError in a program that chooses its backend when it runs, without regard to gradients."""
+    if backend == AUTOMATIC:
+        raise RuntimeError("an exported scan has no gradient: train the module that it was exported from")
+
+
 def _scan_backward(
     grad_y: Tensor | None,
     grad_state: Tensor | None,
@@ -405,6 +411,7 @@ def _scan_backward(
     merge: bool,
     backend: str,
 ) -> list[Tensor]:
+    check_learns(backend)
     inputs = (x, delta, A, B, C, D, delta_bias, initial_state)
     if grad_y is None:
         grad_y = _zeros(x, delta, merge)

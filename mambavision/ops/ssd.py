@@ -92,6 +92,8 @@ def ssd(
     options = (dt_softplus, bidirectional, diagonal == "scanned", chunk_size, return_last_state)
     if chosen == "reference":
         y, last = ssd_reference.ssd(*arguments, *options)
+    elif not plain and isinstance(x.shape[1], torch.SymInt) and torch.compiler.is_exporting():
+        y, last = torch.ops.mambavision.ssd(*arguments, *options, dispatch.AUTOMATIC)  # its chunks cannot be counted
     elif chosen == "chunked":
         y, last = ssd_chunked.ssd(*arguments, *options)
     elif not plain:
@@ -293,6 +295,12 @@ def _ssd(
 ) -> tuple[Tensor, Tensor]:
     tensors = (x, dt, A, B, C, D, dt_bias, initial_state)
     options = (dt_softplus, bidirectional, scanned_diagonal)
+    if backend == dispatch.AUTOMATIC:
+        backend = _choose(None, _asked(None), x.device.type, x.dtype, x.shape[-1], B.shape[-1], chunk_size, False)
+    if backend in ("reference", "chunked"):
+        run = {"reference": ssd_reference, "chunked": ssd_chunked}[backend].ssd
+        y, last = run(*tensors, *options, chunk_size, return_last_state)
+        return y.contiguous(), last if return_last_state else last[:, :0].clone()
     if backend == "cuda" and any(v is not None and v.requires_grad for v in tensors):
         ssd_cuda_backward.prepare(x, dt, B, D, initial_state, *options, return_last_state)
     return _kernel(backend).ssd(*tensors, *options, chunk_size, return_last_state)
@@ -304,7 +312,8 @@ def _ssd_like(
 ):  # fmt: skip
     batch, _, H, P = x.shape
     directions = 1 + bidirectional if return_last_state else 0
-    last = x.new_empty(batch, directions, H, P, B.shape[-1], dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    last = x.new_empty(batch, directions, H, P, B.shape[-1], dtype=dtype)
     return torch.empty_like(x, memory_format=torch.contiguous_format), last
 
 
@@ -325,6 +334,7 @@ def _ssd_backward(
     chunk_size: int | None,
     backend: str,
 ) -> list[Tensor]:
+    dispatch.check_learns(backend)
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state)
     grad_y = torch.zeros_like(x) if grad_y is None else grad_y
     grads = _kernel(backend, True).ssd_backward(

@@ -145,6 +145,16 @@ def test_forward_mode_is_reverse_modes(mixer):
 
 
 @pytest.mark.parametrize("mixer", ON_TOKENS)
+def test_exports_with_a_length_that_is_open(mixer):
+    torch.manual_seed(0)
+    layer, length = mixer(32).eval(), torch.export.Dim("length", min=1, max=4096)
+    program = torch.export.export(layer, (torch.randn(1, 40, 32),), dynamic_shapes=({1: length},)).module()
+    for size in (1, 40, 150):
+        x = torch.randn(1, size, 32)
+        torch.testing.assert_close(program(x), layer(x))
+
+
+@pytest.mark.parametrize("mixer", ON_TOKENS)
 def test_a_batch_of_none(mixer):
     x = torch.randn(0, 9, 32, requires_grad=True)
     y = mixer(32)(x)

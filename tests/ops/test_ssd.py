@@ -313,6 +313,33 @@ def test_export_of_a_module():
     torch.testing.assert_close(program.module()(tokens), mixer(tokens))
 
 
+def test_export_chooses_its_backend_where_it_runs():
+    torch.manual_seed(0)
+    mixer, tokens = Mixer().eval(), torch.randn(2, 70, 6)
+    length = torch.export.Dim("length", min=1, max=4096)
+    program = torch.export.export(mixer, (tokens,), dynamic_shapes=({1: length},)).module()
+    for size in (1, 64, 150):
+        tokens = torch.randn(2, size, 6)
+        expected = mixer(tokens)
+        torch.testing.assert_close(program(tokens), expected)
+        with use_backend("reference"):
+            torch.testing.assert_close(program(tokens), expected)
+    with pytest.raises(RuntimeError, match="an exported scan has no gradient: train the module"):
+        program(tokens).sum().backward()
+
+
+@pytest.mark.parametrize("return_last_state", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_opcheck_of_what_runs_in_torch(backend, return_last_state):
+    x, dt, A, B, C, D, _, dt_bias, state = (v.detach() for v in arguments(40, directions=2).values())
+    D = D.expand(2, 40, 4).contiguous()
+    with use_backend(backend):
+        torch.library.opcheck(
+            torch.ops.mambavision.ssd,
+            (x, dt, A, B, C, D, dt_bias, state, True, True, True, 16, return_last_state, "automatic"),
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("form", FORMS)
