@@ -11,7 +11,6 @@ import pytest
 import torch
 from mmdet.registry import DATASETS
 from mmengine.dataset import pseudo_collate, worker_init_fn
-from mmengine.registry import init_default_scope
 from PIL import Image
 
 from mambavision.detection.datasets import (
@@ -29,11 +28,6 @@ from tests.conftest import shared
 TRAIN = [{"type": "MosaicAffine", "size": 64}, {"type": "HSVGain"}, {"type": "RandomFlip", "prob": 0.5}]
 VAL = [{"type": "LoadPhoto"}, {"type": "LetterBox", "size": 64}, {"type": "LoadAnnotations", "with_bbox": True}]
 PACK = {"type": "PackDetInputs", "meta_keys": ("img_id", "ori_shape", "scale_factor", "pad_param", "instances")}
-
-
-@pytest.fixture(autouse=True)
-def mmdet_scope():
-    init_default_scope("mmdet")
 
 
 def coco(folder: Path, *, boxes=((10, 10, 20, 15),), count: int = 4, **changes) -> Path:

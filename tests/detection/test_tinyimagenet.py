@@ -12,7 +12,6 @@ from mmdet.evaluation import CocoMetric
 from mmdet.registry import DATASETS, HOOKS
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import init_default_scope
 
 from mambavision.detection import cli
 from mambavision.detection.tinyimagenet import TinyImageNetMosaic, _partition
@@ -158,7 +157,6 @@ def test_partition_covers_the_canvas_once():
 
 
 def test_in_a_pipeline_and_with_coco_metric(packed):
-    init_default_scope("mmdet")
     keys = ("img_id", "img_shape", "ori_shape", "scale_factor", "instances")
     data = DATASETS.build(
         {

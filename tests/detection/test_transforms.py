@@ -9,7 +9,6 @@ import pytest
 import torch
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
-from mmengine.registry import init_default_scope
 
 from mambavision.detection.datasets import Photo
 from mambavision.detection.transforms import HSVGain, LetterBox, LoadPhoto, MosaicAffine, RandomScaleTranslate, paste
@@ -214,6 +213,5 @@ def test_load_photo_from_file_and_array(tmp_path):
 
 
 def test_pipeline_builds_from_config():
-    init_default_scope("mmdet")
     transform = TRANSFORMS.build({"type": "MosaicAffine", "size": 64, "scale": (0.9, 1.1)})
     assert transform.affine.scale == (0.9, 1.1)
