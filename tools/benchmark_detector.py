@@ -69,9 +69,10 @@ def main() -> None:
     parser.add_argument("configs", nargs="+", metavar="CONFIG")
     parser.add_argument("--size", type=int, default=640, help="side of the square input, pixels")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each figure")
     args = parser.parse_args()
+    args.device = cli.choose_device(args.device)
     if args.device.type == "cpu":
         torch.set_num_threads(2)
     table = Table("config", "params M", "GFLOPs", *(f"images/s, batch {b}" for b in args.batch), "peak GB")

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, choices=[1, 3], default=3)
     parser.add_argument("--scale", type=int, choices=[1, 2, 3, 4, 8], default=1)
     parser.add_argument("--train", type=int, metavar="BATCH", help="also time training steps of so many pictures")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each figure")
     parser.add_argument("--once", action="store_true", help="time a single call instead")
     parser.add_argument("--csv", help="also write the figures to this file")
@@ -108,8 +108,7 @@ def main() -> None:
         check_file(args.csv, "--csv")
     if min(args.size) < 8 or (args.train is not None and args.train < 1) or args.seconds < 0:
         raise ValueError("--size takes 8 pixels or more, --train 1 picture or more, --seconds 0 or more")
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch sees no CUDA device: use --device cpu")
+    args.device = cli.choose_device(args.device)
     if args.device.type == "cpu":
         torch.set_num_threads(2)
     hardware = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU, 2 threads"

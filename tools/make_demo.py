@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from mambavision.engine import cli
+from mambavision.engine.files import check_folder
 
 CLASSES = ("Platelets", "RBC", "WBC")
 WIDTH, HEIGHT = 320, 240
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=24, help="training pictures (default 24)")
     parser.add_argument("--val", type=int, default=8, help="validation pictures (default 8)")
     args = parser.parse_args()
+    check_folder(args.out, "out")
     write_split(args.out, "train", args.train, seed=0)
     write_split(args.out, "val", args.val, seed=1)
 

@@ -297,13 +297,12 @@ def _ssd(
     options = (dt_softplus, bidirectional, scanned_diagonal)
     if backend == dispatch.AUTOMATIC:
         backend = _choose(None, _asked(None), x.device.type, x.dtype, x.shape[-1], B.shape[-1], chunk_size, False)
-    if backend in ("reference", "chunked"):
-        run = {"reference": ssd_reference, "chunked": ssd_chunked}[backend].ssd
-        y, last = run(*tensors, *options, chunk_size, return_last_state)
-        return y.contiguous(), last if return_last_state else last[:, :0].clone()
     if backend == "cuda" and any(v is not None and v.requires_grad for v in tensors):
         ssd_cuda_backward.prepare(x, dt, B, D, initial_state, *options, return_last_state)
-    return _kernel(backend).ssd(*tensors, *options, chunk_size, return_last_state)
+    y, last = _kernel(backend).ssd(*tensors, *options, chunk_size, return_last_state)
+    if backend in ("reference", "chunked"):  # of these y may be a view, and states are there unasked
+        y, last = y.contiguous(), last if return_last_state else last[:, :0].clone()
+    return y, last
 
 
 def _ssd_like(

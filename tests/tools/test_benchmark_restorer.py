@@ -51,3 +51,8 @@ def test_one_call_is_timed_where_asked():
 @pytest.mark.parametrize("options", [("--size", 0), ("--train", 0), ("--seconds", -1)])
 def test_figures_of_nothing_are_refused(tool, options):
     assert "--size takes 8 pixels or more" in refusal(tool("benchmark_restorer", *options))
+
+
+@pytest.mark.parametrize("name, options", [("benchmark_restorer", []), ("benchmark_detector", ["any.py"])])
+def test_a_device_that_is_none_is_refused(tool, name, options):
+    assert "device 'gpu' cannot be used: pass --device cpu" in refusal(tool(name, *options, "--device", "gpu"))
