@@ -1,11 +1,13 @@
 """Normalisation and gate after the scan in Triton, in one pass over each row forward and backward."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambavision.kernels.depthwise_triton import _activate, _contiguous, _slope
+from mambavision.kernels.depthwise_triton import _activate, _cdiv, _contiguous, _slope
 
 PROGRAMS = 1024  # of the backward; each walks over several tiles and writes partial sums
 ELEMENTS = 1024  # of a tile
@@ -189,6 +191,7 @@ def _flat(v: Tensor | None) -> Tensor | None:
     return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
 
 
+@functools.cache
 def _tile(D: int) -> dict[str, int]:
     """Rows of one tile where few lanes of it would idle, else of several."""
     width = max(32, triton.next_power_of_2(D))
@@ -196,7 +199,7 @@ def _tile(D: int) -> dict[str, int]:
         width = 512
     rows = max(1, ELEMENTS // triton.next_power_of_2(D))
     warps = max(1, min(16, rows * width // (256 if width >= D else 128)))
-    return {"TR": rows, "BD": width, "COUNT": triton.cdiv(D, width), "num_warps": warps}
+    return {"TR": rows, "BD": width, "COUNT": _cdiv(D, width), "num_warps": warps}
 
 
 def norm_gate(
@@ -213,7 +216,7 @@ def norm_gate(
     tile = _tile(D)
     if y.numel():
         with torch.cuda.device_of(x):
-            _gate_forward[(triton.cdiv(len(rows), tile["TR"]),)](
+            _gate_forward[(_cdiv(len(rows), tile["TR"]),)](
                 rows, gate, weight, bias, y, len(rows), D, rows.stride(0), 0 if gate is None else gate.stride(0), eps,
                 NORM=None if weight is None else norm, HAS_BIAS=bias is not None, GATE=z is not None,
                 ACTIVATION=activation, **tile,
@@ -239,7 +242,7 @@ def norm_gate_backward(
     if x.numel() == 0:
         return dx, dz, *(None if v is None else torch.zeros_like(v) for v in (weight, bias))
     tile = _tile(D)
-    programs = min(PROGRAMS, triton.cdiv(len(rows), tile["TR"]))
+    programs = min(PROGRAMS, _cdiv(len(rows), tile["TR"]))
     dw, db = (new(v, programs, D) for v in (weight, bias))
     with torch.cuda.device_of(x):
         _gate_backward[(programs,)](

@@ -31,20 +31,21 @@ struct Call {
     const float *initial, *gradient;  // (batch, directions, H, p, n) or null: initial state, gradient of the last state
     float *planes;                    // (8, batch, H, tiles TILE)
     bits16 *states;                   // (batch, tiles, H, KINDS, N, P): what enters each tile
-    char *dx, *ddt;                   // (batch, L, H, p), (batch, L, H)
-    char *dB, *dC;                    // (parts, batch, L, groups, n)
+    char *dx, *ddt;                   // (batch, L, H, p), (batch, L, H), tokens dx_row and ddt_row apart
+    char *dB, *dC;                    // (parts, batch, L, groups, n), tokens dBC_row apart
     float *dD, *dinitial;             // (batch, L, H), (batch, directions, H, p, n) or null
     float *dA, *dbias;                // (batch, tiles, H)
     View x_view, dy_view, B_view, C_view, dt_view, D_view;
+    i64 dx_row, ddt_row, dBC_row;                      // elements from a token's gradients to the next one's
     i64 batch, length, tiles, H, groups, parts, part;  // part: heads of a block
     int p, n, walked;                                  // p, n: widths in memory, multiples of 8
 };
 
 struct Sum {
     const float *dB_parts, *dC_parts, *dA_rows, *dbias_rows;  // (parts, inner), (rows, H)
-    unsigned *dB, *dC;                                        // pairs
+    unsigned *dB, *dC;  // pairs, `pairs` of a token and `row` from one to the next
     float *dA, *dbias;
-    i64 parts, inner, rows, H;
+    i64 parts, inner, rows, H, pairs, row;
 };
 
 // Planes of `decays`: log2-decay from the tile's left border through a token, through it to the right border, dt, D;
@@ -532,13 +533,13 @@ INLINE void finish(const Call &c, const Paths &paths, i64 b, i64 tile, i64 h) {
     float dA = 0.f, dbias = 0.f;
     const i64 token0 = tile * TILE + first;
     const int rows = (int)min(max(c.length - token0, 0LL), (i64)EACH);
-    char *const to = c.ddt + ((b * c.length + token0) * c.H + h) * (DT_TYPE ? 2 : 4);
+    char *const to = c.ddt + ((b * c.length + token0) * c.ddt_row + h) * (DT_TYPE ? 2 : 4);
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
         const float decay = from_left[j] + from_right[j];
         const float slope = SOFTPLUS ? softplus_slope(step.v[j]) : 1.f, grad = (unit.v[j] + A * decay) * slope;
         if (j < rows) {
-            encode<DT_TYPE>(to, j * c.H, grad);
+            encode<DT_TYPE>(to, j * c.ddt_row, grad);
             dA += decay * step.v[j], dbias += grad;
         }
     }
@@ -632,7 +633,7 @@ INLINE void gradients(const Call &c) {
         }
     }
 
-    bits16 *const dx_tile = (bits16 *)c.dx + (b * c.length + token0) * c.H * c.p;
+    bits16 *const dx_tile = (bits16 *)c.dx + (b * c.length + token0) * c.dx_row;
     constexpr int LAST = 2 * BLOCKS - 1;
     shared.dS[0][threadIdx.x] = shared.dS[1][threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
     float dS[LAST][2][4] = {}, dB[N / 16][2][4] = {}, dC[N / 16][2][4] = {};
@@ -782,7 +783,7 @@ INLINE void gradients(const Call &c) {
         const unsigned diagonal[4] = {HAS_D ? on_diagonal(at.planes[SKIP][own + g]) : 0, 0, 0,
                                       HAS_D ? on_diagonal(at.planes[SKIP][own + 8 + g]) : 0};
         const int row = own + row_of_lane(), column = opaque(threadIdx.x) % 4 / 2 * 8;
-        bits16 *const dx_to = dx_tile + h * c.p + (row * c.H * c.p + column);
+        bits16 *const dx_to = dx_tile + h * c.p + (row * c.dx_row + column);
 #pragma unroll
         for (int p = 0; p < P; p += 16) {
 #pragma unroll
@@ -885,7 +886,7 @@ INLINE void gradients(const Call &c) {
     for (int r = 0; r < 2; r++) {
         const int t = own + r * 8 + g;
         if (t >= rows) continue;
-        const i64 to = (((part * c.batch + b) * c.length + token0 + t) * c.groups + group) * c.n + 2 * q;
+        const i64 to = ((part * c.batch + b) * c.length + token0 + t) * c.dBC_row + group * c.n + 2 * q;
 #pragma unroll
         for (int e = 0; e < N / 8; e++) {
             if (e * 8 >= c.n) continue;
@@ -915,7 +916,7 @@ INLINE void sums(const Sum &c) {
             const float2 v = *(const float2 *)(in + j * c.inner + i * 2);
             total.x += v.x, total.y += v.y;
         }
-        out[i] = pack2<OPERAND>(total.x, total.y);
+        out[i / c.pairs * c.row + i % c.pairs] = pack2<OPERAND>(total.x, total.y);
         return;
     }
     __shared__ float partial[WARPS][33];

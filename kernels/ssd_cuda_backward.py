@@ -11,13 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.kernels import nvrtc
-from mambavision.kernels.ssd_cuda import _TYPES, _address, _asynchronous, _compilers, _near, _rows
+from mambavision.kernels.ssd_cuda import (
+    _TYPES,
+    _address,
+    _asynchronous,
+    _compilers,
+    _float,
+    _in_rows,
+    _is_near,
+    _near,
+    _rows,
+    _view,
+)
 
 WIDTH = 64  # headdim and d_state up to which a block's tiles fit into shared memory
 _SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("intrinsics.cuh", "ssd_backward.cu"))
 _POINTERS = struct.Struct("20P")
-_REST = struct.Struct("25q3i4x")  # the rest of ssd_backward.cu's Call: its views, its sizes
-_SUM = struct.Struct("8P4q")
+_REST = struct.Struct("28q3i4x")  # the rest of ssd_backward.cu's Call: its views, rows of gradients, sizes
+_SUM = struct.Struct("8P6q")
 _SMALL_THREADS = 256  # of `decays` and `sums`
 _WALK_THREADS = 128
 _PLANES = 8
@@ -142,18 +153,18 @@ class _Layout(NamedTuple):
 @functools.lru_cache(1024)
 def _layout(
     device: int,
-    shape: tuple[int, ...],
-    groups: int,
-    p: int,
-    n: int,
     plan: Plan,
-    dt_type: torch.dtype,
-    views: tuple[int, ...],
+    views: tuple[tuple | None, ...],
+    written: tuple[int, int, int],
     options: tuple[bool, bool, bool, bool, bool, bool],
 ) -> _Layout:
-    """``options`` as in ``_build``."""
-    built = _build(device, shape, groups, p, n, plan, dt_type, options)
-    (batch, length, H), (_, both, _, _, walked, _) = shape, options
+    """``views``: shape, strides and dtype of x, dy, B, C, dt and D; ``options`` as in ``_build``.
+
+    ``written``: elements between tokens in the gradients of x, of dt, and of B and C.
+    """
+    ((batch, length, H, p), *_), _, ((*_, groups, n), *_), _, (*_, dt_type), _ = views
+    built = _build(device, (batch, length, H), groups, p, n, plan, dt_type, options)
+    _, both, _, _, walked, _ = options
     tiles, parts, kinds = -(-length // plan.tile), -(-(H // groups) // plan.part), 2 + 2 * both
     padded, rows, inner = tiles * plan.tile, batch * tiles, batch * length * groups * n
     state = 2 * rows * H * kinds * _up(n, 16) * _up(p, 16) * walked
@@ -162,7 +173,10 @@ def _layout(
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + _up(size, 256))
-    rest = _REST.pack(*views, batch, length, tiles, H, groups, parts, plan.part, p, n, int(walked))
+    of_x, of_dt, of_BC = written
+    written = of_x, of_dt, groups * n if parts > 1 else of_BC
+    strides = (s for v in views for s in _strides(v))
+    rest = _REST.pack(*strides, *written, batch, length, tiles, H, groups, parts, plan.part, p, n, int(walked))
     launches = tuple((kernel.result(), *sizes) for kernel, *sizes in built.launches)
     sums, blocks = built.sums
     return _Layout(launches, (sums.result(), blocks), rest, tuple(offsets), parts, rows)
@@ -197,11 +211,25 @@ def prepare(
     _build(device, (batch, length, H), G, _up(P, 8), _up(N, 8), chosen, dt.dtype, options)
 
 
-def _view(v: Tensor | None) -> tuple[int, int, int]:
-    if v is None:
+def _strides(view: tuple | None) -> tuple[int, int, int]:
+    """In bytes, along batch, head and token."""
+    if view is None:
         return 0, 0, 0
-    batch, token, head = (s * v.element_size() for s in v.stride()[:3])
-    return batch, head, token
+    _, (batch, token, head, *_), dtype = view
+    return batch * dtype.itemsize, head * dtype.itemsize, token * dtype.itemsize
+
+
+def _views(*tensors: Tensor | None) -> tuple[tuple | None, ...]:
+    return tuple(None if v is None else _view(v) for v in tensors)
+
+
+@functools.lru_cache(4096)
+def _as_they_are(*views: tuple | None) -> bool:
+    """Whether x, dy, B, C, dt and D of these views need no copies, if the first four begin at multiples of 16 bytes."""
+    *rows, dt, D = views
+    whole = all(v[2] is torch.bfloat16 and v[0][-1] % 8 == 0 and _in_rows(*v) for v in rows)
+    near = all(v is None or _is_near(*v) for v in views)
+    return whole and near and (D is None or D[2] is torch.float32)
 
 
 def _states(v: Tensor | None, p: int, n: int) -> Tensor | None:
@@ -224,12 +252,15 @@ def ssd_backward(
     scanned_diagonal: bool,
     chunk_size: int | None,
     *,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     chosen: Plan | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D (batch, L, H), dt_bias and initial_state; None of what is None.
 
     For bfloat16 x, P and N up to ``WIDTH``. States are formed again, none are kept; ``chunk_size`` is not looked at.
-    ``chosen`` instead of :func:`plan`.
+    If given, and P and N are multiples of 8, ``out`` becomes the gradients of x, dt, B and C: channels of contiguous
+    tensors (batch, L, channels) that begin at multiples of 16 bytes, of B and C in the same. ``chosen`` instead of
+    :func:`plan`.
     """
     if x.dtype is not torch.bfloat16:
         raise ValueError(f"x must be bfloat16, got {str(x.dtype)[6:]}")
@@ -238,23 +269,30 @@ def ssd_backward(
     if x.numel() == 0 or B.numel() == 0:
         given = (x, dt, A, B, C, D, dt_bias, initial_state)
         return tuple(None if v is None else torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in given)
-    x, dy, keys, queries = (_rows(v, x.dtype) for v in (x, grad_y, B, C))
+    dy, keys, queries = grad_y, B, C
+    views = _views(x, dy, keys, queries, dt, D)
+    addresses = x.data_ptr() | dy.data_ptr() | keys.data_ptr() | queries.data_ptr()
+    if not _as_they_are(*views) or addresses % 16:
+        x, dy, keys, queries = (_rows(v, x.dtype) for v in (x, dy, keys, queries))
+        dt, D = _near(dt), None if D is None else _near(D.float())
+        views = _views(x, dy, keys, queries, dt, D)
     p, n = x.shape[-1], keys.shape[-1]
-    A, bias = A.float().contiguous(), None if dt_bias is None else dt_bias.float().contiguous()
-    dt, D = _near(dt), None if D is None else _near(D.float())
+    A, bias = _float(A), _float(dt_bias)
     initial, gradient = _states(initial_state, p, n), _states(grad_state, p, n)
     chosen = chosen or _planned(device, batch, length, H, G, P, N, bidirectional)
     ends = initial is not None
     walked = length > chosen.tile or ends or gradient is not None
-    views = sum((_view(v) for v in (x, dy, keys, queries, dt, D)), ())
     options = (dt_softplus, bidirectional, scanned_diagonal, D is not None, walked, ends)
-    layout = _layout(device, (batch, length, H), G, p, n, chosen, dt.dtype, views, options)
+    dx, ddt, dB, dC = (out if (p, n) == (P, N) else None) or (
+        torch.empty((batch, length, H, p), dtype=x.dtype, device=x.device),
+        torch.empty(dt.shape, dtype=dt.dtype, device=x.device),
+        *(torch.empty((batch, length, G, n), dtype=x.dtype, device=x.device) for _ in range(2)),
+    )
+    written = dx.stride(1), ddt.stride(1), dB.stride(1)
+    layout = _layout(device, chosen, views, written, options)
 
     scratch = torch.empty(layout.offsets[-1], dtype=torch.uint8, device=x.device)
     planes, states, dA_rows, dbias_rows, dB_parts, dC_parts = (scratch.data_ptr() + o for o in layout.offsets[:-1])
-    dx = torch.empty((batch, length, H, p), dtype=x.dtype, device=x.device)
-    dB, dC = (torch.empty((batch, length, G, n), dtype=x.dtype, device=x.device) for _ in range(2))
-    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
     dD = None if D is None else A.new_empty(dt.shape)
     dA, dbias = A.new_empty(H), A.new_empty(H)
     dinitial = None if initial is None else torch.empty_like(initial)
@@ -276,7 +314,8 @@ def ssd_backward(
     for kernel, blocks, threads in layout.launches:
         nvrtc.launch(kernel, blocks, threads, argument + layout.rest, device)
     addresses = (dB_parts, dC_parts, dA_rows, dbias_rows, dB.data_ptr(), dC.data_ptr(), dA.data_ptr(), dbias.data_ptr())
-    argument = _SUM.pack(*addresses, layout.parts, dB.numel(), layout.rows, H)
+    sizes = layout.parts, dB.numel(), layout.rows, H, G * n // 2, written[2] // 2
+    argument = _SUM.pack(*addresses, *sizes)
     nvrtc.launch(*layout.sums, _SMALL_THREADS, argument, device)
     if p != P:
         dx = dx[..., :P].contiguous()

@@ -91,9 +91,11 @@ def _kernels(projected: Tensor, parameters: tuple[Tensor, ...], P: int, N: int) 
 
 def _heads(xBC: Tensor, inner: int, H: int, G: int) -> tuple[Tensor, Tensor, Tensor]:
     """x (batch, L, H, P), B and C (batch, L, G, N), views of their channels."""
-    states = (xBC.shape[-1] - inner) // 2
+    batch, length, wide = xBC.shape
+    states = (wide - inner) // 2
     x, B, C = xBC.split((inner, states, states), -1)
-    return x.unflatten(-1, (H, -1)), B.unflatten(-1, (G, -1)), C.unflatten(-1, (G, -1))
+    B, C = (v.view(batch, length, G, states // G) for v in (B, C))
+    return x.view(batch, length, H, inner // H), B, C
 
 
 def _stencil(weight: Tensor, bias: Tensor, padding: str) -> tuple[Tensor, Tensor, list[int], bool, str]:
@@ -154,30 +156,23 @@ def _conv_ssd_backward(
 ) -> list[Tensor]:
     (batch, length, _), H, inner, wide = projected.shape, len(A), len(norm_weight), len(conv_weight)
     used = inner + wide + H
-    dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
+    dprojected, dxBC = torch.empty_like(projected, memory_format=torch.contiguous_format), torch.empty_like(xBC)
     dprojected[..., used:] = 0
-    (z, _, dt), (dz, _, to_dt) = (v[..., :used].split((inner, wide, H), -1) for v in (projected, dprojected))
+    (z, before, dt), (dz, dbefore, to_dt) = (v[..., :used].split((inner, wide, H), -1) for v in (projected, dprojected))
     dy, _, dnorm, _ = _gate_kernel().norm_gate_backward(grad, y, z, norm_weight, None, "silu", eps, "gated_rms", dz=dz)
-    x, B, C = _heads(xBC, inner, H, ngroups)
-    dy, D_each = dy.view(x.shape), D.expand(batch, length, H)
-    options = (None, True, bidirectional, True, None)
+    (x, B, C), (to_x, *to_BC) = (_heads(v, inner, H, ngroups) for v in (xBC, dxBC))
+    out = (to_x, to_dt, *to_BC)
     dx, ddt, dA, dB, dC, dD, dbias, _ = _ssd_kernel(backend, True).ssd_backward(
-        dy, None, x, dt, A, B, C, D_each, dt_bias, *options
+        dy.view(x.shape), None, x, dt, A, B, C, D.expand(batch, length, H), dt_bias, None, True, bidirectional, True,
+        None, **({"out": out} if backend == "cuda" else {}),
+    )  # fmt: skip
+    for to, v in zip(out, (dx, ddt, dB, dC), strict=True):
+        if v is not to:
+            to.copy_(v)
+    _, dweight, db = _conv_kernel().conv_backward(
+        dxBC[:, :, None], before[:, :, None], *_stencil(conv_weight, conv_bias, padding), dx=dbefore[:, :, None]
     )
-    to_dt.copy_(ddt)
-    first, of_weight, of_bias = inner, [], []
-    for part in (dx, dB, dC):
-        part = part.flatten(-2)[:, :, None]
-        last = first + part.shape[-1]
-        at, own = slice(first, last), slice(first - inner, last - inner)
-        stencil = _stencil(conv_weight[own], conv_bias[own], padding)
-        before, to = projected[..., None, at], dprojected[..., None, at]
-        _, dweight, db = _conv_kernel().conv_backward(part, before, *stencil, dx=to)
-        of_weight.append(dweight)
-        of_bias.append(db)
-        first = last
-    dweight = torch.cat(of_weight).view(conv_weight.shape)
-    grads = (dprojected, dweight, torch.cat(of_bias), dA, dD.sum((0, 1)), dbias, dnorm)
+    grads = (dprojected, dweight.view(conv_weight.shape), db, dA, dD.sum((0, 1)), dbias, dnorm)
     inputs = (projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight)
     return [g.to(v.dtype) for g, v in zip(grads, inputs, strict=True)]
 

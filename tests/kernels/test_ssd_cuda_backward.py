@@ -165,6 +165,23 @@ def test_nothing_unwritten_comes_back(emulator, monkeypatch):
     check(Case(130, "sum", 2, 24, 16, dtype="bf16", options=False), Plan(64, 1, 2))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_are_written_where_they_are_wanted(emulator, parts):
+    args, grad_y, _ = inputs(Case(70, "sum", 4, 16, 8, 2, dtype="bf16", options=False))
+    (batch, length, H, P), (_, _, G, N) = args["x"].shape, args["B"].shape
+    rest = (False, True, True, None)
+    expected = ssd_backward(grad_y, None, *args.values(), *rest, chosen=Plan(64, H // G // parts, 2))
+    wide = torch.full((batch, length, H * P + 2 * G * N + 8), 7.0, dtype=torch.bfloat16)
+    dt = torch.full((batch, length, H + 3), 7.0, dtype=args["dt"].dtype)
+    dx, dB, dC, beside = wide.split((H * P, G * N, G * N, 8), -1)
+    out = (dx.unflatten(-1, (H, P)), dt[..., 3:], *(v.unflatten(-1, (G, N)) for v in (dB, dC)))
+    grads = ssd_backward(grad_y, None, *args.values(), *rest, out=out, chosen=Plan(64, H // G // parts, 2))
+    assert all(grads[i] is v for i, v in zip((0, 1, 3, 4), out, strict=True))
+    for actual, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+    assert (beside == 7).all() and (dt[..., :3] == 7).all()
+
+
 def test_an_empty_batch(emulator):
     args, grad_y, _ = inputs(Case(5, "sum", dtype="bf16", options=False))
     empty = [v if v is None or name == "A" else v[:0] for name, v in args.items()]

@@ -79,9 +79,9 @@ def test_one_operator_is_three_under_the_interpreter():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("length", [197, 1024])
-def test_one_operator_is_three_on_cuda(backend, length):
-    shape = dict(batch=2, length=length, H=6, P=64, G=1, N=64, k=3, spare=2)
+@pytest.mark.parametrize("length, P, G, N", [(197, 64, 1, 64), (1024, 64, 1, 64), (197, 16, 2, 24), (70, 12, 1, 16)])
+def test_one_operator_is_three_on_cuda(backend, length, P, G, N):
+    shape = dict(batch=2, length=length, H=6, P=P, G=G, N=N, k=3, spare=2)
     wrong = wrong_gradients(backend, "cuda", torch.bfloat16, 2e-2, shape, True, "same")
     assert not wrong
 
