@@ -67,7 +67,7 @@ def conv_ssd(
     options = (ngroups, padding, bidirectional, eps)
     if (backend := _kernels(projected, parameters, inner // H, states // ngroups)) is not None:
         return torch.ops.mambavision.conv_ssd(projected, *parameters, *options, backend)[0]
-    z, xBC, dt = projected[..., : inner + wide + H].split((inner, wide, H), -1)
+    z, xBC, dt, _ = _parts(projected, inner, wide, H)
     xBC = depthwise_conv(xBC, conv_weight, conv_bias, padding=padding, activation="silu")
     x, B, C = _heads(xBC, inner, H, ngroups)
     y = ssd(x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=True, bidirectional=bidirectional)
@@ -98,11 +98,16 @@ def _heads(xBC: Tensor, inner: int, H: int, G: int) -> tuple[Tensor, Tensor, Ten
     return x.view(batch, length, H, inner // H), B, C
 
 
+def _parts(projected: Tensor, inner: int, wide: int, H: int) -> tuple[Tensor, ...]:
+    """z, what is convolved, dt, and the columns beyond."""
+    return projected.split((inner, wide, H, projected.shape[-1] - inner - wide - H), -1)
+
+
 def _stencil(weight: Tensor, bias: Tensor, padding: str) -> tuple[Tensor, Tensor, list[int], bool, str]:
     """The kernels' arguments: a sequence is an image one pixel wide."""
     k = weight.shape[-1]
     pad = [k // 2 if padding == "same" else k - 1, 0]
-    return weight[:, 0, :, None], bias, pad, padding == "future", "silu"
+    return weight.view(len(weight), k, 1), bias, pad, padding == "future", "silu"
 
 
 def _conv_ssd(
@@ -120,8 +125,8 @@ def _conv_ssd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, length, _), H, inner = projected.shape, len(A), len(norm_weight)
-    z, xBC, dt = projected[..., : inner + len(conv_weight) + H].split((inner, len(conv_weight), H), -1)
-    xBC = _conv_kernel().conv(xBC[:, :, None], *_stencil(conv_weight, conv_bias, padding))[:, :, 0]
+    z, xBC, dt, _ = _parts(projected, inner, len(conv_weight), H)
+    xBC = _conv_kernel().conv(xBC.unsqueeze(2), *_stencil(conv_weight, conv_bias, padding)).squeeze(2)
     x, B, C = _heads(xBC, inner, H, ngroups)
     D = D.expand(batch, length, H)
     y, _ = _ssd_kernel(backend).ssd(x, dt, A, B, C, D, dt_bias, None, True, bidirectional, True, None, False)
@@ -155,10 +160,10 @@ def _conv_ssd_backward(
     backend: str,
 ) -> list[Tensor]:
     (batch, length, _), H, inner, wide = projected.shape, len(A), len(norm_weight), len(conv_weight)
-    used = inner + wide + H
     dprojected, dxBC = torch.empty_like(projected, memory_format=torch.contiguous_format), torch.empty_like(xBC)
-    dprojected[..., used:] = 0
-    (z, before, dt), (dz, dbefore, to_dt) = (v[..., :used].split((inner, wide, H), -1) for v in (projected, dprojected))
+    (z, before, dt, _), (dz, dbefore, to_dt, beyond) = (_parts(v, inner, wide, H) for v in (projected, dprojected))
+    if beyond.shape[-1]:
+        beyond.zero_()
     dy, _, dnorm, _ = _gate_kernel().norm_gate_backward(grad, y, z, norm_weight, None, "silu", eps, "gated_rms", dz=dz)
     (x, B, C), (to_x, *to_BC) = (_heads(v, inner, H, ngroups) for v in (xBC, dxBC))
     out = (to_x, to_dt, *to_BC)
@@ -170,7 +175,7 @@ def _conv_ssd_backward(
         if v is not to:
             to.copy_(v)
     _, dweight, db = _conv_kernel().conv_backward(
-        dxBC[:, :, None], before[:, :, None], *_stencil(conv_weight, conv_bias, padding), dx=dbefore[:, :, None]
+        dxBC.unsqueeze(2), before.unsqueeze(2), *_stencil(conv_weight, conv_bias, padding), dx=dbefore.unsqueeze(2)
     )
     grads = (dprojected, dweight.view(conv_weight.shape), db, dA, dD.sum((0, 1)), dbias, dnorm)
     inputs = (projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight)
