@@ -81,7 +81,7 @@ def load_pipeline(
     elif trained_on.get("autoencoder"):
         raise ValueError(f"{path}: trained on latents: give their autoencoder too (--autoencoder)")
     names = trained_on.get("classes") if model.network.num_classes else None
-    pipeline = DiffusionPipeline(model.network, model.objective, loaded, names)
+    pipeline = DiffusionPipeline(model.network, model.objective, loaded, names, guidable=model.class_dropout > 0)
     pipeline.weights = Path(path)
     return pipeline.to(chosen)
 

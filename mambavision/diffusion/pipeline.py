@@ -56,6 +56,7 @@ class DiffusionPipeline:
         objective: What it was trained for.
         autoencoder: Decodes its samples where they are latents; of clips frame by frame.
         class_names: Of its classes.
+        guidable: Whether it was trained without its classes too (``class_dropout``), which guidance needs.
 
     Attributes:
         device: Where the network is; see :meth:`to`.
@@ -72,6 +73,7 @@ class DiffusionPipeline:
         objective: Objective,
         autoencoder: AutoencoderKL | None = None,
         class_names: Sequence[str] | None = None,
+        guidable: bool = True,
     ) -> None:
         if class_names is not None and len(class_names) != network.num_classes:
             raise ValueError(f"{len(class_names)} class names are given for a network of {network.num_classes} classes")
@@ -84,6 +86,7 @@ class DiffusionPipeline:
             raise ValueError(f"the network makes latents of {network.in_channels} channels: give their autoencoder too")
         self.network, self.objective, self.autoencoder = network.eval(), objective, autoencoder
         self.class_names = None if class_names is None else list(class_names)
+        self.guidable = guidable and network.num_classes > 0
         self.metadata: dict[str, Any] = {}
         self.weights: Path | None = None
         self._picture_bytes: dict[tuple, int] = {}  # measured, by what it depends on
@@ -105,7 +108,7 @@ class DiffusionPipeline:
     @property
     def default_guidance(self) -> float:
         """1.5 of pictures with classes; 1, which is none, of those without, and of clips: there it was not measured."""
-        return GUIDANCE if self.network.num_classes and not self.makes_video else 1.0
+        return GUIDANCE if self.guidable and not self.makes_video else 1.0
 
     @property
     def default_scheduler(self) -> Scheduler:
@@ -163,7 +166,7 @@ class DiffusionPipeline:
             latents.check_made_latents(loaded, metadata.get("autoencoder"), path)
         elif metadata.get("autoencoder"):
             raise ValueError(f"{path}: trained on latents: give their autoencoder too (--autoencoder)")
-        pipeline = cls(network, objective, loaded, metadata["class_names"])
+        pipeline = cls(network, objective, loaded, metadata["class_names"], metadata.get("class_dropout") != "0")
         pipeline.metadata, pipeline.weights = metadata, path
         return pipeline.to(chosen)
 
@@ -176,6 +179,7 @@ class DiffusionPipeline:
         check_folder(folder, "folder")
         Path(folder).mkdir(parents=True, exist_ok=True)
         said = {name: self.metadata[name] for name in ("training_data", "trained_by") if name in self.metadata}
+        said |= weight_files.class_dropout(self.network, self.guidable)
         if self.autoencoder is not None:
             said["autoencoder"] = latents.fingerprint(self.autoencoder)
         weight_files.save(
@@ -268,6 +272,11 @@ class DiffusionPipeline:
         guided = guidance_scale != 1.0
         if guided and not self.network.num_classes:
             raise ValueError(f"guidance {guidance_scale:g} needs a network with classes, this one has none: leave it 1")
+        if guided and not self.guidable:
+            raise ValueError(
+                f"guidance {guidance_scale:g} needs a network that was trained without classes too, this one had "
+                "class_dropout=0: leave it 1"
+            )
         if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= NUM_STEPS:
             raise ValueError(f"{num_inference_steps} steps cannot be taken: 1 to {NUM_STEPS} can")
         precision = precision or self.default_precision

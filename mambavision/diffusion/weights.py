@@ -53,6 +53,11 @@ def save(
     weights.save_published(net.state_dict(), path, fields, precision=precision)
 
 
+def class_dropout(net: nn.Module, guidable: bool) -> dict[str, str]:
+    """What a file's metadata says of a network that was trained with its classes alone; of others nothing."""
+    return {"class_dropout": "0"} if net.num_classes and not guidable else {}
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Objective, dict[str, Any]]:
     """Rebuild network and objective from a file of :func:`save`; and the file's metadata.
 

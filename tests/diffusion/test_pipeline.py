@@ -122,6 +122,20 @@ def test_classes_of_pictures_guide_unless_told_otherwise(make_pipeline):
     assert make_pipeline(size=(3, 8, 8)).default_guidance == 1.0  # clips
 
 
+def test_a_network_that_always_saw_its_classes_is_not_guided(make_pipeline, tmp_path):
+    network = make_pipeline().network
+    pipeline = DiffusionPipeline(network, RectifiedFlow(), class_names=["cat", "dog", "fox"], guidable=False)
+    pipeline.save_pretrained(tmp_path / "saved")
+    make_pipeline().save_pretrained(tmp_path / "guidable")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert pipeline.default_guidance == again.default_guidance == 1.0
+    assert DiffusionPipeline.from_pretrained(tmp_path / "guidable", device="cpu").default_guidance == 1.5
+    options = dict(seeds=[1], **QUIET)
+    assert torch.equal(again([0], **options).images, pipeline([0], guidance_scale=1.0, **options).images)
+    with pytest.raises(ValueError, match="guidance 2 needs a network that was trained without classes too"):
+        again([0], guidance_scale=2.0, **options)
+
+
 @pytest.mark.parametrize(("objective", "kind"), [(EpsilonPrediction(), "ddpm"), (RectifiedFlow(), "heun")])
 @pytest.mark.parametrize("make", [dim_debug, dit_debug])
 def test_a_picture_is_the_same_whatever_the_batch(make, objective, kind):

@@ -189,7 +189,7 @@ def test_latents_from_photos_to_samples(tmp_path, tool):
     config = tmp_path / "latents.py"
     config.write_text(
         f"_base_ = {str(CONFIG)!r}\n"
-        "model = dict(network=dict(input_size=(8, 8), in_channels=4, num_classes=2))\n"
+        "model = dict(class_dropout=0, network=dict(input_size=(8, 8), in_channels=4, num_classes=2))\n"
         f"held_out = dict(_delete_=True, type='LatentShards', root={str(latents)!r})\n"
         "train_dataloader = dict(dataset=held_out, batch_size=4)\n"
         "val_dataloader = dict(dataset=dict(dataset=held_out))\n"
@@ -211,7 +211,11 @@ def test_latents_from_photos_to_samples(tmp_path, tool):
     for command in (sample, [*by_checkpoint, "--out-dir", tmp_path / "again"]):
         line = refusal(tool(*command, "--overwrite", "--autoencoder", tmp_path / "other"))
         assert "was trained on latents of another autoencoder" in line
-    assert tool(*by_checkpoint, "--out-dir", tmp_path / "again", "--autoencoder", AUTOENCODER)[0] == 0
+    by_checkpoint += ["--out-dir", tmp_path / "again", "--autoencoder", AUTOENCODER]
+    assert tool(*by_checkpoint)[0] == 0
+    for command in (by_checkpoint, [*sample, "--autoencoder", AUTOENCODER]):
+        line = refusal(tool(*command, "--overwrite", "--guidance", 2))
+        assert "guidance 2 needs a network that was trained without classes too" in line
 
 
 def test_wall_time_ends_a_run(tmp_path, tool):
