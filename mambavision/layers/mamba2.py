@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambavision.layers.ssm import check_channels_last
+from mambavision.layers.ssm import check_channels_last, check_sizes
 from mambavision.ops import Padding, conv_ssd, depthwise_conv, norm_gate, ssd
 
 
@@ -26,7 +26,7 @@ class Mamba2Mixer(nn.Module):
         headdim: P, channels that share a decay.
         ngroups: G, groups of heads that share B and C.
 
-    Raises ValueError where heads do not divide the channels, or groups the heads.
+    Raises ValueError where heads do not divide the channels, or groups the heads, or sizes are below 1.
     """
 
     padding: Padding = "past"
@@ -44,6 +44,7 @@ class Mamba2Mixer(nn.Module):
     ) -> None:
         super().__init__()
         d_inner = int(expand * d_model)
+        check_sizes(d_inner=d_inner, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
         nheads = d_inner // headdim
         if d_inner % headdim or nheads % ngroups:
             raise ValueError(f"{d_inner} channels cannot be heads of {headdim} in {ngroups} groups of as many heads")
@@ -125,6 +126,7 @@ class HydraMixer(nn.Module):
     ) -> None:
         super().__init__()
         d_inner = int(expand * d_model)
+        check_sizes(d_inner=d_inner, d_state=d_state, d_conv=d_conv, headdim=headdim)
         nheads = d_inner // headdim
         if d_inner % headdim:
             raise ValueError(f"{d_inner} channels cannot be heads of {headdim}")

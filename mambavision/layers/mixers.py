@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambavision.layers.ssm import SSMInit, check_channels_last, init_mamba, ssm_scan, two_linear
+from mambavision.layers.ssm import SSMInit, check_channels_last, check_sizes, init_mamba, ssm_scan, two_linear
 from mambavision.ops import depthwise_conv, norm_gate
 
 
@@ -25,6 +25,8 @@ class MambaMixer(nn.Module):
         dt_rank: R; None is ceil(d_model / 16).
         conv_bias, bias: whether the convolution and the two outer projections have a bias.
         init: sets A_log, D and dt_proj.
+
+    Raises ValueError for sizes below 1.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class MambaMixer(nn.Module):
         super().__init__()
         d_inner = int(expand * d_model)
         dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        check_sizes(d_model=d_model, d_inner=d_inner, dt_rank=dt_rank, d_state=d_state, d_conv=d_conv)
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias)
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=conv_bias)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)

@@ -4,7 +4,15 @@ import math
 
 from torch import Tensor, nn
 
-from mambavision.layers.ssm import Orders, SelectiveSSM, SSMInit, check_channels_last, init_mamba, two_linear
+from mambavision.layers.ssm import (
+    Orders,
+    SelectiveSSM,
+    SSMInit,
+    check_channels_last,
+    check_sizes,
+    init_mamba,
+    two_linear,
+)
 from mambavision.ops import Activation, depthwise_conv, norm_gate
 
 
@@ -32,6 +40,8 @@ class SS2D(SelectiveSSM):
         act_layer: activation of x and z.
         orders: K scan orders, see :class:`SelectiveSSM`.
         init: sets A_logs, Ds, dt_projs_weight and dt_projs_bias.
+
+    Raises ValueError for sizes below 1.
     """
 
     def __init__(
@@ -49,6 +59,7 @@ class SS2D(SelectiveSSM):
         orders: Orders = "cross",
         init: SSMInit = init_mamba,
     ) -> None:
+        check_sizes(d_model=d_model, d_conv=d_conv)
         d_inner = int(expand * d_model)
         dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         super().__init__(d_inner, dt_rank, d_state=d_state, orders=orders, init=init)

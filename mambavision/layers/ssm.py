@@ -99,6 +99,13 @@ def check_channels_last(x: Tensor, layout: Literal["(B, L, C)", "(B, H, W, C)"],
         raise ValueError(f"the input must be channels-last {layout} with C = {channels}, got {tuple(x.shape)}")
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError if one of a layer's sizes, by name, is not 1 or more."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
 def two_linear(x: Tensor, projection: nn.Linear) -> tuple[Tensor, Tensor]:
     """The two halves of projection(x), as two products: the gradients of the halves need not be copied together."""
     weights = projection.weight.chunk(2)
@@ -124,6 +131,8 @@ class SelectiveSSM(nn.Module):
         orders: K scan orders as :func:`mambavision.ops.multi_scan` takes them: "unidirectional", "bidirectional",
             "cross", or a sequence of K names or permutations.
         init: sets A_log, D and the projection to delta, for instance :func:`init_mamba`.
+
+    Raises ValueError for sizes below 1.
     """
 
     def __init__(
@@ -136,6 +145,7 @@ class SelectiveSSM(nn.Module):
         init: SSMInit = init_mamba,
     ) -> None:
         super().__init__()
+        check_sizes(d_inner=d_inner, dt_rank=dt_rank, d_state=d_state)
         num_scans = _count(orders)
         self.orders = orders
         self.x_proj_weight = nn.Parameter(torch.empty(num_scans, dt_rank + 2 * d_state, d_inner))

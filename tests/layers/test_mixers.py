@@ -185,6 +185,19 @@ def test_other_layouts_are_refused(mixer):
             layer(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("mixer", [MambaMixer, BiMambaMixer, SS2D, Mamba2Mixer, BiMamba2Mixer, HydraMixer])
+@pytest.mark.parametrize("wrong", ["d_model", "d_state", "d_conv"])
+def test_sizes_below_one_are_refused(mixer, wrong):
+    with pytest.raises(ValueError, match="(d_inner|d_model|d_state|d_conv) must be at least 1, got 0"):
+        mixer(**{"d_model": 64, wrong: 0})
+
+
+@pytest.mark.parametrize(("mixer", "wrong"), [(SS2D, "dt_rank"), (Mamba2Mixer, "headdim"), (Mamba2Mixer, "ngroups")])
+def test_other_sizes_below_one_are_refused(mixer, wrong):
+    with pytest.raises(ValueError, match=f"{wrong} must be at least 1, got -1"):
+        mixer(64, **{wrong: -1})
+
+
 def test_lengths_stay_dynamic_when_compiled_or_exported():
     module, x = SS2D(8).eval(), torch.randn(2, 5, 6, 8)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
