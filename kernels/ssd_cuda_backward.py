@@ -258,9 +258,11 @@ def ssd_backward(
     """Gradients of x, dt, A, B, C, D (batch, L, H), dt_bias and initial_state; None of what is None.
 
     For bfloat16 x, P and N up to ``WIDTH``. States are formed again, none are kept; ``chunk_size`` is not looked at.
-    If given, and P and N are multiples of 8, ``out`` becomes the gradients of x, dt, B and C: channels of contiguous
-    tensors (batch, L, channels) that begin at multiples of 16 bytes, of B and C in the same. ``chosen`` instead of
-    :func:`plan`.
+    ``chosen`` instead of :func:`plan`.
+
+    If P and N are multiples of 8 and no input is empty, the gradients of x, dt, B and C are written to ``out``, if given:
+    dtypes of x and dt; (batch, L, channels) slices of contiguous tensors. x's begins at a multiple of 16 bytes and its
+    tokens are that apart; those of B and C begin at multiples of 4 bytes, their tokens as far apart as each other's.
     """
     if x.dtype is not torch.bfloat16:
         raise ValueError(f"x must be bfloat16, got {str(x.dtype)[6:]}")

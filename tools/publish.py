@@ -60,7 +60,8 @@ def publish_diffusion(cfg: Config, args: argparse.Namespace) -> str:
     trained_on = checkpoint.get("meta", {}).get("dataset_meta", {})
     names = trained_on.get("classes") if network.num_classes else None
     said = {"training_data": args.data, "trained_by": args.config}
-    said |= diffusion_weights.class_dropout(network, model.class_dropout > 0)
+    guidable = diffusion_weights.guidable(cfg.model, checkpoint, args.checkpoint)
+    said |= diffusion_weights.class_dropout(network, guidable)
     if "autoencoder" in trained_on:
         said["autoencoder"] = trained_on["autoencoder"]
     options = dict(objective=objective, class_names=names, metadata=said, precision=args.precision)

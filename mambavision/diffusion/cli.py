@@ -81,7 +81,8 @@ def load_pipeline(
     elif trained_on.get("autoencoder"):
         raise ValueError(f"{path}: trained on latents: give their autoencoder too (--autoencoder)")
     names = trained_on.get("classes") if model.network.num_classes else None
-    pipeline = DiffusionPipeline(model.network, model.objective, loaded, names, guidable=model.class_dropout > 0)
+    guidable = weights.guidable(cfg.model, checkpoint, path)
+    pipeline = DiffusionPipeline(model.network, model.objective, loaded, names, guidable)
     pipeline.weights = Path(path)
     return pipeline.to(chosen)
 

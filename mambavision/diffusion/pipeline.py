@@ -107,7 +107,7 @@ class DiffusionPipeline:
 
     @property
     def default_guidance(self) -> float:
-        """1.5 of pictures with classes; 1, which is none, of those without, and of clips: there it was not measured."""
+        """1.5 of pictures with classes that can be guided; 1, which is none, of others, and of clips: not measured there."""
         return GUIDANCE if self.guidable and not self.makes_video else 1.0
 
     @property

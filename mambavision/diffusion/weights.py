@@ -53,6 +53,16 @@ def save(
     weights.save_published(net.state_dict(), path, fields, precision=precision)
 
 
+def guidable(model: Mapping[str, Any], checkpoint: Mapping[str, Any], path: str | Path) -> bool:
+    """Whether weights were trained without classes too, as guidance needs; arguments as of :func:`check_trained_as`.
+
+    What the file does not say, the config does.
+    """
+    if Path(path).suffix == ".safetensors":
+        return read_metadata(path).get("class_dropout") != "0"
+    return (_trained_model(checkpoint) or model).get("class_dropout") != 0
+
+
 def class_dropout(net: nn.Module, guidable: bool) -> dict[str, str]:
     """What a file's metadata says of a network that was trained with its classes alone; of others nothing."""
     return {"class_dropout": "0"} if net.num_classes and not guidable else {}

@@ -44,7 +44,8 @@ class Mamba2Mixer(nn.Module):
     ) -> None:
         super().__init__()
         d_inner = int(expand * d_model)
-        check_sizes(d_inner=d_inner, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
+        sizes = {"d_state": d_state, "d_conv": d_conv, "headdim": headdim, "ngroups": ngroups}
+        check_sizes(d_model=d_model, d_inner=d_inner, **sizes)
         nheads = d_inner // headdim
         if d_inner % headdim or nheads % ngroups:
             raise ValueError(f"{d_inner} channels cannot be heads of {headdim} in {ngroups} groups of as many heads")
@@ -126,7 +127,7 @@ class HydraMixer(nn.Module):
     ) -> None:
         super().__init__()
         d_inner = int(expand * d_model)
-        check_sizes(d_inner=d_inner, d_state=d_state, d_conv=d_conv, headdim=headdim)
+        check_sizes(d_model=d_model, d_inner=d_inner, d_state=d_state, d_conv=d_conv, headdim=headdim)
         nheads = d_inner // headdim
         if d_inner % headdim:
             raise ValueError(f"{d_inner} channels cannot be heads of {headdim}")

@@ -189,14 +189,14 @@ def test_latents_from_photos_to_samples(tmp_path, tool):
     config = tmp_path / "latents.py"
     config.write_text(
         f"_base_ = {str(CONFIG)!r}\n"
-        "model = dict(class_dropout=0, network=dict(input_size=(8, 8), in_channels=4, num_classes=2))\n"
+        "model = dict(network=dict(input_size=(8, 8), in_channels=4, num_classes=2))\n"
         f"held_out = dict(_delete_=True, type='LatentShards', root={str(latents)!r})\n"
         "train_dataloader = dict(dataset=held_out, batch_size=4)\n"
         "val_dataloader = dict(dataset=dict(dataset=held_out))\n"
         "test_dataloader = dict(dataset=dict(dataset=held_out))\n"
         "train_cfg = dict(max_iters=6, val_interval=3)\n"
     )
-    code, _, err = tool("train", config, "--work-dir", work, *SEED)
+    code, _, err = tool("train", config, "--work-dir", work, *SEED, "--cfg-options", "model.class_dropout=0")
     assert code == 0 and len(losses(work)) == 6, err
     published, out = tmp_path / "w.safetensors", ("--out-dir", tmp_path / "out")
     assert tool("publish", work / "iter_6.pth", published, "--config", config)[0] == 0
