@@ -260,9 +260,9 @@ def ssd_backward(
     For bfloat16 x, P and N up to ``WIDTH``. States are formed again, none are kept; ``chunk_size`` is not looked at.
     ``chosen`` instead of :func:`plan`.
 
-    If P and N are multiples of 8 and no input is empty, the gradients of x, dt, B and C are written to ``out``, if given:
-    dtypes of x and dt; (batch, L, channels) slices of contiguous tensors. x's begins at a multiple of 16 bytes and its
-    tokens are that apart; those of B and C begin at multiples of 4 bytes, their tokens as far apart as each other's.
+    The gradients of x, dt, B and C are written to ``out``, if given, where P and N are multiples of 8 and no input is
+    empty: dtypes of x and dt; (batch, L, channels) slices of contiguous tensors. x's begins at a multiple of 16 bytes
+    and its tokens are multiples of 16 apart; those of B and C begin at multiples of 4 bytes, their tokens alike.
     """
     if x.dtype is not torch.bfloat16:
         raise ValueError(f"x must be bfloat16, got {str(x.dtype)[6:]}")

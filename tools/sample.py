@@ -32,7 +32,10 @@ def main() -> None:
     parser.add_argument("--out-dir", required=True, help="folder for the files")
     classes_help = "names or indices, repeated in turn (default: all classes in turn)"
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help=classes_help)
-    guidance_help = f"of the class; 1 is none, and half the work (default: {GUIDANCE:g} of pictures with classes, if training left them out at times)"
+    guidance_help = (
+        f"of the class; 1 is none, and half the work (default: {GUIDANCE:g} of pictures with classes, where training "
+        "left them out at times)"
+    )
     parser.add_argument("--guidance", type=float, help=guidance_help)
     parser.add_argument("--video", action="store_true", help="sample clips: default weights are those for video")
     parser.add_argument("--weights", help="weights file or folder (default: what comes with this project)")

@@ -107,7 +107,7 @@ class DiffusionPipeline:
 
     @property
     def default_guidance(self) -> float:
-        """1.5 of pictures with classes that can be guided; 1, which is none, of others, and of clips: not measured there."""
+        """1.5 of pictures with classes, where guidable; 1 (none) of others, and of clips, where it was not measured."""
         return GUIDANCE if self.guidable and not self.makes_video else 1.0
 
     @property
