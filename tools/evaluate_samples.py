@@ -17,14 +17,13 @@ none but those by Inception's weights of 2015 is an FID.
 
 import argparse
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from mambavision.diffusion import evaluation
 from mambavision.diffusion.features import find_features, load_features, over_frames
-from mambavision.diffusion.metrics import FeatureSet
+from mambavision.diffusion.metrics import UNREADABLE, FeatureSet
 from mambavision.engine.cli import choose_device, run
 from mambavision.engine.files import atomic_path, check_file
 
@@ -35,7 +34,7 @@ def is_feature_file(path: Path) -> bool:
     try:
         with np.load(path, allow_pickle=False) as file:
             return "mean" in file
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except UNREADABLE:
         return False
 
 
@@ -58,6 +57,8 @@ def main() -> None:
     for path, option in ((args.out, "--out"), (args.save_reference, "--save-reference")):
         if path is not None:
             check_file(path, option)
+            if path.exists() and any(v and v.exists() and path.samefile(v) for v in (args.samples, args.reference)):
+                raise ValueError(f"{option} {path}: this is what is to be compared; name another file")
     if args.save_reference is not None and args.save_reference.suffix != ".npz":
         raise ValueError(f"--save-reference {args.save_reference}: features are written as .npz; name such a file")
     if args.batch_size < 1 or (args.num is not None and args.num < 2):

@@ -77,6 +77,17 @@ def _millions(network) -> str:
     return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
 
 
+def read_metrics(path: str) -> dict[str, float]:
+    """Numbers by name, as tools/test.py --out writes them."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, int | float) for value in found.values()):
+        raise ValueError(f"--metrics {path}: not a JSON file that tools/test.py --out wrote")
+    return found
+
+
 def card(what: str, args: argparse.Namespace) -> str:
     """The model card: what, how trained, measured how, data, limits; only what is known."""
     checkpoint = read_checkpoint(args.checkpoint)
@@ -86,7 +97,7 @@ def card(what: str, args: argparse.Namespace) -> str:
     lines += [f"- **Trained here**, published {datetime.date.today()}: {', '.join(made)}{averaged}."]
     lines[-1] += f" {args.hardware}." if args.hardware else ""
     if args.metrics:
-        found = json.loads(Path(args.metrics).read_text())
+        found = read_metrics(args.metrics)
         measures = list(dict.fromkeys(name.rpartition("/")[2] for name in found))
         sets = list(dict.fromkeys(name.rpartition("/")[0] for name in found))
         lines += [f"- **Measured** with `python tools/test.py {args.config} {args.out}`:", ""]
@@ -120,6 +131,8 @@ def main() -> None:
         raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
     if args.metrics and not Path(args.metrics).is_file():
         raise FileNotFoundError(f"no metrics at {args.metrics}")
+    if args.metrics:
+        read_metrics(args.metrics)
     cfg = runs.read_config(args.config)
     publish = {"detection": publish_detector, "restoration": publish_restorer, "diffusion": publish_diffusion}
     what = publish[runs.task_of(args)](cfg, args)

@@ -147,7 +147,7 @@ def sample_files(
         class_labels: As a pipeline's.
         save: What to write.
         rate: Frames a second of clips.
-        overwrite: Replace files that are there already; single ones of more samples before are removed.
+        overwrite: Replace files that are there already; what else a run before wrote is removed.
         options: More arguments of :meth:`DiffusionPipeline.batches`.
 
     Returns:
@@ -178,9 +178,9 @@ def sample_files(
             grid = outputs.make_grid(samples)
             for suffix, write in writers.items():
                 write(Path(out_dir, f"grid{suffix}"), grid)
-        if overwrite and "single" in save and Path(out_dir, "samples.json").is_file():  # of a longer run before
+        if overwrite and Path(out_dir, "samples.json").is_file():  # of a run before, which this one's will not describe
             for path in Path(out_dir).iterdir():
-                if re.fullmatch(r"\d{5}", path.stem) and path.suffix in writers and path not in targets:
+                if re.fullmatch(r"(\d{5,}|grid)\.(png|gif|mp4)|samples\.npz", path.name) and path not in targets:
                     path.unlink()
         with atomic_path(Path(out_dir, "samples.json")) as temporary:
             temporary.write_text(json.dumps(_said(pipeline, labels, seed, options), indent=1) + "\n")

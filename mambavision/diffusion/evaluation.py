@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from mambavision.diffusion import register as register  # configs name data sets
 from mambavision.diffusion.datasets import FrameSet, ImageArchive, ImageFolder, Item, VideoFolder
 from mambavision.diffusion.features import FeatureExtractor, extract
-from mambavision.diffusion.metrics import FeatureSet, frechet_distance, kernel_distance
+from mambavision.diffusion.metrics import UNREADABLE, FeatureSet, frechet_distance, kernel_distance
 from mambavision.engine.photos import DatasetError, find_photos, first_size
 from mambavision.engine.runs import read_config
 
@@ -38,7 +37,7 @@ class SampleArchive(FrameSet):
         try:
             with np.load(path, allow_pickle=False) as file:
                 self._samples = file["arr_0"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise DatasetError(f"{path}: not an .npz file of samples, or a damaged one ({error})") from error
         shape = self._samples.shape
         if self._samples.dtype != np.uint8 or len(shape) not in (4, 5) or shape[-1] not in (1, 3) or not shape[0]:

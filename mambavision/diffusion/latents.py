@@ -42,9 +42,14 @@ def load_autoencoder(path: Root) -> AutoencoderKL:
     if not Path(path, "config.json").is_file():
         raise FileNotFoundError(f"{path}: no folder of an autoencoder, which holds config.json and its weights")
     try:
-        return AutoencoderKL.from_pretrained(path, local_files_only=True, use_safetensors=True).eval()
+        autoencoder, said = AutoencoderKL.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: not an AutoencoderKL with safetensors weights ({error})") from error
+    if missing := said["missing_keys"]:  # diffusers would leave them random
+        raise ValueError(f"{path}: its weights lack {len(missing)} tensors of the autoencoder, first {missing[0]}")
+    return autoencoder.eval()
 
 
 @torch.no_grad()
@@ -133,10 +138,11 @@ def cache_latents(
 
 
 def _digest(dataset: FrameSet) -> str:
-    """What tells the files of a data set from others: their names and sizes."""
+    """What tells the files of a data set from others: their names and sizes; of a folder of frames, its files'."""
     paths = list(map(Path, getattr(dataset, "paths", ())))
     root = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    found = [(os.path.relpath(path, root), path.stat().st_size) for path in paths]
+    files = (file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]))
+    found = [(os.path.relpath(file, root), file.stat().st_size if file.exists() else None) for file in files]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 

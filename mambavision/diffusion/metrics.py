@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from mambavision.engine.files import atomic_path
 from mambavision.engine.photos import DatasetError
+
+# what numpy raises at a file that is no .npz, or a damaged one
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class FeatureSet:
                 features = torch.from_numpy(file["features"]).float() if "features" in file else None
                 size = tuple(map(int, file["size"])) if "size" in file else None
                 count, extractor, source = int(file["count"]), str(file["extractor"]), str(file["source"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise DatasetError(f"{path}: no file of features, or a damaged one ({error})") from error
         return cls(extractor, source, count, mean, covariance, features, size)
 

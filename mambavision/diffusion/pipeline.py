@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
@@ -32,6 +31,7 @@ Precision = Literal["fp32", "bf16"]
 OutputType = Literal["pil", "np", "pt"]
 NETWORK_FILE, AUTOENCODER_FOLDER = "network.safetensors", "autoencoder"
 MOST_AT_ONCE = 64  # pictures of a batch, unless more are asked for
+MOST_GUIDANCE, MUCH_GUIDANCE = 1000, 20
 GUIDANCE = 1.5  # of classes of pictures: far nearer to real ones than none, for the weights that come with the project
 _SHARE = 0.8  # of the free memory that a batch may take: its need is measured on one picture
 
@@ -119,12 +119,15 @@ class DiffusionPipeline:
         """Move to a device; returns itself.
 
         Raises:
-            ValueError: If asked for another dtype: the network stays fp32, ``precision`` is an argument of a call.
+            ValueError: If there is no such device, or if asked for another dtype: the network stays fp32, ``precision``
+                is an argument of a call.
             MemoryError: If the weights do not fit.
         """
         if isinstance(device, torch.dtype):
             raise ValueError(f"{device}: the network stays in fp32; precision='bf16' of a call is autocast")
         device = torch.device(device)
+        if device.type == "cuda":
+            device = choose_device(str(device))
         parts = [self.network] + ([] if self.autoencoder is None else [self.autoencoder])
         need = sum(p.numel() * p.element_size() for part in parts for p in part.parameters() if p.device != device)
         if need > (free := free_memory(device)):
@@ -159,7 +162,7 @@ class DiffusionPipeline:
         if path.is_dir() and not (path / NETWORK_FILE).is_file():
             raise FileNotFoundError(f"{path}: there is no {NETWORK_FILE} in this folder; save_pretrained makes one")
         network, objective, metadata = weight_files.load(path / NETWORK_FILE if path.is_dir() else path)
-        if autoencoder is None and (path / AUTOENCODER_FOLDER).is_dir():
+        if autoencoder is None and metadata.get("autoencoder") and (path / AUTOENCODER_FOLDER).is_dir():
             autoencoder = path / AUTOENCODER_FOLDER
         loaded = None if autoencoder is None else latents.load_autoencoder(autoencoder)
         if loaded is not None:
@@ -267,8 +270,8 @@ class DiffusionPipeline:
         guidance_scale = self.default_guidance if guidance_scale is None else guidance_scale
         if not isinstance(guidance_scale, Real):
             raise ValueError(f"guidance is a number, got {guidance_scale!r}")
-        if not 0 <= guidance_scale < math.inf:
-            raise ValueError(f"guidance {guidance_scale:g} must be at least 0, and finite; 1 is none")
+        if not 0 <= guidance_scale <= MOST_GUIDANCE:
+            raise ValueError(f"guidance {guidance_scale} must be at least 0, and at most {MOST_GUIDANCE}; 1 is none")
         guided = guidance_scale != 1.0
         if guided and not self.network.num_classes:
             raise ValueError(f"guidance {guidance_scale:g} needs a network with classes, this one has none: leave it 1")
@@ -282,8 +285,8 @@ class DiffusionPipeline:
         precision = precision or self.default_precision
         if precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"a batch of {batch_size} cannot be sampled: at least 1")
+        if batch_size is not None and not _is_count(batch_size):
+            raise ValueError(f"a batch of {batch_size!r} cannot be sampled: a whole number, at least 1")
         scheduler = scheduler or self.default_scheduler
         chosen = self.objective.scheduler(scheduler, clip_sample=self.autoencoder is None)
         if scheduler == "ddim" and NUM_STEPS % num_inference_steps:  # diffusers' would go to 1000 // n steps earlier
@@ -304,8 +307,8 @@ class DiffusionPipeline:
         Raises:
             ValueError: If there is no such class, or none is asked for.
         """
-        if num is not None and num < 1:
-            raise ValueError(f"{num} samples are asked for: at least 1")
+        if num is not None and not _is_count(num):
+            raise ValueError(f"{num!r} samples are asked for: a whole number, at least 1")
         if isinstance(class_labels, Tensor):
             class_labels = class_labels.tolist()
         if not self.network.num_classes:
@@ -432,6 +435,8 @@ class DiffusionPipeline:
             ) from error
         if not images.isfinite().all():
             advice = "; try fp32" if precision != "fp32" else ": the weights are broken"
+            if guidance > MUCH_GUIDANCE:
+                advice = f"; try a guidance of less than {guidance:g}"
             raise ValueError(f"the network gives values that are not finite in {precision}{advice}")
         return (images / 2 + 0.5).clamp(0, 1).cpu()
 
@@ -450,6 +455,10 @@ class DiffusionPipeline:
         return x if self.autoencoder is None else latents.decode(self.autoencoder, x).float()
 
 
+def _is_count(n: object) -> bool:
+    return isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
+
+
 def _sources(
     num: int, seeds: Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> list[int] | list[torch.Generator]:
@@ -457,7 +466,9 @@ def _sources(
     if seeds is not None and generator is not None:
         raise ValueError("seeds and generator are given: pass one of them")
     if generator is not None and not isinstance(generator, torch.Generator):
-        drawn = list(generator)
+        drawn = list(generator) if isinstance(generator, Iterable) else [generator]
+        if not all(isinstance(v, torch.Generator) for v in drawn):
+            raise ValueError(f"generator is a torch.Generator, or one for each sample, got {generator!r}")
         if len(drawn) != num:
             raise ValueError(f"{len(drawn)} generators are given for {num} samples: pass one for each, or a single one")
         return drawn

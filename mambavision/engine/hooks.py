@@ -284,6 +284,8 @@ class ResumedRunHook(Hook):
 class LossCurveHook(Hook):
     """Write ``loss_curve.csv`` and ``loss_curve.png`` into the work directory, anew after every epoch and validation.
 
+    The table is also written with every checkpoint, so that a run that goes on from it finds its rows.
+
     A row of the table is a mean over ``interval`` iterations (iter, epoch, lr, losses) or, with its metrics filled in,
     one validation. A resumed run drops the rows past its checkpoint and goes on in the same table.
 
@@ -349,7 +351,18 @@ class LossCurveHook(Hook):
             self.rows.append({"iter": runner.iter, "epoch": runner.epoch, **numbers})
             self._write(Path(runner.work_dir))
 
+    @master_only
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Write the table."""
+        self._write_table(Path(runner.work_dir))
+
     def _write(self, folder: Path) -> None:
+        if self.rows:
+            self._write_table(folder)
+            with atomic_path(folder / "loss_curve.png") as temporary:
+                self._draw(temporary)
+
+    def _write_table(self, folder: Path) -> None:
         if not self.rows:
             return
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
@@ -357,8 +370,6 @@ class LossCurveHook(Hook):
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        with atomic_path(folder / "loss_curve.png") as temporary:
-            self._draw(temporary)
 
     def _draw(self, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from mambavision.diffusion import latents
 from mambavision.diffusion.batches import NoisyBatches
-from mambavision.diffusion.datasets import ImageFolder
+from mambavision.diffusion.datasets import ImageFolder, VideoFolder
 from mambavision.diffusion.latents import LatentShards, cache_latents, decode, encode, load_autoencoder
 from mambavision.engine.photos import DatasetError
 from tests.diffusion.drawn import Drawn
@@ -112,6 +113,36 @@ def test_latents_of_other_photos_of_the_same_number_are_refused(tiny_autoencoder
         cache_latents(ImageFolder(tmp_path / folder, (16, 16)), tiny_autoencoder, tmp_path / "out")
     with pytest.raises(ValueError, match="holds latents of another set"):
         cache_latents(ImageFolder(tmp_path / "b", (16, 16)), tiny_autoencoder, tmp_path / "out")
+
+
+def test_latents_of_a_folder_whose_frames_changed_are_refused(tiny_autoencoder, tmp_path):
+    folder = tmp_path / "videos" / "one"
+    folder.mkdir(parents=True)
+    for count in (2, 3):
+        for i in range(count):
+            cv2.imwrite(str(folder / f"{i}.png"), np.full((16, 16), i, np.uint8))
+        videos = VideoFolder(tmp_path / "videos", (2, 16, 16))
+        if count == 2:
+            cache_latents(videos, tiny_autoencoder, tmp_path / "out")
+    with pytest.raises(ValueError, match="holds latents of another set"):
+        cache_latents(videos, tiny_autoencoder, tmp_path / "out")
+
+
+def test_a_photo_that_is_not_there_is_left_out(tiny_autoencoder, tmp_path):
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(str(tmp_path / "in" / "a.png"), np.full((16, 16), 9, np.uint8))
+    (tmp_path / "in" / "b.png").symlink_to(tmp_path / "nowhere.png")
+    (left_out,) = cache_latents(ImageFolder(tmp_path / "in", (16, 16)), tiny_autoencoder, tmp_path / "out")
+    assert "b.png" in left_out
+
+
+def test_an_autoencoder_that_lacks_tensors_is_refused(tiny_autoencoder, tmp_path):
+    tiny_autoencoder.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: v for name, v in tensors.items() if not name.startswith("decoder.conv_in")}, path)
+    with pytest.raises(ValueError, match=r"lack 2 tensors of the autoencoder, first decoder\.conv_in"):
+        load_autoencoder(tmp_path)
 
 
 def test_what_does_not_fit_is_refused(autoencoder, tmp_path):

@@ -273,6 +273,33 @@ def test_latents_are_decoded(size, tiny_autoencoder, make_pipeline, tmp_path):
         DiffusionPipeline(untrained().network, RectifiedFlow(), autoencoder=tiny_autoencoder)
 
 
+def test_an_autoencoder_of_a_pipeline_before_is_not_taken(tiny_autoencoder, tmp_path):
+    network = untrained().network
+    DiffusionPipeline(untrained_network(size=(4, 4), in_channels=4), RectifiedFlow(), tiny_autoencoder).save_pretrained(
+        tmp_path
+    )
+    DiffusionPipeline(network, RectifiedFlow()).save_pretrained(tmp_path)
+    assert DiffusionPipeline.from_pretrained(tmp_path, device="cpu").autoencoder is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num="3"), "'3' samples are asked for: a whole number"),
+        (dict(num=2.5), "2.5 samples are asked for"),
+        (dict(batch_size="2"), "a batch of '2' cannot be sampled: a whole number"),
+        (dict(batch_size=2.5), "a batch of 2.5 cannot"),
+        (dict(generator=5), "generator is a torch.Generator, or one for each sample, got 5"),
+        (dict(num=2, generator=[torch.Generator(), None]), "generator is a torch.Generator"),
+        (dict(guidance_scale=1e39), r"guidance 1e\+39 must be at least 0, and at most 1000"),
+        (dict(guidance_scale=10**400), "guidance 10{400} must be"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(make_pipeline, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline()(**options, **QUIET)
+
+
 def test_latents_are_scaled_for_the_autoencoder(tiny_autoencoder):
     class Constant(nn.Module):
         input_size, in_channels, num_classes = (4, 4), 4, 0

@@ -136,6 +136,17 @@ def test_loss_curve_goes_on_in_the_same_table_after_a_resume(tmp_path: Path):
     assert (tmp_path / "loss_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_checkpoint_before_the_first_validation_has_its_rows(tmp_path: Path):
+    runner = build(tmp_path, 2)
+    hook = LossCurveHook(interval=1)
+    runner.register_hook(hook)
+    runner.train()
+    (tmp_path / "loss_curve.csv").unlink()
+    runner.save_checkpoint(str(tmp_path), "again.pth", by_epoch=False)
+    with open(tmp_path / "loss_curve.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(hook.rows) > 8
+
+
 @pytest.mark.parametrize("hook", [DeferredRuntimeInfoHook, LossCurveHook])
 def test_bad_intervals_are_refused(hook: type[Hook]):
     with pytest.raises(ValueError, match="interval=0"):

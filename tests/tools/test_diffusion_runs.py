@@ -164,6 +164,10 @@ def test_evaluation_of_checkpoint_and_published_weights(whole, tmp_path, tool):
     assert "held_out/loss" in text
 
     published = tmp_path / "w.safetensors"
+    (tmp_path / "list.json").write_text("[1]")
+    for wrong in (tmp_path / "list.json", checkpoint):
+        line = refusal(tool("publish", checkpoint, published, "--config", config, "--metrics", wrong))
+        assert f"--metrics {wrong}: not a JSON file that tools/test.py --out wrote" in line and not published.exists()
     arguments = ["--config", config, "--metrics", tmp_path / "a.json", "--data", "noise", "--cannot", "fly"]
     code, _, err = tool("publish", checkpoint, published, *arguments)
     assert code == 0, err

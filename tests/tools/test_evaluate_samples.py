@@ -140,6 +140,36 @@ def test_bad_input_is_refused_in_one_line(evaluate, tmp_path, own_features):
     assert "no features of images in" in refusal(evaluate(good, "--reference", good))
 
 
+def test_what_is_compared_is_not_overwritten(evaluate, tmp_path):
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", arr_0=noise(12))
+    before = (tmp_path / "b.npz").read_bytes()
+    for option, name in (("--save-reference", "b"), ("--save-reference", "a"), ("--out", "b")):
+        arguments = (tmp_path / "a.npz", "--reference", tmp_path / "b.npz", option, tmp_path / f"{name}.npz")
+        assert f"{name}.npz: this is what is to be compared; name another file" in refusal(evaluate(*arguments))
+    assert (tmp_path / "b.npz").read_bytes() == before
+
+
+def test_damaged_and_misnamed_files_are_refused_in_one_line(evaluate, tmp_path):
+    good = tmp_path / "good.npz"
+    np.savez(good, arr_0=noise(12))
+    np.savez_compressed(tmp_path / "damaged.npz", arr_0=noise(12))
+    data = bytearray((tmp_path / "damaged.npz").read_bytes())
+    data[300:700] = bytes(400)
+    (tmp_path / "damaged.npz").write_bytes(data)
+    np.save(tmp_path / "array.npy", noise(12))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    for name in ("damaged", "array"):
+        for samples, reference in ((tmp_path / f"{name}.npz", good), (good, tmp_path / f"{name}.npz")):
+            line = refusal(evaluate(samples, "--reference", reference))
+            assert f"{name}.npz: not an .npz file of samples, or a damaged one" in line
+    assert evaluate(good, "--reference", good, "--save-reference", tmp_path / "kept.npz")[0] == 0
+    data = bytearray((tmp_path / "kept.npz").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
+    (tmp_path / "kept.npz").write_bytes(data)
+    assert "kept.npz: " in refusal(evaluate(good, "--reference", tmp_path / "kept.npz"))
+
+
 def test_the_grid_of_a_folder_of_samples_is_no_sample(evaluate, tmp_path):
     folder = save_pictures(tmp_path / "reference", noise(5))
     cv2.imwrite(str(folder / "grid.png"), noise(1, size=(50, 50))[0])

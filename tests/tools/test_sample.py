@@ -146,8 +146,8 @@ def test_a_training_checkpoint_with_its_config(sample, tmp_path, monkeypatch, ca
         (["--classes", "cow"], "there is no class 'cow': classes are cat, dog, fox"),
         (["--steps", 0], "0 steps cannot be taken: 1 to 1000 can"),
         (["--num", 0], "0 samples are asked for"),
-        (["--guidance", -1], "guidance -1 must be at least 0"),
-        (["--guidance", "inf"], "guidance inf must be at least 0, and finite"),
+        (["--guidance", -1], "guidance -1.0 must be at least 0"),
+        (["--guidance", "inf"], "guidance inf must be at least 0, and at most 1000"),
         (["--seed", 2**64], "seed 18446744073709551616 is out of range: 64 bits hold"),
         (["--batch-size", 0], "a batch of 0"),
         (["--scheduler", "ddim"], "scheduler 'ddim' cannot sample a RectifiedFlow; those that can: euler"),
@@ -215,6 +215,14 @@ def test_too_little_memory_says_what_is_needed(sample, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 10**9)
     line = refusal(sample())
     assert "one 8x8 picture needs about 1.00 GB on cpu, 1.00 GB are free" in line and not (tmp_path / "out").exists()
+
+
+def test_files_that_a_new_run_does_not_write_are_removed(sample, tmp_path):
+    assert sample("--save", "grid", "single", "npz")[0] == 0
+    for name in ("00001.gif", "grid.mp4"):  # of clips
+        (tmp_path / "out" / name).touch()
+    assert sample("--num", 1, "--save", "single", "--overwrite")[0] == 0
+    assert written(tmp_path / "out") == ["00000.png", "samples.json"]
 
 
 def test_single_files_of_more_samples_before_are_removed(sample, tmp_path):
