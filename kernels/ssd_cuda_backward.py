@@ -155,12 +155,12 @@ def _layout(
     device: int,
     plan: Plan,
     views: tuple[tuple | None, ...],
-    written: tuple[int, int, int],
+    token_strides: tuple[int, int, int],
     options: tuple[bool, bool, bool, bool, bool, bool],
 ) -> _Layout:
     """``views``: shape, strides and dtype of x, dy, B, C, dt and D; ``options`` as in ``_build``.
 
-    ``written``: elements between tokens in the gradients of x, of dt, and of B and C.
+    ``token_strides``: in elements, of the gradients of x, of dt, and of B and C.
     """
     ((batch, length, H, p), *_), _, ((*_, groups, n), *_), _, (*_, dt_type), _ = views
     built = _build(device, (batch, length, H), groups, p, n, plan, dt_type, options)
@@ -173,10 +173,9 @@ def _layout(
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + _up(size, 256))
-    of_x, of_dt, of_BC = written
-    written = of_x, of_dt, groups * n if parts > 1 else of_BC
-    strides = (s for v in views for s in _strides(v))
-    rest = _REST.pack(*strides, *written, batch, length, tiles, H, groups, parts, plan.part, p, n, int(walked))
+    of_x, of_dt, of_BC = token_strides
+    strides = *(s for v in views for s in _strides(v)), of_x, of_dt, groups * n if parts > 1 else of_BC
+    rest = _REST.pack(*strides, batch, length, tiles, H, groups, parts, plan.part, p, n, int(walked))
     launches = tuple((kernel.result(), *sizes) for kernel, *sizes in built.launches)
     sums, blocks = built.sums
     return _Layout(launches, (sums.result(), blocks), rest, tuple(offsets), parts, rows)
@@ -290,8 +289,8 @@ def ssd_backward(
         torch.empty(dt.shape, dtype=dt.dtype, device=x.device),
         *(torch.empty((batch, length, G, n), dtype=x.dtype, device=x.device) for _ in range(2)),
     )
-    written = dx.stride(1), ddt.stride(1), dB.stride(1)
-    layout = _layout(device, chosen, views, written, options)
+    token_strides = dx.stride(1), ddt.stride(1), dB.stride(1)
+    layout = _layout(device, chosen, views, token_strides, options)
 
     scratch = torch.empty(layout.offsets[-1], dtype=torch.uint8, device=x.device)
     planes, states, dA_rows, dbias_rows, dB_parts, dC_parts = (scratch.data_ptr() + o for o in layout.offsets[:-1])
@@ -316,7 +315,7 @@ def ssd_backward(
     for kernel, blocks, threads in layout.launches:
         nvrtc.launch(kernel, blocks, threads, argument + layout.rest, device)
     addresses = (dB_parts, dC_parts, dA_rows, dbias_rows, dB.data_ptr(), dC.data_ptr(), dA.data_ptr(), dbias.data_ptr())
-    sizes = layout.parts, dB.numel(), layout.rows, H, G * n // 2, written[2] // 2
+    sizes = layout.parts, dB.numel(), layout.rows, H, G * n // 2, token_strides[2] // 2
     argument = _SUM.pack(*addresses, *sizes)
     nvrtc.launch(*layout.sums, _SMALL_THREADS, argument, device)
     if p != P:

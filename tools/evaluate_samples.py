@@ -57,8 +57,9 @@ def main() -> None:
     for path, option in ((args.out, "--out"), (args.save_reference, "--save-reference")):
         if path is not None:
             check_file(path, option)
-            if path.exists() and any(v and v.exists() and path.samefile(v) for v in (args.samples, args.reference)):
-                raise ValueError(f"{option} {path}: this is what is to be compared; name another file")
+            read = [v for v in (args.samples, args.reference, args.features) if v is not None and v.exists()]
+            if path.exists() and any(map(path.samefile, read)):
+                raise ValueError(f"{option} {path}: this file is to be read; name another")
     if args.save_reference is not None and args.save_reference.suffix != ".npz":
         raise ValueError(f"--save-reference {args.save_reference}: features are written as .npz; name such a file")
     if args.batch_size < 1 or (args.num is not None and args.num < 2):

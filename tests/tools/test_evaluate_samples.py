@@ -146,7 +146,7 @@ def test_what_is_compared_is_not_overwritten(evaluate, tmp_path):
     before = (tmp_path / "b.npz").read_bytes()
     for option, name in (("--save-reference", "b"), ("--save-reference", "a"), ("--out", "b")):
         arguments = (tmp_path / "a.npz", "--reference", tmp_path / "b.npz", option, tmp_path / f"{name}.npz")
-        assert f"{name}.npz: this is what is to be compared; name another file" in refusal(evaluate(*arguments))
+        assert f"{name}.npz: this file is to be read; name another" in refusal(evaluate(*arguments))
     assert (tmp_path / "b.npz").read_bytes() == before
 
 
