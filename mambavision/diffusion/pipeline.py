@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from mambavision.diffusion import weights as weight_files
 from mambavision.diffusion.objectives import NUM_STEPS, Objective, Scheduler
 from mambavision.diffusion.outputs import to_pil
 from mambavision.engine.cli import choose_device
+from mambavision.engine.cuda_graphs import CudaGraphs
 from mambavision.engine.files import check_folder
 from mambavision.engine.memory import free_memory, is_out_of_memory, measure_peak
 
@@ -51,6 +53,8 @@ class VideoOutput(NamedTuple):
 class DiffusionPipeline:
     """Sample pictures or clips; called like diffusers' ``DiTPipeline``.
 
+    On a GPU the network is replayed as a CUDA graph from the third step of a batch on, and batches as large after it.
+
     Args:
         network: Denoiser of (x_t, t, labels); it is put into eval mode.
         objective: What it was trained for.
@@ -60,6 +64,7 @@ class DiffusionPipeline:
 
     Attributes:
         device: Where the network is; see :meth:`to`.
+        graphs: What replays it; ``graphs.limit = 0`` turns that off.
         metadata: Of the weights file that it was loaded from.
         weights: That file, or a folder or checkpoint; None of one that was made otherwise.
 
@@ -85,6 +90,7 @@ class DiffusionPipeline:
         if autoencoder is None and network.in_channels not in (1, 3):
             raise ValueError(f"the network makes latents of {network.in_channels} channels: give their autoencoder too")
         self.network, self.objective, self.autoencoder = network.eval(), objective, autoencoder
+        self.graphs = CudaGraphs(self.network, "__call__", limit=1)
         self.class_names = None if class_names is None else list(class_names)
         self.guidable = guidable and network.num_classes > 0
         self.metadata: dict[str, Any] = {}
@@ -298,6 +304,7 @@ class DiffusionPipeline:
             raise ValueError(
                 f"{scheduler} cannot take {num_inference_steps} steps: its times would go below 0; take more or fewer"
             )
+        self.graphs.owner = self.network  # which may have been replaced
         size = self._fitting(batch_size, len(labels), guided, precision)
         return self._sampled(chosen, num_inference_steps, labels, sources, guidance_scale, size, precision, progress)
 
@@ -392,7 +399,9 @@ class DiffusionPipeline:
     ) -> Iterator[Tensor]:
         starts = range(0, len(labels), size)
         steps = len(scheduler.timesteps)
-        with tqdm(total=len(starts) * steps, unit="step", desc="sampling", disable=not progress) as bar:
+        bar = tqdm(total=len(starts) * steps, unit="step", desc="sampling", disable=not progress)
+        with bar, contextlib.ExitStack() as after:
+            after.callback(self.graphs.forget)
             for start in starts:
                 chosen = slice(start, start + size)
                 generators = [
@@ -400,6 +409,8 @@ class DiffusionPipeline:
                     for source in sources[chosen]
                 ]
                 scheduler.set_timesteps(asked)  # forgets the batch before
+                if len(generators) != size:
+                    self.graphs.forget()  # the memory of batches of another size
                 yield self._batch(scheduler, labels[chosen], generators, guidance, precision, bar)
 
     @torch.inference_mode()
@@ -423,6 +434,8 @@ class DiffusionPipeline:
                 prediction = self._predict(x, max(float(t), 0.0), classes, guidance, precision)  # dpm-solver++: -1
                 x = scheduler.step(prediction, t, x, generator=generators, return_dict=False)[0]
                 bar.update()
+            if self.autoencoder is not None:
+                self.graphs.forget()  # a batch is as large as memory allows for either
             images = self._decode(x)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -441,13 +454,15 @@ class DiffusionPipeline:
         return (images / 2 + 0.5).clamp(0, 1).cpu()
 
     def _predict(self, x: Tensor, t: float, labels: Tensor | None, guidance: float, precision: Precision) -> Tensor:
-        times = torch.full((len(x),), t, device=x.device)
+        guided = guidance != 1.0
+        if guided:
+            x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, self.network.num_classes)])
+        inputs = [x, torch.full((len(x),), t, device=x.device)] + ([] if labels is None else [labels])
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            if guidance == 1.0:
-                return self.network(x, times, labels).float()
-            null = torch.full_like(labels, self.network.num_classes)
-            both = self.network(torch.cat([x, x]), torch.cat([times, times]), torch.cat([labels, null])).float()
-        with_class, without = both.chunk(2)
+            prediction = self.graphs(*inputs).float()
+        if not guided:
+            return prediction.clone()  # schedulers keep some, a replay writes to the one before
+        with_class, without = prediction.chunk(2)
         return torch.lerp(without, with_class, guidance)
 
     def _decode(self, x: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ class CudaGraphs(_Recorder):
 
     Args:
         owner: the network.
-        method: name of its method; takes one tensor, returns nested tuples and lists of tensors, and may depend on the
-            tensor's shape but not on its values.
+        method: name of its method; takes tensors of one device, returns nested tuples and lists of tensors, and may
+            depend on the tensors' shapes but not on their values.
         limit: shapes to predict that are recorded, the first that come thrice; 0 records nothing.
 
     Raises:
@@ -73,31 +73,34 @@ class CudaGraphs(_Recorder):
             state += [buffer.data_ptr() for buffer in module._buffers.values() if buffer is not None]
         return state
 
-    def __call__(self, x: Tensor):
-        method = getattr(self.owner, self.method)
+    def __call__(self, *inputs: Tensor):
+        method, device = getattr(self.owner, self.method), inputs[0].device
         trains = torch.is_grad_enabled()
-        if not x.is_cuda or self.limit == 0 or trains != self.owner.training or (trains and not self.record_training):
-            return method(x)
-        if x.requires_grad or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-            return method(x)
-        key = (trains, x.shape, x.dtype, x.device, _autocast_dtype())
-        with torch.cuda.device(x.device):
+        if not inputs[0].is_cuda or self.limit == 0:
+            return method(*inputs)
+        if trains != self.owner.training or (trains and not self.record_training):
+            return method(*inputs)
+        wanted = any(x.requires_grad for x in inputs)
+        if wanted or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return method(*inputs)
+        key = (trains, *((x.shape, x.dtype) for x in inputs), device, _autocast_dtype())
+        with torch.cuda.device(device):
             if trains in self._recorded_state and self._recorded_state[trains] != self._state():
                 self.forget()  # the network was moved, cast, frozen or given other weights
             if key not in self._recorded:
                 self._calls[key] += 1
                 full = sum(recorded[0] == trains for recorded in self._recorded) >= (1 if trains else self.limit)
                 if full or self._calls[key] <= _EAGER_CALLS:
-                    return method(x)
-                self._recorded[key] = self._record(x, trains)
-            return self._recorded[key](x)
+                    return method(*inputs)
+                self._recorded[key] = self._record(inputs, trains)
+            return self._recorded[key](inputs)
 
-    def _record(self, x: Tensor, trains: bool) -> Callable:
+    def _record(self, inputs: tuple[Tensor, ...], trains: bool) -> Callable:
         self._modules = list(self.owner.modules())
         self._recorded_state[trains] = self._state()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            return (_TrainingGraphs if trains else _InferenceGraph)(self.owner, self.method, x, self._pool)
+            return (_TrainingGraphs if trains else _InferenceGraph)(self.owner, self.method, inputs, self._pool)
         except RuntimeError as error:
             raise RuntimeError(
                 f"{type(self.owner).__name__}.{self.method} cannot be recorded as a CUDA graph; graphs.limit = 0 turns "
@@ -132,16 +135,21 @@ def _capture(
         raise
 
 
+def _copy(to: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
+    for x, value in zip(to, inputs, strict=True):
+        x.copy_(value)
+
+
 class _InferenceGraph:
-    def __init__(self, owner: nn.Module, method: str, x: Tensor, pool: tuple[int, int]) -> None:
+    def __init__(self, owner: nn.Module, method: str, inputs: tuple[Tensor, ...], pool: tuple[int, int]) -> None:
         self.graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(False), torch.no_grad(), _autocast_without_cache():
-            self.x = x.clone()  # no inference tensor: it is written to outside inference mode as well
+            self.inputs = tuple(x.clone() for x in inputs)  # no inference tensors: they are written to outside it too
             with _capture(self.graph, pool):
-                self.results = getattr(owner, method)(self.x)
+                self.results = getattr(owner, method)(*self.inputs)
 
-    def __call__(self, x: Tensor):
-        self.x.copy_(x)
+    def __call__(self, inputs: tuple[Tensor, ...]):
+        _copy(self.inputs, inputs)
         self.graph.replay()
         return self.results
 
@@ -153,24 +161,24 @@ class _Method(nn.Module):
         super().__init__()
         self.owner, self.method = owner, method
 
-    def forward(self, x: Tensor):
-        return getattr(self.owner, self.method)(x)
+    def forward(self, *inputs: Tensor):
+        return getattr(self.owner, self.method)(*inputs)
 
 
 class _TrainingGraphs:
     """One graph forward, one backward, with gradients of the owner's parameters."""
 
-    def __init__(self, owner: nn.Module, method: str, x: Tensor, pool: tuple[int, int]) -> None:
+    def __init__(self, owner: nn.Module, method: str, inputs: tuple[Tensor, ...], pool: tuple[int, int]) -> None:
         named = {f"owner.{name}": p for name, p in owner.named_parameters() if p.requires_grad}
         self.parameters = tuple(named.values())
         # the same memory as new leaves: the parameters' own accumulators belong to the stream of the steps before
         leaves = {name: p.detach().requires_grad_() for name, p in named.items()}
         statistics = [buffer.clone() for buffer in owner.buffers()]
-        self.x = x.clone()
+        self.inputs = tuple(x.clone() for x in inputs)
 
         def forward() -> list[Tensor]:
             with _autocast_without_cache():
-                results = torch.func.functional_call(_Method(owner, method), leaves, (self.x,))
+                results = torch.func.functional_call(_Method(owner, method), leaves, self.inputs)
             flat, self.structure = tree_flatten(results)
             return flat
 
@@ -193,15 +201,15 @@ class _TrainingGraphs:
         for buffer, value in zip(owner.buffers(), statistics, strict=True):
             buffer.copy_(value)  # as if the network had not run here
 
-    def __call__(self, x: Tensor):
-        return tree_unflatten(_Replay.apply(self, x, *self.parameters), self.structure)
+    def __call__(self, inputs: tuple[Tensor, ...]):
+        _copy(self.inputs, inputs)
+        return tree_unflatten(_Replay.apply(self, *self.parameters), self.structure)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, graphs: _TrainingGraphs, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, graphs: _TrainingGraphs, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.graphs = graphs
-        graphs.x.copy_(x)
         graphs.forward_graph.replay()
         return tuple(result.detach() for result in graphs.results)
 
@@ -216,7 +224,7 @@ class _Replay(torch.autograd.Function):
             )
         torch._foreach_copy_(graphs.grad_results, list(gradients))
         graphs.backward_graph.replay()
-        return None, None, *(None if gradient is None else gradient.detach() for gradient in graphs.gradients)
+        return None, *(None if gradient is None else gradient.detach() for gradient in graphs.gradients)
 
 
 class StepGraphs(_Recorder):

@@ -392,6 +392,45 @@ def test_bf16_is_near_fp32(make_pipeline):
     assert 0 < (half - exact).abs().max() < 0.05
 
 
+def test_a_network_that_was_replaced_samples(make_pipeline):
+    pipeline, other = make_pipeline(), make_pipeline()
+    with torch.no_grad():
+        other.network.final.linear.bias.fill_(1.0)
+    pipeline.network = other.network
+    torch.testing.assert_close(pipeline(num=2, seeds=[0, 1], **QUIET), other(num=2, seeds=[0, 1], **QUIET))
+
+
+def test_each_batch_size_and_each_call_records_anew(make_pipeline, monkeypatch):
+    pipeline, done = make_pipeline(), []
+    monkeypatch.setattr(pipeline.graphs, "forget", lambda: done.append("forget"))
+    monkeypatch.setattr(DiffusionPipeline, "_batch", lambda self, s, labels, *_: done.append(len(labels)))
+    list(pipeline.batches(num=5, batch_size=2, progress=False))
+    assert done == [2, 2, "forget", 1, "forget"]
+    batches = pipeline.batches(num=5, batch_size=2, progress=False)
+    next(batches)
+    batches.close()  # not taken to the end
+    assert done[5:] == [2, "forget"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("scheduler", ["euler", "dpm-solver++"])
+def test_replayed_steps_are_those_of_the_network(make_pipeline, monkeypatch, guidance, scheduler):
+    pipeline, replays = make_pipeline(size=(16, 16)).to("cuda"), []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph)))
+    options = dict(num=5, seeds=range(5), batch_size=2, num_inference_steps=8, guidance_scale=guidance)
+    options |= dict(scheduler=scheduler, precision="fp32", progress=False, output_type="pt")
+    replayed = pipeline(**options).images
+    assert len(replays) >= 6 + 8 + 6 and len(set(map(id, replays))) == 2
+    pipeline.graphs.limit = 0
+    torch.testing.assert_close(replayed, pipeline(**options).images, atol=1e-5, rtol=0)
+    held = torch.cuda.memory_allocated()
+    pipeline.graphs.limit = 1
+    pipeline(**options)
+    assert torch.cuda.memory_allocated() <= held + 2**20
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_bf16_on_a_gpu(make_pipeline, guidance):

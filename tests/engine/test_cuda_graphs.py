@@ -69,11 +69,11 @@ def network(monkeypatch):
     """A network whose recordings are only noted, in ``network.recordings``, and whose calls in ``network.calls``."""
     network = Doubling()
     network.recordings, network.calls = [], []
-    network.double = lambda x: network.calls.append(x.shape)
+    network.double = lambda *inputs: network.calls.append(inputs[0].shape)
 
-    def record(owner, method, x, pool):
-        network.recordings.append(x.shape)
-        return lambda x: "replayed"
+    def record(owner, method, inputs, pool):
+        network.recordings.append(inputs[0].shape)
+        return lambda inputs: "replayed"
 
     monkeypatch.setattr(cuda_graphs, "_InferenceGraph", record)
     monkeypatch.setattr(cuda_graphs, "_TrainingGraphs", record)
@@ -93,6 +93,14 @@ def test_a_shape_is_recorded_when_it_comes_a_third_time(network):
             network.graphs(Picture(shape))
     assert network.recordings == [(1,), (2,), (3,)]  # limit=3, and none is given up for another
     assert network.graphs(Picture(1)) == "replayed"
+
+
+@torch.no_grad()
+def test_shapes_of_all_inputs_count(network):
+    network.eval()
+    network.graphs.limit = 1
+    results = [network.graphs(Picture(1), Picture(n)) for n in (1, 2, 1, 2, 1, 2)]
+    assert results == [None] * 4 + ["replayed", None] and network.recordings == [(1,)]
 
 
 @torch.no_grad()
