@@ -145,6 +145,7 @@ class _InferenceGraph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(False), torch.no_grad(), _autocast_without_cache():
             self.inputs = tuple(x.clone() for x in inputs)  # no inference tensors: they are written to outside it too
+            getattr(owner, method)(*self.inputs)  # what is compiled is compiled for these modes here
             with _capture(self.graph, pool):
                 self.results = getattr(owner, method)(*self.inputs)
 

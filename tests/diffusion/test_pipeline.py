@@ -432,6 +432,19 @@ def test_replayed_steps_are_those_of_the_network(make_pipeline, monkeypatch, gui
 
 
 @pytest.mark.gpu
+def test_a_compiled_network_is_replayed(make_pipeline):
+    pipeline = make_pipeline(size=(16, 16)).to("cuda")
+    options = dict(num_inference_steps=8, guidance_scale=2.0, precision="bf16", progress=False, output_type="pt")
+    want = [pipeline(num=n, seeds=range(n), **options).images for n in (2, 5)]
+    for block in pipeline.network.blocks:
+        block.compile(fullgraph=True)
+    for n, images in zip((2, 5), want, strict=True):
+        for pipeline.graphs.limit in (0, 1):
+            got = pipeline(num=n, seeds=range(n), **options).images
+            assert (got - images).abs().mean() < 0.01
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_bf16_on_a_gpu(make_pipeline, guidance):
     pipeline = make_pipeline(size=(16, 16))
