@@ -20,6 +20,7 @@ from mambavision.diffusion.objectives import Scheduler
 from mambavision.diffusion.outputs import RATE
 from mambavision.diffusion.pipeline import GUIDANCE, Precision
 from mambavision.engine.cli import run
+from mambavision.engine.memory import keep_freed_memory
 
 
 def main() -> None:
@@ -53,6 +54,7 @@ def main() -> None:
 
     if args.config and not args.weights:
         raise ValueError("--config is for a training checkpoint: name it with --weights")
+    keep_freed_memory()
     cli.check_out_dir(args.out_dir)  # before the weights: the quicker answer first
     weights = Path(args.weights) if args.weights else cli.find_weights(video=args.video)
     pipeline = cli.load_pipeline(weights, config=args.config, device=args.device, autoencoder=args.autoencoder)
