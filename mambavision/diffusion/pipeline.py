@@ -53,7 +53,8 @@ class VideoOutput(NamedTuple):
 class DiffusionPipeline:
     """Sample pictures or clips; called like diffusers' ``DiTPipeline``.
 
-    On a GPU the network is replayed as a CUDA graph from the third step of a batch on, and batches as large after it.
+    On a GPU the network is replayed as a CUDA graph from the third step of a batch on, and batches as large after it:
+    one call at a time, several threads need a pipeline each.
 
     Args:
         network: Denoiser of (x_t, t, labels); it is put into eval mode.
