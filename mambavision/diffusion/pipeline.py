@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -400,19 +399,20 @@ class DiffusionPipeline:
     ) -> Iterator[Tensor]:
         starts = range(0, len(labels), size)
         steps = len(scheduler.timesteps)
-        bar = tqdm(total=len(starts) * steps, unit="step", desc="sampling", disable=not progress)
-        with bar, contextlib.ExitStack() as after:
-            after.callback(self.graphs.forget)
-            for start in starts:
-                chosen = slice(start, start + size)
-                generators = [
-                    torch.Generator().manual_seed(source) if isinstance(source, int) else source
-                    for source in sources[chosen]
-                ]
-                scheduler.set_timesteps(asked)  # forgets the batch before
-                if len(generators) != size:
-                    self.graphs.forget()  # the memory of batches of another size
-                yield self._batch(scheduler, labels[chosen], generators, guidance, precision, bar)
+        with tqdm(total=len(starts) * steps, unit="step", desc="sampling", disable=not progress) as bar:
+            try:
+                for start in starts:
+                    chosen = slice(start, start + size)
+                    generators = [
+                        torch.Generator().manual_seed(source) if isinstance(source, int) else source
+                        for source in sources[chosen]
+                    ]
+                    scheduler.set_timesteps(asked)  # forgets the batch before
+                    if len(generators) != size:
+                        self.graphs.forget()  # the memory of batches of another size
+                    yield self._batch(scheduler, labels[chosen], generators, guidance, precision, bar)
+            finally:
+                self.graphs.forget()
 
     @torch.inference_mode()
     def _batch(

@@ -80,8 +80,8 @@ class CudaGraphs(_Recorder):
             return method(*inputs)
         if trains != self.owner.training or (trains and not self.record_training):
             return method(*inputs)
-        wanted = any(x.requires_grad for x in inputs)
-        if wanted or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        learns = any(x.requires_grad for x in inputs)
+        if learns or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return method(*inputs)
         key = (trains, *((x.shape, x.dtype) for x in inputs), device, _autocast_dtype())
         with torch.cuda.device(device):

@@ -149,12 +149,12 @@ def _merge(cfg: Config, options: dict) -> None:
             near = difflib.get_close_matches(first, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ", nor does a run read one"
             raise ValueError(f"--cfg-options {key}: the config has no {first}{hint}")
-    tables = [name for name in options if isinstance(cfg.get(name), dict)]
+    nested = [name for name in options if isinstance(cfg.get(name), dict)]
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError) as error:  # a list is shorter, a value has no entries
         raise ValueError(f"--cfg-options do not fit the config: {str(error.args[0]).partition('. ')[0]}") from error
-    for name in tables:
+    for name in nested:
         if not isinstance(cfg[name], dict | None):
             raise ValueError(f"--cfg-options {name}={cfg[name]}: the config has entries there, give {name}.ENTRY=VALUE")
 
