@@ -454,7 +454,7 @@ def _read_video(path: Path) -> Iterator[np.ndarray]:
         try:
             with Image.open(path) as gif:
                 for frame in ImageSequence.Iterator(gif):
-                    yield cv2.cvtColor(np.array(frame.convert("RGB")), cv2.COLOR_RGB2BGR)
+                    yield cv2.cvtColor(np.array(frame.convert("RGBA")), cv2.COLOR_RGBA2BGRA)
         except Exception as error:  # Pillow raises IndexError, struct.error and others on damaged files
             raise DatasetError(f"{path}: not a whole GIF ({error})") from error
     else:

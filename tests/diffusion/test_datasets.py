@@ -251,6 +251,20 @@ def test_what_is_transparent_becomes_white():
     assert to_rgb(np.full((2, 2), 513, np.uint16))[0, 0].tolist() == [2, 2, 2]
 
 
+def test_what_is_transparent_in_a_gif_becomes_white(tmp_path):
+    pages = [Image.new("RGBA", (8, 8), (0, 0, 0, 0)) for _ in range(2)]
+    for i, page in enumerate(pages):
+        page.paste((255, 0, 0, 255), (4 * i, 0, 4 * i + 4, 8))
+    pages[0].save(tmp_path / "a.gif", save_all=True, append_images=pages[1:], disposal=2)
+    clip = VideoFolder(tmp_path, (2, 8, 8))[0].frames
+    assert [clip[t, :, 2, x].tolist() for t in (0, 1) for x in (2, 6)] == [
+        [255, 0, 0],
+        [255, 255, 255],
+        [255, 255, 255],
+        [255, 0, 0],
+    ]
+
+
 def _arrays_without_names(path):
     np.save(path / "x.npy", np.zeros((1, 2, 2, 3), np.uint8))
     return ImageArrays(path / "x.npy", classes=["ape"])
