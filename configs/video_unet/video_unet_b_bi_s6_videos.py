@@ -5,7 +5,8 @@ _base_ = [
 ]
 
 # the recipe of the paper's versions 4 and 5 (epsilon, cosine schedule, lr 1e-4, batch 8, 100,000 steps, EMA 0.9999),
-# with our 1000 steps of noise, on videos of yours: data/videos/{train,val}, at least 64 frames each
+# with our 1000 steps of noise, warm-up, clipped gradients and AdamW's betas, on videos of yours:
+# data/videos/{train,val}, at least 64 frames each
 data_root = "data/videos"
 clips = (64, 32, 32)
 model = dict(

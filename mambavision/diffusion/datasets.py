@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, get_args
 
@@ -446,15 +447,18 @@ def _by_number(path: Path) -> tuple:
 
 
 def _read_video(path: Path) -> Iterator[np.ndarray]:
-    """Frames as OpenCV reads photos."""
+    """Frames as OpenCV reads photos; a frame of a GIF as often as it lasts longer than its shortest."""
     if path.is_dir():
         photos = [file for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES and not is_hidden(file.name)]
         yield from (imread_unchanged(file) for file in sorted(photos, key=_by_number))
     elif path.suffix.lower() == ".gif":
         try:
             with Image.open(path) as gif:
-                for frame in ImageSequence.Iterator(gif):
-                    yield cv2.cvtColor(np.array(frame.convert("RGBA")), cv2.COLOR_RGBA2BGRA)
+                durations = [frame.info.get("duration", 0) for frame in ImageSequence.Iterator(gif)]
+                shortest = min(filter(None, durations), default=1)
+                for frame, duration in zip(ImageSequence.Iterator(gif), durations, strict=True):
+                    img = cv2.cvtColor(np.array(frame.convert("RGBA")), cv2.COLOR_RGBA2BGRA)
+                    yield from repeat(img, max(1, round(duration / shortest)))
         except Exception as error:  # Pillow raises IndexError, struct.error and others on damaged files
             raise DatasetError(f"{path}: not a whole GIF ({error})") from error
     else:

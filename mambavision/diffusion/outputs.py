@@ -69,11 +69,12 @@ def write_gif(path: str | os.PathLike, clip: np.ndarray, rate: float = RATE) -> 
     Args:
         path: The file.
         clip: The frames.
-        rate: Frames a second; viewers show at most 50.
+        rate: Frames a second; of GIF's hundredths of a second a frame takes a whole number, viewers show at most 50.
     """
     frames = [_pil(frame) for frame in clip]
+    duration = 10 * max(2, round(100 / rate))  # Pillow writes equal frames as one of as many durations
     with atomic_path(path) as temporary:
-        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=1000 / rate, loop=0)
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=duration, loop=0)
 
 
 def write_mp4(path: str | os.PathLike, clip: np.ndarray, rate: float = RATE) -> None:

@@ -328,14 +328,16 @@ class CudaGraphHook(Hook):
     """Train through CUDA graphs: for models that keep :class:`CudaGraphs` or :class:`StepGraphs` as ``graphs``.
 
     One GPU, pictures of one size at a time and no gradient accumulation (a replay writes to the gradients of the one
-    before); elsewhere training goes on as without this hook.
+    before); elsewhere training goes on as without this hook. So it does in fp16 where :class:`StepGraphs` would record
+    the backward pass too: the loss is not scaled there.
     """
 
     def before_train(self, runner) -> None:
         """Switch recording on where it can be done."""
         graphs = getattr(runner.model, "graphs", None)
         accumulates = getattr(runner.optim_wrapper, "_accumulative_counts", 1) > 1
-        if isinstance(graphs, CudaGraphs | StepGraphs) and not accumulates and get_world_size() == 1:
+        scales = isinstance(graphs, StepGraphs) and hasattr(runner.optim_wrapper, "loss_scaler")
+        if isinstance(graphs, CudaGraphs | StepGraphs) and not accumulates and not scales and get_world_size() == 1:
             graphs.record_training = True
 
     def after_train(self, runner) -> None:

@@ -148,7 +148,11 @@ def load_safetensors(filename: str, map_location: str | torch.device | None = No
     """Read a published file as mmengine reads checkpoints; ``load_from="safetensors:FILE"`` in a config."""
     path = filename.removeprefix("safetensors:")
     state, metadata = read_published(path), read_metadata(path)
-    dataset_meta = {"classes": json.loads(metadata["classes"])} if "classes" in metadata else {}
+    # detectors' and restorers' names are `classes`, denoising networks' `class_names`
+    names = metadata.get("classes", metadata.get("class_names"))
+    dataset_meta = {} if names is None else {"classes": json.loads(names)}
+    if "autoencoder" in metadata:
+        dataset_meta["autoencoder"] = metadata["autoencoder"]
     return {"state_dict": state, "meta": {"dataset_meta": dataset_meta}}
 
 

@@ -59,6 +59,15 @@ def test_processes_share_a_batch():
         loader(rank=0, world_size=3)
 
 
+def test_processes_take_the_clips_that_one_would():
+    videos = Drawn(size=(3, 8, 8), frames=9)
+    whole = loader(videos).batch(5)["inputs"]
+    assert len(set(whole[:, 0, 0, 0, -1].tolist())) > 1  # they start at different frames
+    assert torch.equal(
+        torch.cat([loader(videos, rank=rank, world_size=2).batch(5)["inputs"] for rank in (0, 1)]), whole
+    )
+
+
 def test_half_of_the_items_are_mirrored():
     made = loader(Drawn(flip=True), 400)
     inputs = made.batch(0)["inputs"]

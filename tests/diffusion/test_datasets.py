@@ -296,6 +296,20 @@ def _clip_of_photos(path):
     return ImageFolder(path, (4, 8, 8))
 
 
+@pytest.mark.parametrize("rate", [5, 8, 10, 24, 30, 60])
+def test_a_gif_of_ours_has_its_still_frames_again(tmp_path, rate):
+    shades = np.repeat([0, 100, 200, 50], [7, 1, 4, 2]).astype(np.uint8)
+    write_gif(tmp_path / "a.gif", shades.repeat(8 * 8 * 3).reshape(-1, 8, 8, 3), rate)
+    assert Image.open(tmp_path / "a.gif").n_frames == 4  # Pillow writes equal frames once
+    assert VideoFolder(tmp_path, (14, 8, 8))[0].frames[:, 0, 0, 0].tolist() == shades.tolist()
+
+
+def test_frames_of_a_gif_that_say_no_duration_come_once(tmp_path):
+    pages = [Image.new("L", (8, 8), shade) for shade in (0, 100, 200)]
+    pages[0].save(tmp_path / "a.gif", save_all=True, append_images=pages[1:])
+    assert VideoFolder(tmp_path, (3, 8, 8))[0].frames.shape[0] == 3
+
+
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.9, 0.95])
 def test_a_gif_that_is_cut_short_is_named(tmp_path, kept):
     frames = np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), np.uint8)

@@ -273,6 +273,17 @@ def test_latents_are_decoded(size, tiny_autoencoder, make_pipeline, tmp_path):
         DiffusionPipeline(untrained().network, RectifiedFlow(), autoencoder=tiny_autoencoder)
 
 
+@pytest.mark.parametrize("kind", ["ddim", "ddpm"])
+def test_pixels_are_kept_within_their_range_on_the_way_and_latents_are_not(kind, tiny_autoencoder, monkeypatch):
+    objective, made = EpsilonPrediction(), []
+    scheduler = objective.scheduler
+    monkeypatch.setattr(objective, "scheduler", lambda *a, **k: made.append(scheduler(*a, **k)) or made[-1])
+    DiffusionPipeline(untrained_network(size=(4, 4)), objective)(scheduler=kind, **QUIET | dict(num_inference_steps=4))
+    latent = untrained_network(size=(4, 4), in_channels=4)
+    DiffusionPipeline(latent, objective, tiny_autoencoder)(scheduler=kind, **QUIET | dict(num_inference_steps=4))
+    assert [one.config.clip_sample for one in made] == [True, False]
+
+
 def test_an_autoencoder_of_a_pipeline_before_is_not_taken(tiny_autoencoder, tmp_path):
     network = untrained().network
     DiffusionPipeline(untrained_network(size=(4, 4), in_channels=4), RectifiedFlow(), tiny_autoencoder).save_pretrained(

@@ -42,3 +42,13 @@ def test_average_follows_the_published_formula():
         decay = 0.9999 * (1 - math.exp(-update / 2000))
         value = float(update) if value is None else decay * value + (1 - decay) * update
     assert average.module.weight.item() == pytest.approx(value, rel=1e-6)
+
+
+def test_an_average_takes_in_every_so_manieth_update():
+    model = nn.Linear(1, 1, bias=False)
+    average, seen = FusedExpMomentumEMA(model, momentum=0.5, gamma=1, interval=3), []
+    for update in range(1, 8):
+        model.weight.data.fill_(float(update))
+        average.update_parameters(model)
+        seen.append(average.module.weight.item())
+    assert seen[:3] == [1.0] * 3 and len(set(seen[3:6])) == 1 and len(set(seen)) == 3

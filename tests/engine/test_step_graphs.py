@@ -1,13 +1,14 @@
 """Training steps through StepGraphs; what needs no GPU, and that replayed steps are the eager ones."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.model import BaseModel
 from torch import nn
 
-from mambavision.engine.cuda_graphs import StepGraphs, _laid_out_like
+from mambavision.engine.cuda_graphs import CudaGraphHook, StepGraphs, _laid_out_like
 from mambavision.engine.optim import AsyncOptimWrapper, BFloat16OptimWrapper
 
 
@@ -59,6 +60,15 @@ def test_gradients_are_laid_out_like_their_parameters():
     laid_out = _laid_out_like(gradient, parameter)
     assert laid_out.stride() == parameter.stride() and torch.equal(laid_out, gradient)
     assert _laid_out_like(laid_out, parameter) is laid_out and _laid_out_like(None, parameter) is None
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "records"), [(SimpleNamespace(), True), (SimpleNamespace(loss_scaler=object()), False)]
+)
+def test_steps_whose_loss_is_scaled_are_not_recorded(wrapper, records):
+    model = Denoiser()
+    CudaGraphHook().before_train(SimpleNamespace(model=model, optim_wrapper=wrapper))
+    assert model.graphs.record_training is records
 
 
 @pytest.mark.gpu

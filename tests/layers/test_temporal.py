@@ -104,6 +104,10 @@ def test_rotary_products_depend_on_the_distance_alone():
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
     assert products[0].std() > 0.01
     torch.testing.assert_close(rotate(q.expand(3, 6), 4)[0], q)
+    turned = rotate(torch.tensor([1.0, 0, 1, 0, 1, 0], dtype=torch.float64).expand(9, 6), 4)[8]
+    angles = torch.tensor([8.0, 8 / 10_000**0.5], dtype=torch.float64)  # RoFormer's 10000^(-2 i / channels) a frame
+    want = torch.stack([angles.cos(), angles.sin()], -1).flatten()
+    torch.testing.assert_close(turned, torch.cat([want, turned.new_tensor([1, 0])]))
 
 
 def test_buckets_of_the_relative_bias():

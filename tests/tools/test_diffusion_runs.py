@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mambavision.diffusion import weights
+from mambavision.diffusion.cli import load_pipeline
 from mambavision.diffusion.diffusion import Diffusion
 from mambavision.diffusion.latents import load_autoencoder
 from mambavision.diffusion.objectives import RectifiedFlow
@@ -212,7 +213,8 @@ def test_latents_from_photos_to_samples(tmp_path, tool):
     next(other.parameters()).data[0] += 1e-3
     other.save_pretrained(tmp_path / "other")
     by_checkpoint = ["sample", "--config", config, "--weights", work / "iter_6.pth", "--num", 1, "--steps", 1]
-    for command in (sample, [*by_checkpoint, "--out-dir", tmp_path / "again"]):
+    by_published = ["sample", "--config", config, "--weights", published, "--num", 1, "--steps", 1, *out]
+    for command in (sample, [*by_checkpoint, "--out-dir", tmp_path / "again"], by_published):
         line = refusal(tool(*command, "--overwrite", "--autoencoder", tmp_path / "other"))
         assert "was trained on latents of another autoencoder" in line
     by_checkpoint += ["--out-dir", tmp_path / "again", "--autoencoder", AUTOENCODER]
@@ -349,4 +351,9 @@ def test_other_classes_to_validate_are_refused(whole, tmp_path, tool):
     assert "it lacks 'light': it needs the same ones" in line
     changed = ["--cfg-options", f"test_dataloader.dataset.dataset.root={photos}"]
     line = refusal(tool("test", whole / "small.py", whole / "work/iter_12.pth", "--work-dir", tmp_path, *changed))
+    assert "the test set has other classes" in line
+    published = tmp_path / "w.safetensors"
+    assert tool("publish", whole / "work/iter_12.pth", published, "--config", whole / "small.py")[0] == 0
+    assert load_pipeline(published, config=whole / "small.py").class_names == ["dark", "light"]
+    line = refusal(tool("test", whole / "small.py", published, "--work-dir", tmp_path, *changed))
     assert "the test set has other classes" in line
