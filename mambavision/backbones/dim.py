@@ -13,6 +13,10 @@ configs/dim/README.md). ``dit.py`` is its twin with attention. Sizes are DiT's (
   takes the attention's place (iso-depth and iso-parameter: the mixer alone differs)
 
 Images are (B, C, H, W), videos (B, C, T, H, W); tokens (B, L, D), L = H W / p^2 or T times that: frames are not joined.
+
+Under autocast h, to which blocks add, is bf16 as the patches' projection is, here and in the twin; half the traffic of
+fp32. With drawn weights of width 192, 28 blocks are 1.2 % of the output's norm away from fp32, 56 of a mixer alone
+1.3 %, and 0.4 % with h in fp32 (on a CPU).
 """
 
 from collections.abc import Sequence
