@@ -54,8 +54,8 @@ def publish_restorer(cfg: Config, args: argparse.Namespace) -> str:
 
 def publish_diffusion(cfg: Config, args: argparse.Namespace) -> str:
     """Write a denoising network's weights; returns what it is, for the card."""
+    diffusion_weights.check_trained_as(cfg.model, read_checkpoint(args.checkpoint), args.checkpoint)
     model, checkpoint = build_from_checkpoint(cfg, args.checkpoint)
-    diffusion_weights.check_trained_as(cfg.model, checkpoint, args.checkpoint)
     network, objective = model.network, model.objective
     trained_on = checkpoint.get("meta", {}).get("dataset_meta", {})
     names = trained_on.get("classes") if network.num_classes else None

@@ -36,13 +36,16 @@ def main() -> None:
     detection.add_data_arguments(parser)
     resume_help = "go on from the newest checkpoint of the work directory, if there is one"
     parser.add_argument("--resume", action="store_true", help=resume_help)
+    overwrite_help = "replace an earlier run in the work directory, its checkpoints too"
+    parser.add_argument("--overwrite", action="store_true", help=overwrite_help)
     parser.add_argument("--load-from", help="checkpoint (.pth) or published weights (.safetensors) to start from")
     parser.add_argument("--amp", choices=["bf16", "fp16"], help="mixed precision; fp16 needs a GPU")
     parser.add_argument("--seed", type=int, help="seed of weights, data order and augmentation")
     parser.add_argument("--max-seconds", type=float, help="train so long, in place of the config's iterations and rate")
     parser.add_argument("--fsdp", action="store_true", help="spread the weights over torchrun's processes")
     args = parser.parse_args()
-    options = dict(resume=args.resume, load_from=args.load_from, amp=args.amp, seed=args.seed)
+    options = dict(resume=args.resume, overwrite=args.overwrite)
+    options |= dict(load_from=args.load_from, amp=args.amp, seed=args.seed)
     task = runs.task_of(args)
     if task != "detection":
         of_task = {"restoration": restoration, "diffusion": diffusion}[task]

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
@@ -50,19 +50,12 @@ def load_config(args: argparse.Namespace) -> Config:
     return runs.load_config(args, use_json)
 
 
-def train(
-    cfg: Config,
-    *,
-    resume: bool = False,
-    load_from: str | None = None,
-    amp: Literal["bf16", "fp16"] | None = None,
-    seed: int | None = None,
-) -> Runner:
+def train(cfg: Config, **options: Any) -> Runner:
     """Train a detector: :func:`mambavision.engine.runs.train`, for a data set whose classes fit the network."""
     if "batch_size_per_gpu" in cfg.optim_wrapper.get("paramwise_cfg", {}):
         cfg.optim_wrapper.paramwise_cfg.batch_size_per_gpu = cfg.train_dataloader.batch_size
     _check_json(cfg.train_dataloader.dataset, "--train-json")
-    return runs.train(cfg, resume=resume, load_from=load_from, amp=amp, seed=seed, check=_check_classes)
+    return runs.train(cfg, **options, check=_check_classes)
 
 
 def test(cfg: Config, checkpoint: str | Path) -> dict[str, float]:

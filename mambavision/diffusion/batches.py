@@ -142,7 +142,9 @@ class NoisyBatches(BatchMaker):
             raise ValueError(f"keep must be one of {', '.join(get_args(Keep))}, got {keep!r}")
         self.rank = get_rank() if rank is None else rank
         self.world_size = get_world_size() if world_size is None else world_size
-        if batch_size < 1 or batch_size % self.world_size:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: a whole number of items, at least 1")
+        if batch_size % self.world_size:
             raise ValueError(f"batch_size={batch_size} must be a multiple of the {self.world_size} processes")
         self.dataset = _built(dataset)
         self.batch_size, self.seed, self.iteration = batch_size, seed, 0

@@ -20,7 +20,7 @@ from mambavision.engine.cli import choose_device
 from mambavision.engine.files import atomic_path, check_folder, check_free, shipped_weights
 from mambavision.engine.memory import free_memory
 from mambavision.engine.runs import check_task, read_config
-from mambavision.engine.weights import build_from_checkpoint
+from mambavision.engine.weights import build_from_checkpoint, read_checkpoint
 
 Output = Literal["grid", "single", "npz"]
 WEIGHTS_FOLDER = shipped_weights()
@@ -72,8 +72,8 @@ def load_pipeline(
     cfg, chosen = read_config(config), choose_device(device)
     check_task(cfg, config, "diffusion")
     cfg.model.compile = False
+    weights.check_trained_as(cfg.model, read_checkpoint(path), path)
     model, checkpoint = build_from_checkpoint(cfg, path)
-    weights.check_trained_as(cfg.model, checkpoint, path)
     loaded = None if autoencoder is None else load_autoencoder(autoencoder)
     trained_on = checkpoint.get("meta", {}).get("dataset_meta", {})
     if loaded is not None:

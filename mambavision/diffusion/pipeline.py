@@ -131,9 +131,7 @@ class DiffusionPipeline:
         """
         if isinstance(device, torch.dtype):
             raise ValueError(f"{device}: the network stays in fp32; precision='bf16' of a call is autocast")
-        device = torch.device(device)
-        if device.type == "cuda":
-            device = choose_device(str(device))
+        device = choose_device(str(device))
         parts = [self.network] + ([] if self.autoencoder is None else [self.autoencoder])
         need = sum(p.numel() * p.element_size() for part in parts for p in part.parameters() if p.device != device)
         if need > (free := free_memory(device)):

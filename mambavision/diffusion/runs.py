@@ -1,7 +1,7 @@
 """Training and test runs of denoising networks from configs."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config
@@ -27,14 +27,19 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def train(cfg: Config, **options: Any) -> Runner:
     """Train a denoising network: :func:`mambavision.engine.runs.train_iterations`, for items that fit it."""
-    latest = runs.newest_checkpoint(cfg.work_dir) if options.get("resume") else None
+    latest, told = runs.newest_checkpoint(cfg.work_dir) if options.get("resume") else None, []
     if latest:
-        check_trained_as(cfg.model, read_checkpoint(latest), latest)
-    told = []
+        checkpoint = read_checkpoint(latest)
+        check_trained_as(cfg.model, checkpoint, latest)
+        told.append(_trained_on(checkpoint))
 
     def check(model: Diffusion, batches: NoisyBatches | HeldOutBatches) -> None:
-        told.append((batches.dataset.class_names if model.network.num_classes else (), batches.dataset.autoencoder))
-        _check_alike(*told[0], *told[-1], "the validation set")
+        classes = tuple(batches.dataset.class_names) if model.network.num_classes else ()
+        told.append((classes, batches.dataset.autoencoder))
+        if isinstance(batches, NoisyBatches):
+            _check_alike(*told[0], *told[-1], "the training set", "what the checkpoint was trained on")
+        else:
+            _check_alike(*told[0], *told[-1], "the validation set")
         _check_items(model, batches)
 
     return runs.train_iterations(cfg, **options, check=check)
@@ -43,19 +48,31 @@ def train(cfg: Config, **options: Any) -> Runner:
 def test(cfg: Config, checkpoint: str) -> dict[str, float]:
     """The loss on a config's test set: :func:`mambavision.engine.runs.test`, for items and training that fit."""
 
+    weights = read_checkpoint(checkpoint)
+    check_trained_as(cfg.model, weights, checkpoint)
+    trained_on = _trained_on(weights)
+
     def check(model: Diffusion, batches: HeldOutBatches) -> None:
-        weights, ours = read_checkpoint(checkpoint), batches.dataset
-        check_trained_as(cfg.model, weights, checkpoint)
-        trained_on = weights.get("meta", {}).get("dataset_meta", {})
-        names = tuple(trained_on.get("classes") or ()) if model.network.num_classes else ()
-        _check_alike(names, trained_on.get("autoencoder"), ours.class_names, ours.autoencoder, "the test set")
+        classes = batches.dataset.class_names if model.network.num_classes else ()
+        _check_alike(*trained_on, classes, batches.dataset.autoencoder, "the test set")
         _check_items(model, batches)
 
     return runs.test(cfg, checkpoint, check=check)
 
 
+def _trained_on(checkpoint: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
+    """The classes and the autoencoder of what a checkpoint was trained on; () and None where it does not say."""
+    said = checkpoint.get("meta", {}).get("dataset_meta") or {}
+    return tuple(said.get("classes") or ()), said.get("autoencoder")
+
+
 def _check_alike(
-    classes: Sequence[str], autoencoder: str | None, theirs: Sequence[str], other: str | None, which: str
+    classes: Sequence[str],
+    autoencoder: str | None,
+    theirs: Sequence[str],
+    other: str | None,
+    which: str,
+    than: str = "what is trained on",
 ) -> None:
     """Of what is trained on and what is measured on; what one does not say passes."""
     if classes and theirs and tuple(classes) != tuple(theirs):
@@ -63,9 +80,9 @@ def _check_alike(
         said = [f"lacks {', '.join(map(repr, lacking[:3]))}"] * bool(lacking)
         said += [f"has {', '.join(map(repr, more[:3]))} besides"] * bool(more)
         said = " and ".join(said) or "has them in another order"
-        raise ValueError(f"{which} has other classes than what is trained on, it {said}: it needs the same ones")
+        raise ValueError(f"{which} has other classes than {than}, it {said}: it needs the same ones")
     if autoencoder and other and autoencoder != other:
-        raise ValueError(f"the latents of {which} were made by another autoencoder than those that are trained on")
+        raise ValueError(f"the latents of {which} were made by another autoencoder than {than}")
 
 
 def _check_items(model: Diffusion, batches: NoisyBatches | HeldOutBatches) -> None:

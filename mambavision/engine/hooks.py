@@ -114,6 +114,10 @@ class AtomicCheckpointHook(CheckpointHook):
         self.file_backend.outdated.clear()
 
 
+class DivergedError(ValueError):
+    """A training whose losses are no longer numbers."""
+
+
 @HOOKS.register_module()
 class DeferredRuntimeInfoHook(RuntimeInfoHook):
     """RuntimeInfoHook that reads the losses of ``interval`` iterations at once.
@@ -128,6 +132,7 @@ class DeferredRuntimeInfoHook(RuntimeInfoHook):
 
     Raises:
         ValueError: If ``interval`` is less than 1.
+        DivergedError: In training, if all losses that are read at once, ten or ``interval``, are not finite.
     """
 
     def __init__(self, *, interval: int = 50) -> None:
@@ -162,13 +167,20 @@ class DeferredRuntimeInfoHook(RuntimeInfoHook):
             checkpoint["message_hub"] = runner.message_hub.state_dict()
 
     def _read(self, runner: Runner) -> None:
-        tensors = [value.float() for values in self._pending for value in values.values()]
+        pending, self._pending = self._pending, []
+        tensors = [value.float() for values in pending for value in values.values()]
         if tensors:
             numbers = iter(torch.stack(tensors).tolist())
-            for values in self._pending:
-                for name in values:
-                    runner.message_hub.update_scalar(f"train/{name}", next(numbers))
-        self._pending.clear()
+            rows = [{name: next(numbers) for name in values} for values in pending]
+            # a loss that is scaled may overflow once, and the step is left out
+            if not any(math.isfinite(row.get("loss", 0.0)) for row in rows) and len(rows) >= min(self.interval, 10):
+                raise DivergedError(
+                    f"the loss of iteration {runner.iter + 1} is {rows[-1]['loss']}: training has diverged and stops, "
+                    "take a lower learning rate (optim_wrapper.optimizer.lr); checkpoints before it stay"
+                )
+            for row in rows:
+                for name, number in row.items():
+                    runner.message_hub.update_scalar(f"train/{name}", number)
 
 
 @HOOKS.register_module()
@@ -272,6 +284,13 @@ class ResumedRunHook(Hook):
                     f"the checkpoint's learning rate falls until {scheduler.end} and stays there, the run ends at "
                     f"{last}: for a new schedule go on from its weights by --load-from, in another work directory"
                 )
+        rates = [group.get("initial_lr", group["lr"]) for group in runner.optim_wrapper.param_groups]
+        wanted = runner.cfg.get("optim_wrapper", {}).get("optimizer", {}).get("lr")
+        if wanted is not None and rates and not any(math.isclose(wanted, rate) for rate in rates):
+            runner.logger.warning(
+                f"the checkpoint's learning rate is {max(rates):g} and stays so, the config's is {wanted:g}: for "
+                "another one go on from its weights by --load-from, in another work directory"
+            )
         if loop.iter >= loop.max_iters:
             unit = "epochs" if isinstance(loop, EpochBasedTrainLoop) else "iters"
             runner.logger.warning(
@@ -348,6 +367,8 @@ class LossCurveHook(Hook):
         """Add a row of metrics and write both files, when training."""
         numbers = {name: float(value) for name, value in (metrics or {}).items() if isinstance(value, int | float)}
         if self.rows and numbers:
+            # a resumed run may have to repeat its checkpoint's
+            self.rows = [row for row in self.rows if row["iter"] < runner.iter or "lr" in row]
             self.rows.append({"iter": runner.iter, "epoch": runner.epoch, **numbers})
             self._write(Path(runner.work_dir))
 

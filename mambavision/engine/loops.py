@@ -56,8 +56,9 @@ class _Batches(DataLoader):
 class PrefetchTrainLoop(IterBasedTrainLoop):
     """mmengine's IterBasedTrainLoop on made batches, each made while the one before is trained on.
 
-    A resumed run goes on with the batch after its checkpoint's: none before it is made again. A task names what makes
-    its batches in a subclass.
+    A resumed run goes on with the batch after its checkpoint's: none before it is made again. First comes the
+    validation of the checkpoint's iteration, if one was due: it may have been interrupted. A task names what makes its
+    batches in a subclass.
 
     Args:
         runner: The runner.
@@ -82,18 +83,26 @@ class PrefetchTrainLoop(IterBasedTrainLoop):
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")
         runner.model.train()
+        if self._iter:
+            self._validate_if_due()
         for batch in self._coming():
             self.run_iter(batch)
-            last = self._iter >= self._max_iters or self.stop_training
-            due = self._iter >= self.val_begin and (self._iter % self.val_interval == 0 or last)
-            if runner.val_loop is not None and due:
-                runner.val_loop.run()
-                runner.model.train()
-            if last:
+            self._validate_if_due()
+            if self._is_last:
                 break
         runner.call_hook("after_train_epoch")
         runner.call_hook("after_train")
         return runner.model
+
+    @property
+    def _is_last(self) -> bool:
+        return self._iter >= self._max_iters or self.stop_training
+
+    def _validate_if_due(self) -> None:
+        due = self._iter >= self.val_begin and (self._iter % self.val_interval == 0 or self._is_last)
+        if self.runner.val_loop is not None and due:
+            self.runner.val_loop.run()
+            self.runner.model.train()
 
     def _coming(self) -> Iterator[dict[str, Tensor]]:
         """Batches from the present iteration on, made by another thread on a stream of its own."""

@@ -5,6 +5,7 @@ import difflib
 import inspect
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,14 +15,16 @@ from typing import Literal, get_args
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.registry import OPTIMIZERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 from torch.utils.data import Dataset
 
 from mambavision.engine.checkpoint import CheckpointError, allow_mmengine_globals
 from mambavision.engine.files import check_folder
-from mambavision.engine.hooks import InitialWeightsHook, ResumedRunHook, unwrapped
+from mambavision.engine.hooks import DivergedError, InitialWeightsHook, ResumedRunHook, unwrapped
 from mambavision.engine.memory import is_out_of_memory
 from mambavision.engine.photos import DatasetError
 from mambavision.engine.sharded import ShardedRunner
@@ -169,6 +172,7 @@ def train(
     cfg: Config,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     load_from: str | None = None,
     amp: Literal["bf16", "fp16"] | None = None,
     seed: int | None = None,
@@ -180,6 +184,7 @@ def train(
     Args:
         cfg: Config with ``work_dir`` and ``launcher``.
         resume: Go on from the newest checkpoint of the work directory, or start where there is none, and say so.
+        overwrite: Remove the checkpoints of an earlier run in the work directory when this one begins.
         load_from: Checkpoint or published weights whose fitting tensors a run that is not resumed starts from.
         amp: Mixed precision.
         seed: Seed of weights, data order and augmentation.
@@ -188,8 +193,11 @@ def train(
 
     Raises:
         FileNotFoundError: If ``load_from`` does not exist.
+        FileExistsError: If the work directory has checkpoints of an earlier run, neither to be resumed nor overwritten.
         DatasetError: If the data cannot be used.
-        ValueError: If fp16 is asked for without a GPU, or the weights do not fit the network, or ``check`` raises it.
+        DivergedError: If the loss is no longer a number.
+        ValueError: If the config cannot be run, fp16 is asked for without a GPU, or the weights do not fit the
+            network, or ``check`` raises it.
     """
     allow_mmengine_globals()
     if load_from and not Path(load_from).is_file():
@@ -206,7 +214,15 @@ def train(
         cfg.optim_wrapper.type = "BFloat16OptimWrapper"
     if seed is not None:
         cfg.randomness = dict(seed=seed)
+    if not (resume or overwrite) and (there := newest_checkpoint(cfg.work_dir)):
+        raise FileExistsError(
+            f"{there} is of an earlier run: --resume goes on with it, --overwrite replaces it, or name another "
+            "--work-dir"
+        )
     _check_data_root(cfg, cfg.train_dataloader)
+    optimizer = cfg.optim_wrapper.get("optimizer", {}).get("type")
+    if isinstance(optimizer, str) and OPTIMIZERS.get(optimizer) is None:
+        raise ValueError(f"optim_wrapper.optimizer.type={optimizer!r}: no such optimizer")
     with _build_runner(cfg, ShardedRunner if sharded else Runner) as runner:
         model = unwrapped(runner.model)
         if latest:
@@ -217,14 +233,30 @@ def train(
         for loop in (runner.train_loop, runner.val_loop):  # built here, so that errors of the data come before training
             if check and loop is not None:
                 check(model, loop.dataloader.dataset)
-    if resume and not latest:  # a mistyped work directory, or a session's first run
-        message = f"no checkpoint in {cfg.work_dir}: starting from the beginning"
-        print_log(message, logger="current", level=logging.WARNING)
+        if resume and not latest:  # a mistyped work directory, or a session's first run
+            message = f"no checkpoint in {cfg.work_dir}: starting from the beginning"
+            print_log(message, logger="current", level=logging.WARNING)
+        if overwrite and not resume and is_main_process():
+            _remove_checkpoints(Path(cfg.work_dir))
+        _run(runner)
+    return runner
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for path in (*folder.glob("*.pth"), folder / "last_checkpoint"):
+        if re.fullmatch(r"((best_.+_)?(iter|epoch)_\d+\.pth|last_checkpoint)", path.name):
+            path.unlink(missing_ok=True)
+
+
+def _run(runner: Runner) -> None:
+    """Train; a ValueError of an iteration is not the user's doing, unless it is of a kind that says so."""
     try:
         runner.train()
-    except (DatasetError, CheckpointError):
+    except (DatasetError, CheckpointError, DivergedError):
         raise
-    except ValueError as error:  # not the user's doing: show the traceback
+    except ValueError as error:  # show the traceback
+        if not _has_started(runner):
+            raise
         raise RuntimeError(f"training stopped: {error}") from error
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -232,13 +264,27 @@ def train(
         raise MemoryError(
             f"memory ran out in training{_memory_taken()}: take smaller batches, or a smaller network"
         ) from error
-    return runner
+
+
+class _StartHook(Hook):
+    """Knows whether the training loop has begun; optimiser, schedules and averages are built before it does."""
+
+    priority = "LOWEST"
+    started = False
+
+    def before_train(self, runner: Runner) -> None:
+        self.started = True
+
+
+def _has_started(runner: Runner) -> bool:
+    return any(hook.started for hook in runner.hooks if isinstance(hook, _StartHook))
 
 
 def train_iterations(
     cfg: Config,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     load_from: str | None = None,
     amp: Literal["bf16", "fp16"] | None = None,
     seed: int | None = None,
@@ -249,19 +295,26 @@ def train_iterations(
     """:func:`train` for configs that count iterations, or for so many seconds.
 
     Args:
-        cfg, resume, load_from, amp, seed, sharded, check: As there.
+        cfg, resume, overwrite, load_from, amp, seed, sharded, check: As there.
         max_seconds: Train so long, by :class:`~mambavision.engine.hooks.WallTimeHook`, in place of the config's
             iterations and schedule of the learning rate.
 
     Raises:
-        ValueError: Besides, if a part of the learning-rate schedule begins after the last iteration.
+        ValueError: Besides, if a part of the learning-rate schedule begins after the last iteration, or iterations or
+            seconds are not positive numbers.
     """
     if max_seconds is not None:
+        if not 0 < max_seconds < float("inf"):
+            raise ValueError(f"--max-seconds {max_seconds:g}: name how many seconds to train, more than 0")
         if cfg.get("launcher", "none") != "none" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(f"--max-seconds trains in one process, torchrun started {os.environ['WORLD_SIZE']}")
         cfg.param_scheduler = None
         cfg.train_cfg.max_iters = 10**9
         cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="WallTimeHook", seconds=max_seconds)]
+    for name in ("max_iters", "val_interval"):
+        count = cfg.train_cfg.get(name, 1)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"train_cfg.{name}={count!r}: iterations are a whole number, at least 1")
     for part in cfg.get("param_scheduler") or ():
         begin, last = part.get("begin", 0), cfg.train_cfg.max_iters
         if begin >= last:
@@ -269,7 +322,8 @@ def train_iterations(
                 f"{part.type} begins at iteration {begin}, the run has {last}: give the schedule in the config, or "
                 f"--cfg-options param_scheduler.0.end=N param_scheduler.1.begin=N with an N below {last}"
             )
-    return train(cfg, resume=resume, load_from=load_from, amp=amp, seed=seed, sharded=sharded, check=check)
+    options = dict(resume=resume, overwrite=overwrite, load_from=load_from, amp=amp, seed=seed, sharded=sharded)
+    return train(cfg, **options, check=check)
 
 
 def refuse_detection_arguments(args: argparse.Namespace, task: str) -> None:
@@ -314,16 +368,23 @@ def _memory_taken() -> str:
 
 @contextmanager
 def _build_runner(cfg: Config, kind: type[Runner] = Runner) -> Iterator[Runner]:
-    """Build the runner; on an error here or in the body, remove the work directory if it is new."""
+    """Build the runner; on an error here or in the body, remove the work directory if it is new and without a run."""
     work_dir = Path(cfg.work_dir)
     new_folders = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
     _start_processes(cfg)
+    runner = None
     try:
         try:
-            yield kind.from_cfg(cfg)
-        except (TypeError, KeyError) as error:  # an argument or a type that does not exist
-            raise ValueError(f"the config cannot be built: {error}") from error
+            runner = kind.from_cfg(cfg)
+            runner.register_hook(_StartHook())
+            yield runner
+        except (TypeError, KeyError, AssertionError) as error:  # an argument or a type that does not exist
+            if runner and _has_started(runner):
+                raise
+            raise ValueError(f"the config cannot be built: {str(error) or type(error).__name__}") from error
     except BaseException:
+        if runner and _has_started(runner):
+            raise
         if new_folders and is_main_process():
             shutil.rmtree(work_dir, ignore_errors=True)
             with suppress(OSError):  # another run's folder is in it

@@ -245,7 +245,7 @@ def test_wall_time_ends_a_run(tmp_path, tool):
         (["--cfg-options", "model.network.patch_size=3"], "16"),
         (["--cfg-options", "model.objective.times=late"], "times must be uniform or logit_normal, got 'late'"),
         (["--cfg-options", "model.class_dropout=2"], "class_dropout=2 must be in [0, 1]"),
-        (["--cfg-options", "train_dataloader.batch_size=0"], "batch_size=0 must be a multiple of the 1 processes"),
+        (["--cfg-options", "train_dataloader.batch_size=0"], "batch_size=0: a whole number of items, at least 1"),
         (["--cfg-options", "train_dataloader.keep=cloud"], "keep must be one of device, host, disk, got 'cloud'"),
         (["--cfg-options", "param_scheduler.7.end=3"], "--cfg-options do not fit the config: Index 7 exceeds"),
         (["--cfg-options", "train_cfg=3"], "--cfg-options train_cfg=3: the config has entries there, give train_cfg."),
@@ -270,7 +270,7 @@ def test_an_empty_folder_and_another_networks_checkpoint_are_refused(whole, tool
     found = refusal(tool("train", small_config(tmp_path), "--work-dir", tmp_path / "work"))
     assert f"{tmp_path / 'photos'}: no photos in this folder" in found and not (tmp_path / "work").exists()
     options = ["--work-dir", tmp_path / "work", "--cfg-options", "model.network.d_model=48"]
-    assert "does not fit this network" in refusal(
+    assert "was trained with d_model 32, not 48" in refusal(
         tool("test", whole / "small.py", whole / "work/iter_12.pth", *options)
     )
 
@@ -336,7 +336,7 @@ def test_rates_that_the_schedule_of_a_resumed_run_has_not_are_told(whole, tmp_pa
     timed = ["train", whole / "small.py", "--work-dir", tmp_path / "timed"]
     assert tool(*timed, "--max-seconds", 0.5)[0] == 0
     assert "resume it by that, or go on from its weights by --load-from" in refusal(tool(*timed, "--resume"))
-    assert "must be positive" in refusal(tool(*timed, "--max-seconds", "nan"))
+    assert "--max-seconds nan: name how many seconds to train" in refusal(tool(*timed, "--max-seconds", "nan"))
 
 
 def test_other_classes_to_validate_are_refused(whole, tmp_path, tool):
@@ -357,3 +357,75 @@ def test_other_classes_to_validate_are_refused(whole, tmp_path, tool):
     assert load_pipeline(published, config=whole / "small.py").class_names == ["dark", "light"]
     line = refusal(tool("test", whole / "small.py", published, "--work-dir", tmp_path, *changed))
     assert "the test set has other classes" in line
+
+
+def test_a_run_is_not_resumed_with_other_classes(whole, tmp_path, tool):
+    shutil.copytree(whole / "work", tmp_path / "work")
+    shutil.copytree(whole / "photos/dark", tmp_path / "photos/night")  # its label would become light's
+    shutil.copytree(whole / "photos/light", tmp_path / "photos/light")
+    photos = tmp_path / "photos"
+    renamed = [f"train_dataloader.dataset.root={photos}", f"val_dataloader.dataset.dataset.root={photos}"]
+    command = ["train", whole / "small.py", "--work-dir", tmp_path / "work", "--resume", "--cfg-options", *renamed]
+    line = refusal(tool(*command, "train_cfg.max_iters=14"))
+    assert "the training set has other classes than what the checkpoint was trained on, it lacks 'dark'" in line
+
+
+def test_an_earlier_run_is_not_written_over(whole, tmp_path, tool):
+    shutil.copytree(whole / "work", tmp_path / "work")
+    before = {path: path.read_bytes() for path in (tmp_path / "work").glob("*.*")}
+    again = ["train", whole / "small.py", "--work-dir", tmp_path / "work"]
+    line = refusal(tool(*again))
+    assert "iter_12.pth is of an earlier run: --resume goes on with it, --overwrite replaces it, or name anoth" in line
+    assert "no weights at gone" in refusal(tool(*again, "--overwrite", "--load-from", "gone"))
+    assert {path: path.read_bytes() for path in (tmp_path / "work").glob("*.*")} == before
+    code, _, err = tool(*again, "--overwrite", "--cfg-options", "train_cfg.max_iters=6", "param_scheduler.1.begin=4")
+    left = sorted(path.name for path in (tmp_path / "work").glob("*.pth"))
+    assert code == 0 and left == ["best_held_out_loss_iter_6.pth", "iter_6.pth"], err
+
+
+def test_a_validation_that_was_interrupted_is_made_up_for(whole, tmp_path, tool):
+    work = tmp_path / "work"
+    shutil.copytree(whole / "work", work)
+    best = sorted(path.name for path in work.glob("best_*"))
+    for path in work.glob("best_*_12.pth"):
+        path.unlink()
+    lines = (work / "loss_curve.csv").read_text().splitlines()
+    validated = [line for line in lines if line.startswith("12,") and line.split(",")[2] == ""]
+    assert len(validated) == 1
+    (work / "loss_curve.csv").write_text("\n".join(line for line in lines if line not in validated) + "\n")
+    for _ in range(2):  # the second finds it there
+        code, log, err = tool("train", whole / "small.py", "--work-dir", work, "--resume")
+        assert code == 0 and "nothing is left to train" in log, err
+        assert (work / "loss_curve.csv").read_text().splitlines() == lines
+    assert sorted(path.name for path in work.glob("best_*")) == best
+
+
+def test_a_rate_that_a_resumed_run_does_not_take_is_told(whole, tmp_path, tool):
+    shutil.copytree(whole / "work", tmp_path / "work")
+    command = ["train", whole / "small.py", "--work-dir", tmp_path / "work", "--resume", "--cfg-options"]
+    code, log, err = tool(*command, "optim_wrapper.optimizer.lr=0.0123")
+    assert code == 0 and "and stays so, the config's is 0.0123: for another one go on from its weights" in log, err
+
+
+def test_training_that_diverges_stops(tmp_path, tool):
+    config, work = small_config(tmp_path, interval=4), tmp_path / "work"
+    line = refusal(tool("train", config, "--work-dir", work, *SEED, "--cfg-options", "optim_wrapper.optimizer.lr=1e30"))
+    assert "is nan: training has diverged and stops, take a lower learning rate" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("train_cfg.max_iters=abc", "train_cfg.max_iters='abc': iterations are a whole number"),
+        ("train_cfg.val_interval=0", "train_cfg.val_interval=0: iterations are a whole number"),
+        ("optim_wrapper.optimizer.lr=abc", "the config cannot be built: "),
+        ("optim_wrapper.optimizer.lr=-1", "Invalid learning rate: -1"),
+        ("optim_wrapper.optimizer.type=Foo", "optim_wrapper.optimizer.type='Foo': no such optimizer"),
+        ("custom_hooks.0.momentum=2", "momentum must be in range"),
+        ("param_scheduler.0.end=0", "end should be larger than begin"),
+        ("train_dataloader.batch_size=abc", "batch_size='abc': a whole number of items"),
+    ],
+)
+def test_options_that_cannot_be_run_are_one_line(tmp_path, tool, option, message):
+    line = refusal(tool("train", small_config(tmp_path), "--work-dir", tmp_path / "work", "--cfg-options", option))
+    assert message in line and not (tmp_path / "work").exists()
