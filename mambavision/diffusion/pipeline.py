@@ -131,7 +131,12 @@ class DiffusionPipeline:
         """
         if isinstance(device, torch.dtype):
             raise ValueError(f"{device}: the network stays in fp32; precision='bf16' of a call is autocast")
-        device = choose_device(str(device))
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"{device!r} is no device: cpu, cuda or cuda:N") from error
+        if device.type == "cuda":
+            device = choose_device(str(device))
         parts = [self.network] + ([] if self.autoencoder is None else [self.autoencoder])
         need = sum(p.numel() * p.element_size() for part in parts for p in part.parameters() if p.device != device)
         if need > (free := free_memory(device)):

@@ -374,6 +374,8 @@ def test_too_little_memory_says_what_is_needed(make_pipeline, monkeypatch):
         pipeline.to("meta")
     with pytest.raises(ValueError, match="stays in fp32; precision='bf16' of a call"):
         pipeline.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="'foo' is no device: cpu, cuda or cuda:N"):
+        pipeline.to("foo")
 
 
 def test_running_out_of_memory_is_said_in_one_line(make_pipeline):
